@@ -1,0 +1,1 @@
+"""Topologies: the whole system on one machine, and the demo that shows it."""

@@ -1,0 +1,158 @@
+"""How every manyhands service listens: errors as rich status, health, reflection, drain on SIGTERM.
+
+A service's main builds a GrpcServer, adds its servicers and awaits run_until_signalled().
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from . import errors, security
+
+logger = logging.getLogger(__name__)
+
+# A chunk request with three raw 480x640 cameras is 2.8 MB; weights travel in 4 MiB pieces.
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+SERVER_OPTIONS: list[tuple[str, int]] = [
+    *CHANNEL_OPTIONS,
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Two servers must never share a port by accident: the second one gets an error instead of half the robots.
+    ("grpc.so_reuseport", 0),
+]
+
+
+class GrpcServer:
+    """A grpc.aio server with the standard services and the library's conventions.
+
+    Args:
+        address: "host:port"; port 0 takes a free one. Loopback may be plain; any other host needs security (rule 8).
+        security: Certificates and tokens, or None.
+    """
+
+    def __init__(self, address: str, *, security_settings: security.SecuritySettings | None = None) -> None:
+        settings = security_settings or security.SecuritySettings()
+        security.check_address(address, settings)
+        self.server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(), *security.server_interceptors(settings)], options=SERVER_OPTIONS
+        )
+        credentials = security.server_credentials(settings)
+        host = address.rpartition(":")[0]
+        try:
+            if credentials is None:
+                port = self.server.add_insecure_port(address)
+            else:
+                port = self.server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise errors.Refused(
+                f"cannot listen on {address}: {error}; is another process there? 'manyhands doctor' shows which ports are taken",
+                field="address",
+            ) from None
+        self.address = f"{host}:{port}"
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        self._services: list[str] = []
+
+    def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str) -> None:
+        """register: the generated add_XServicer_to_server; service_name: DESCRIPTOR full name, shown by health."""
+        register(servicer, self.server)
+        self._services.append(service_name)
+
+    async def start(self) -> None:
+        reflection.enable_server_reflection(
+            [*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME],
+            self.server,
+        )
+        await self.server.start()
+        for name in ("", *self._services):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Says NOT_SERVING, lets running calls finish for grace_s, ends the rest."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+    async def run_until_signalled(self, *, drain: Callable[[], Awaitable[None]] | None = None, grace_s: float = 5.0) -> None:
+        """start(), then serve until SIGTERM or SIGINT; drain (tell clients, flush) runs before stop()."""
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        await self.start()
+        logger.info("listening on %s", self.address)
+        print(f"READY {self.address}", flush=True)
+        await stopping.wait()
+        logger.info("draining")
+        if drain is not None:
+            await drain()
+        await self.stop(grace_s)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns raised ManyhandsErrors into rich status; anything else becomes INTERNAL with an incident id, traceback in the log."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if handler.response_streaming:
+            wrapped = _wrap_streaming(handler.unary_stream or handler.stream_stream, method)
+            make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
+        else:
+            wrapped = _wrap_unary(handler.unary_unary or handler.stream_unary, method)
+            make = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.stream_unary_rpc_method_handler
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+def _wrap_unary(behaviour: Any, method: str) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:
+            await _abort(error, context, method)
+
+    return call
+
+
+def _wrap_streaming(behaviour: Any, method: str) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            async with contextlib.aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await _abort(error, context, method)
+
+    return call
+
+
+async def _abort(error: Exception, context: grpc.aio.ServicerContext, method: str) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, errors.ManyhandsError):
+        incident = uuid.uuid4().hex[:12]
+        logger.exception("%s failed, incident %s", method, incident)
+        error = errors.InternalError(f"the server failed; its log has the reason under incident {incident}")
+    status = errors.to_status(error)
+    await context.abort(
+        error.code, status.message, trailing_metadata=((errors.STATUS_DETAILS_KEY, status.SerializeToString()),)
+    )

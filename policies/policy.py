@@ -1,0 +1,153 @@
+"""What serving, learning and local acting know of a policy.
+
+Shapes: B rows (robots or samples), H horizon, A action size of the model, R action size of the robot.
+
+A policy holds its own normalisation: what goes in and comes out of preprocess() and postprocess() is in the robot's units,
+what act() and loss() see is model space. It keeps no state between calls, so one instance serves many robots (rule 4), and
+every source of randomness is an argument, so that a remote chunk equals a local one bit for bit.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from manyhands.errors import NotOffered
+from manyhands.spec import Spec
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+InputsT = TypeVar("InputsT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One observation, and for training what followed it.
+
+    Attributes:
+        observation: Arrays by feature name, in the robot's units; cameras (height, width, 3) uint8 RGB.
+        task: The instruction.
+        actions: (H, R) float32 in the robot's units, or None when acting.
+        is_pad: (H,) bool, True beyond the episode's end, or None when acting.
+        annotations: Language rows of the frame (subtask, memory, ...), for policies with recipes.
+        index: Position in the dataset: recipes and dropout draw from it, so that a sample is the same on every rank.
+    """
+
+    observation: Arrays
+    task: str
+    actions: npt.NDArray[np.float32] | None = None
+    is_pad: npt.NDArray[np.bool_] | None = None
+    annotations: Mapping[str, Any] | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommittedPrefix:
+    """Real-time chunking, per row: what is still to be executed of the previous chunk.
+
+    Attributes:
+        actions: (B, H, A) float32, model space, zero beyond length.
+        length: (B,) int64, 0 where a row has no previous chunk.
+        delay_steps: (B,) int64, actions that will have been executed when this chunk arrives.
+        execution_horizon: (B,) int64, steps from now over which the guidance fades out.
+    """
+
+    actions: torch.Tensor
+    length: torch.Tensor
+    delay_steps: torch.Tensor
+    execution_horizon: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Per-sample values of each named term, (B,) float32, and the weighted sum to minimise, a scalar."""
+
+    total: torch.Tensor
+    terms: Mapping[str, torch.Tensor]
+
+
+class TextKind(enum.Enum):
+    SUBTASK = "subtask"
+    MEMORY = "memory"
+    INTERJECTION = "interjection"
+    VISUAL_QUESTION = "visual_question"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """What the text head is asked; previous_text is the last subtask, memory or plan."""
+
+    kind: TextKind
+    user_text: str = ""
+    previous_text: str = ""
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 0.0
+
+
+class Policy(nn.Module, abc.ABC, Generic[InputsT]):
+    """A model with its processors. Subclasses are listed in policies/registry.py and found by name only there.
+
+    Attributes:
+        type_name: Name in the registry and in checkpoints.
+        spec: The observation and action features the weights were trained on, in the robot's units.
+        horizon: Actions in a chunk, H.
+        model_action_size: A; at least the robot's R, the rest is padding.
+        has_text_head: generate() works.
+    """
+
+    type_name: ClassVar[str]
+    has_text_head: ClassVar[bool] = False
+    spec: Spec
+    horizon: int
+    model_action_size: int
+
+    @classmethod
+    @abc.abstractmethod
+    def from_config(cls, config: Mapping[str, Any], spec: Spec) -> Policy[InputsT]:
+        """Builds the module with fresh weights; unknown keys, wrong types and impossible values are InvalidInput."""
+
+    @abc.abstractmethod
+    def config_dict(self) -> dict[str, Any]:
+        """JSON-able; from_config(config_dict(), spec) builds the same module."""
+
+    @abc.abstractmethod
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]) -> None:
+        """Takes {feature: {mean, std, q01, ...}} of the training data. Statistics are part of the state dict."""
+
+    @abc.abstractmethod
+    def preprocess(self, samples: Sequence[Sample], device: torch.device) -> InputsT:
+        """B samples to model inputs on device. InvalidInput names the feature that does not fit."""
+
+    @abc.abstractmethod
+    def loss(self, inputs: InputsT, generator: torch.Generator) -> Losses:
+        """The training objective; inputs must come from samples with actions. Noise and times are drawn from generator."""
+
+    @abc.abstractmethod
+    def act(
+        self, inputs: InputsT, noise: torch.Tensor, committed: CommittedPrefix | None = None, num_steps: int | None = None
+    ) -> torch.Tensor:
+        """(B, H, A) float32 chunk in model space. A row depends on its own inputs, noise (B, H, A) and prefix only."""
+
+    @abc.abstractmethod
+    def postprocess(self, chunk: torch.Tensor, inputs: InputsT) -> npt.NDArray[np.float32]:
+        """(B, H, A) model space to (B, H, R) in the robot's units."""
+
+    def draw_noise(self, seeds: Sequence[int]) -> torch.Tensor:
+        """(B, H, A) float32 standard normal on the CPU, row b from seeds[b] alone."""
+        rows = [
+            torch.randn(self.horizon, self.model_action_size, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        return torch.stack(rows)
+
+    def generate(self, samples: Sequence[Sample], request: TextRequest, device: torch.device) -> Iterator[str]:
+        """Text from the language head, a piece per token."""
+        raise NotOffered(f"policy type {self.type_name!r} has no text head", field="model")

@@ -1,0 +1,1 @@
+"""The inference service, the weights service and the dashboard."""
