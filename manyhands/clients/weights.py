@@ -1,0 +1,343 @@
+"""The weights service from a learner's and a reader's side: what is there already is never sent again.
+
+Blocking, numpy only. Safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .. import channel, errors, stamps, weights_manifest
+from ..common.v1 import common_pb2
+from ..security import SecuritySettings
+from ..spec import Spec
+from ..weights.v1 import weights_pb2, weights_pb2_grpc
+from ..weights_manifest import PIECE_BYTES, RawTensor, TensorLike
+
+# Deadlines of streams grow with what they carry: nobody's link is meant to be slower than this.
+_SLOWEST_BYTES_PER_S = 5_000_000
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedVersion:
+    """One version the service has.
+
+    Attributes:
+        version: model, number, digest.
+        age_s: Seconds since it was published, when the service said so.
+        metrics: As "train/loss", "train/step".
+    """
+
+    version: common_pb2.PolicyVersion
+    age_s: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class WeightsClient:
+    """Publishes and reads versions.
+
+    Args:
+        address: "host:port" of the weights service.
+        timeout_s: Deadline of each small call; streams get more with their size.
+        patience_s: For how long an idempotent call is tried again while the service is unreachable. Everything here but
+            require_parent is idempotent.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        security_settings: SecuritySettings | None = None,
+        timeout_s: float = 10.0,
+        patience_s: float = 10.0,
+    ) -> None:
+        self.address = address
+        self._channel = channel.connect(address, security_settings=security_settings)
+        self._stub = weights_pb2_grpc.WeightsServiceStub(self._channel)
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> WeightsClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def publish(
+        self,
+        *,
+        model: str,
+        policy_type: str,
+        config_json: str,
+        spec: Spec | None,
+        tensors: Mapping[str, TensorLike],
+        publish_id: str,
+        metrics: Mapping[str, float] | None = None,
+        parent_number: int | None = None,
+    ) -> common_pb2.PolicyVersion:
+        """Makes a version of tensors and answers it when it is on the service's disk; sends only what the service lacks.
+
+        Args:
+            tensors: By name in the state dict: numpy arrays, RawTensors or (DataType, shape, bytes) for bfloat16.
+            publish_id: Chosen by the learner, as "run/step". The same id and content answer the same version again.
+            metrics: Shown with the version: "train/loss", "train/step".
+            parent_number: When given, the version must still be the newest one, else Conflict.
+
+        Raises:
+            InvalidInput: Names the tensor or field that cannot be published.
+            AlreadyExists: publish_id names a version with other content.
+            Conflict: parent_number is not the newest version.
+            Unreachable: For longer than patience_s.
+        """
+        raws = {name: weights_manifest.raw_tensor(value, field=name) for name, value in tensors.items()}
+        manifest = weights_manifest.build(
+            model=model,
+            policy_type=policy_type,
+            config_json=config_json,
+            spec=spec,
+            tensors=raws,
+            publish_id=publish_id,
+            metrics=metrics,
+        )
+        by_digest = {entry.sha256: raws[entry.name] for entry in manifest.tensors}
+
+        def attempt() -> common_pb2.PolicyVersion:
+            missing = self.find_missing(list(by_digest))
+            num_bytes = sum(memoryview(by_digest[sha256].data).nbytes for sha256 in missing)
+            with channel.translated_errors():
+                response = self._stub.Publish(
+                    _publish_requests(manifest, {sha256: by_digest[sha256] for sha256 in missing}, parent_number),
+                    timeout=self._timeout_s + num_bytes / _SLOWEST_BYTES_PER_S,
+                )
+            return response.version
+
+        return self._patiently(attempt)
+
+    def find_missing(self, sha256s: list[bytes]) -> list[bytes]:
+        """Those of sha256s the service lacks, in their order."""
+
+        def call() -> list[bytes]:
+            with channel.translated_errors():
+                request = weights_pb2.FindMissingRequest(sha256=sha256s)
+                return list(self._stub.FindMissing(request, timeout=self._timeout_s).sha256)
+
+        return self._patiently(call)
+
+    def get_manifest(self, model: str, number: int = 0) -> weights_pb2.Manifest:
+        """The manifest of a version, checked; number 0 is the newest. manifest.number says which one it is.
+
+        Raises:
+            NotFound: No such model or version; lists what there is.
+            Corrupt: The manifest's content is not what its digest says.
+        """
+
+        def call() -> weights_pb2.GetManifestResponse:
+            with channel.translated_errors():
+                return self._stub.GetManifest(
+                    weights_pb2.GetManifestRequest(model=model, number=number), timeout=self._timeout_s
+                )
+
+        response = self._patiently(call)
+        manifest = response.manifest
+        weights_manifest.check(manifest)
+        if weights_manifest.digest(manifest) != response.version.digest:
+            raise errors.Corrupt(
+                f"manifest {manifest.number} of {manifest.model} has digest {weights_manifest.digest(manifest).hex()[:16]}, "
+                f"the service says {response.version.digest.hex()[:16]}"
+            )
+        return manifest
+
+    def list_versions(self, model: str = "") -> list[PublishedVersion]:
+        """All versions of model, or of all models, oldest first."""
+
+        def call() -> weights_pb2.ListVersionsResponse:
+            with channel.translated_errors():
+                return self._stub.ListVersions(weights_pb2.ListVersionsRequest(model=model), timeout=self._timeout_s)
+
+        return [_published(version) for version in self._patiently(call).versions]
+
+    def fetch(self, manifest: weights_pb2.Manifest, have: Container[bytes] = ()) -> dict[str, RawTensor]:
+        """The tensors of manifest by name, each digest verified; names whose sha256 is in have are left out.
+
+        Raises:
+            NotFound: The service has dropped this version.
+            Corrupt: Bytes that are not what their digest says.
+        """
+        return dict(self.fetch_each(manifest, have))
+
+    def fetch_each(self, manifest: weights_pb2.Manifest, have: Container[bytes] = ()) -> Iterator[tuple[str, RawTensor]]:
+        """fetch() one tensor at a time, so that a big model never is in memory twice. Goes on after a broken link."""
+        names: dict[bytes, list[weights_pb2.TensorEntry]] = {}
+        for entry in manifest.tensors:
+            if entry.sha256 not in have:
+                names.setdefault(entry.sha256, []).append(entry)
+        pause = _Pause(self._patience_s)
+        while names:
+            try:
+                for sha256, data in self._fetch_stream({sha: entries[0] for sha, entries in names.items()}):
+                    for entry in names.pop(sha256):
+                        yield entry.name, RawTensor(dtype=entry.dtype, shape=tuple(entry.shape), data=data)
+                    pause.reset()
+                if names:
+                    raise errors.Unreachable(f"the weights service ended the stream {len(names)} tensors early")
+            except errors.Unreachable:
+                if not pause.wait():
+                    raise
+
+    def watch(self, model: str = "", after_number: int = 0) -> VersionWatch:
+        """Iterates over versions with number > after_number, those that exist and then each new one, for ever.
+
+        Reconnects when the service goes away and misses none. close() (from any thread) ends the iteration. An empty
+        model means all models.
+        """
+        return VersionWatch(self._stub, model, after_number)
+
+    def _fetch_stream(self, wanted: Mapping[bytes, weights_pb2.TensorEntry]) -> Iterator[tuple[bytes, memoryview]]:
+        sizes = {sha256: weights_manifest.entry_bytes(entry) for sha256, entry in wanted.items()}
+        timeout_s = self._timeout_s + sum(sizes.values()) / _SLOWEST_BYTES_PER_S
+        with channel.translated_errors():
+            call = self._stub.Fetch(weights_pb2.FetchRequest(sha256=list(sizes)), timeout=timeout_s)
+            try:
+                for sha256, size in sizes.items():
+                    data = _collect(call, wanted[sha256].name, sha256, size)
+                    if data is None:
+                        return
+                    yield sha256, data
+            finally:
+                call.cancel()
+
+    def _patiently(self, call: Callable[[], ResultT]) -> ResultT:
+        pause = _Pause(self._patience_s)
+        while True:
+            try:
+                return call()
+            except errors.Unreachable:
+                if not pause.wait():
+                    raise
+
+
+class VersionWatch(Iterator[PublishedVersion]):
+    """What WeightsClient.watch() answers."""
+
+    def __init__(self, stub: weights_pb2_grpc.WeightsServiceStub, model: str, after_number: int) -> None:
+        self._stub = stub
+        self._model = model
+        self._after_number = after_number
+        self._newest: dict[str, int] = {}
+        self._closed = threading.Event()
+        self._call: Any = None
+        self._pause_s = _FIRST_PAUSE_S
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._call is not None:
+            self._call.cancel()
+
+    def __next__(self) -> PublishedVersion:
+        while not self._closed.is_set():
+            try:
+                with channel.translated_errors():
+                    if self._call is None:
+                        # All models count for themselves: only a single model's stream can go on from a number.
+                        after = self._newest.get(self._model, self._after_number)
+                        self._call = self._stub.Watch(weights_pb2.WatchRequest(model=self._model, after_number=after))
+                    published = _published(next(self._call))
+            except (errors.Unreachable, errors.Cancelled, StopIteration):
+                self._call = None
+                self._closed.wait(self._pause_s)
+                self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+                continue
+            self._pause_s = _FIRST_PAUSE_S
+            version = published.version
+            if version.number > self._newest.get(version.model, self._after_number):
+                self._newest[version.model] = version.number
+                return published
+        raise StopIteration
+
+
+class _Pause:
+    """Growing pauses between attempts until patience_s is over."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self.reset()
+
+    def reset(self) -> None:
+        self._started = time.monotonic()
+        self._next_s = _FIRST_PAUSE_S
+
+    def wait(self) -> bool:
+        """Sleeps and says True, or False when there is no patience left."""
+        if time.monotonic() - self._started + self._next_s > self._patience_s:
+            return False
+        time.sleep(self._next_s)
+        self._next_s = min(self._next_s * 2, _LONGEST_PAUSE_S)
+        return True
+
+
+def _published(message: weights_pb2.WatchResponse) -> PublishedVersion:
+    return PublishedVersion(version=message.version, age_s=stamps.to_seconds(message.age), metrics=dict(message.metrics))
+
+
+def _publish_requests(
+    manifest: weights_pb2.Manifest, missing: Mapping[bytes, RawTensor], parent_number: int | None
+) -> Iterator[weights_pb2.PublishRequest]:
+    header = weights_pb2.PublishHeader(
+        manifest=manifest, parent_number=parent_number or 0, require_parent=parent_number is not None
+    )
+    yield weights_pb2.PublishRequest(header=header)
+    for sha256, raw in missing.items():
+        for piece in pieces(sha256, raw.data):
+            yield weights_pb2.PublishRequest(piece=piece)
+
+
+def pieces(sha256: bytes, data: bytes | bytearray | memoryview) -> Iterator[weights_pb2.TensorPiece]:
+    """One tensor in pieces of at most 4 MiB; an empty tensor is one empty piece."""
+    view = memoryview(data).cast("B")
+    offset = 0
+    while True:
+        end = min(offset + PIECE_BYTES, view.nbytes)
+        last = end == view.nbytes
+        yield weights_pb2.TensorPiece(sha256=sha256, offset=offset, data=bytes(view[offset:end]), last=last)
+        if last:
+            return
+        offset = end
+
+
+def _collect(call: Iterator[weights_pb2.FetchResponse], name: str, sha256: bytes, size: int) -> memoryview | None:
+    """One whole tensor of the stream; None when the stream ends. The size is the manifest's, not the peer's word."""
+    data = bytearray(size)
+    hasher = hashlib.sha256()
+    offset = 0
+    for response in call:
+        piece = response.piece
+        content = piece.data
+        if piece.sha256 != sha256 or piece.offset != offset or offset + len(content) > size:
+            raise errors.Corrupt(
+                f"expected byte {offset} of {size} of tensor {sha256.hex()[:16]}, got {len(content)} bytes at "
+                f"{piece.offset} of {piece.sha256.hex()[:16]}",
+                field=name,
+            )
+        data[offset : offset + len(content)] = content
+        hasher.update(content)
+        offset += len(content)
+        if piece.last:
+            if offset != size or hasher.digest() != sha256:
+                raise errors.Corrupt(
+                    f"{offset} of {size} bytes came, with sha256 {hasher.hexdigest()[:16]} instead of {sha256.hex()[:16]}",
+                    field=name,
+                )
+            return memoryview(data)
+    return None
