@@ -65,13 +65,13 @@ def _frames(clip: Clip, fps: int) -> Iterator[npt.NDArray[np.uint8]]:
     half_frame_s = 0.5 / fps
     with av.open(str(clip.path)) as container:
         stream = container.streams.video[0]
-        container.seek(int(clip.from_timestamp_s / stream.time_base), stream=stream)
+        container.seek(round(clip.from_timestamp_s * 1_000_000))
         for frame in container.decode(stream):
             if frame.time < clip.from_timestamp_s - half_frame_s:
                 continue
             if frame.time > clip.to_timestamp_s - half_frame_s:
                 return
-            yield frame.to_ndarray(format="rgb24")
+            yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
 
 
 def _blank() -> npt.NDArray[np.uint8]:
