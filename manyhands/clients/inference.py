@@ -1,0 +1,511 @@
+"""What an actor says to the inference service: a session, one stream of observations and chunks, text, and status.
+
+Needs numpy and grpc only. Everything blocks; ActStream may be fed from the control loop, whose thread it never makes wait.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from .. import channel, codec, errors, stamps
+from ..common.v1 import common_pb2
+from ..inference.v1 import inference_pb2, inference_pb2_grpc
+from ..security import SecuritySettings
+from ..spec import Spec
+
+logger = logging.getLogger(__name__)
+
+# Metadata of Act: binds the stream to its session before the first observation, so a waiting robot keeps its session.
+SESSION_KEY = "manyhands-session-id"
+
+CALL_TIMEOUT_S = 5.0
+SWAP_TIMEOUT_S = 120.0
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """What the service does to fit a feature to the model; kind is "ignored", "resized", "padded" or "masked"."""
+
+    feature: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What OpenSession answered.
+
+    Attributes:
+        required_observations: Names to send with every request, in this order.
+        replan_interval_steps: Actions to execute of each chunk, as the server asks; longer than asked for when it is busy.
+        idle_timeout_s: The session ends when it had no stream for this long.
+    """
+
+    session_id: str
+    robot_id: str
+    model_spec: Spec
+    version: common_pb2.PolicyVersion
+    adaptations: tuple[Adaptation, ...]
+    chunk_horizon: int
+    has_text_head: bool
+    replan_interval_steps: int
+    idle_timeout_s: float
+    max_request_bytes: int
+    required_observations: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Actions for current_index, current_index + 1, ... of the request.
+
+    Attributes:
+        actions: (H, R) float32, the robot's units.
+        model_actions: (H, A) float32, model space: its leftover is the next request's committed_prefix.
+        replan_interval_steps: What the server now asks for.
+    """
+
+    actions: npt.NDArray[np.float32]
+    model_actions: npt.NDArray[np.float32]
+    replan_interval_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why there is no chunk; the stream goes on. reason is lower case, as "superseded", "deadline", "unknown_session"."""
+
+    reason: str
+    field: str
+    message: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drain:
+    """The server goes away: open a session elsewhere, or again after the wait. Pending chunks still come."""
+
+    reconnect_after_s: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One answer of the stream.
+
+    Attributes:
+        round_trip_s: From send() to here, on this process's clock; None where there is no request (Drain).
+        stage_s: Seconds by stage: decode, queue, prefix, sample, postprocess, total.
+        batch_size: Robots in the same pass of the model.
+    """
+
+    request_id: int
+    version: common_pb2.PolicyVersion
+    result: Chunk | Refusal | Drain
+    round_trip_s: float | None
+    stage_s: Mapping[str, float]
+    batch_size: int
+
+
+class ActStream:
+    """The stream of one session. Made by InferenceClient.act_stream().
+
+    Replies go to on_reply on the stream's own thread when one was given, else they wait for receive(). When the stream
+    breaks, on_broken is called once with the error, and send() and receive() raise it: Unreachable when the server or the
+    link is gone. Open a new stream with the same session then, or a new session when it answers "unknown_session".
+    """
+
+    def __init__(
+        self,
+        stub: inference_pb2_grpc.InferenceServiceStub,
+        session_id: str,
+        request_ids: Iterator[int],
+        *,
+        on_reply: Callable[[Reply], None] | None = None,
+        on_broken: Callable[[errors.ManyhandsError], None] | None = None,
+    ) -> None:
+        self.session_id = session_id
+        self._request_ids = request_ids
+        self._on_reply = on_reply
+        self._on_broken = on_broken
+        self._changed = threading.Condition()
+        self._unsent: inference_pb2.ActRequest | None = None
+        self._closing = False
+        self._error: errors.ManyhandsError | None = None
+        self._replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
+        self._call = stub.Act(self._requests(), metadata=((SESSION_KEY, session_id),))
+        self._reader = threading.Thread(target=self._read, name=f"act-{session_id[:8]}", daemon=True)
+        self._reader.start()
+
+    def send(
+        self,
+        *,
+        observation: Arrays,
+        task: str,
+        noise_seed: int,
+        deadline_s: float,
+        tick: int = 0,
+        captured: common_pb2.Stamp | None = None,
+        current_index: int = 0,
+        committed_prefix: npt.NDArray[np.float32] | None = None,
+        delay_steps: int = 0,
+        execution_horizon: int = 0,
+        image_encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG,
+    ) -> int:
+        """Asks for a chunk and returns the request's id; encoding of pictures is done on the caller's thread.
+
+        Args:
+            observation: Arrays by name, in the order of Session.required_observations; cameras (H, W, 3) uint8 RGB.
+            deadline_s: Seconds from now after which the chunk is useless; at most 60.
+            committed_prefix: (steps, A) float32, model space, what is left of the last chunk from current_index on.
+            delay_steps: Actions that will have been executed when the answer arrives.
+            noise_seed: Same request, same seed, same version: same chunk.
+
+        Raises:
+            Unreachable: The stream is broken or closed.
+        """
+        request = inference_pb2.ActRequest(
+            observation=common_pb2.Observation(
+                values=codec.encode_values(observation, image_encoding=image_encoding), captured=captured, tick=tick
+            ),
+            task=task,
+            current_index=current_index,
+            delay_steps=delay_steps,
+            deadline=stamps.to_duration(deadline_s),
+            noise_seed=noise_seed,
+            execution_horizon=execution_horizon,
+        )
+        if committed_prefix is not None and len(committed_prefix):
+            request.committed_prefix.CopyFrom(codec.encode_tensor(committed_prefix))
+        return self.send_message(request)
+
+    def send_message(self, request: inference_pb2.ActRequest) -> int:
+        """As send(), for an encoded request; session, stamp and, where it has none, the id are filled in here."""
+        request.session_id = self.session_id
+        if not request.request_id:
+            request.request_id = next(self._request_ids)
+        request.sent.CopyFrom(stamps.now())
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if self._closing:
+                raise errors.Unreachable("the stream is closed; open a new one")
+            replaced, self._unsent = self._unsent, request
+            self._changed.notify()
+        if replaced is not None:
+            self._deliver(
+                inference_pb2.ActResponse(
+                    session_id=self.session_id,
+                    request_id=replaced.request_id,
+                    request_sent=replaced.sent,
+                    refusal=inference_pb2.Refusal(
+                        reason=inference_pb2.REFUSAL_REASON_SUPERSEDED,
+                        message="a newer observation was ready before this one was sent",
+                    ),
+                )
+            )
+        return request.request_id
+
+    def receive(self, timeout_s: float) -> Reply | None:
+        """The next reply, or None after timeout_s. Only without on_reply."""
+        if self._on_reply is not None:
+            raise RuntimeError("this stream delivers its replies to on_reply")
+        try:
+            reply = self._replies.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if reply is None:  # The end; put it back for whoever asks next.
+            self._replies.put(None)
+            raise self._error or errors.Unreachable("the stream is closed; open a new one")
+        return reply
+
+    def __iter__(self) -> Iterator[Reply]:
+        """Replies until close(); raises what broke the stream."""
+        while True:
+            try:
+                reply = self.receive(timeout_s=3600.0)
+            except errors.ManyhandsError:
+                if self._error is None:
+                    return
+                raise
+            if reply is not None:
+                yield reply
+
+    @property
+    def broken(self) -> errors.ManyhandsError | None:
+        """What ended the stream, or None while it lives."""
+        return self._error
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Ends the stream; pending replies are dropped. The session stays for its idle timeout."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._call.cancel()
+        if threading.current_thread() is not self._reader:
+            self._reader.join(timeout_s)
+
+    def __enter__(self) -> ActStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _requests(self) -> Iterator[inference_pb2.ActRequest]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._unsent is not None or self._closing)
+                if self._closing:
+                    return
+                request, self._unsent = self._unsent, None
+            assert request is not None
+            yield request
+
+    def _read(self) -> None:
+        error: errors.ManyhandsError
+        try:
+            for response in self._call:
+                self._deliver(response)
+            error = errors.Unreachable("the server ended the stream; open a new one")
+        except grpc.RpcError as rpc_error:
+            error = errors.from_rpc_error(rpc_error)
+        except errors.ManyhandsError as bad_reply:
+            error = bad_reply
+            self._call.cancel()
+        except Exception:  # on_reply's; without a reader the caller must learn that the stream is over.
+            logger.exception("on_reply failed; stream of session %s ends", self.session_id)
+            error = errors.InternalError("on_reply raised; this process's log has the traceback")
+            self._call.cancel()
+        with self._changed:
+            expected = self._closing
+            if not expected:
+                self._error = error
+            self._closing = True  # Ends _requests().
+            self._changed.notify()
+        self._replies.put(None)
+        if not expected and self._on_broken is not None:
+            self._on_broken(error)
+
+    def _deliver(self, response: inference_pb2.ActResponse) -> None:
+        reply = decode_reply(response)
+        if self._on_reply is not None:
+            self._on_reply(reply)
+        else:
+            self._replies.put(reply)
+
+
+class InferenceClient:
+    """Calls of one inference service.
+
+    Args:
+        address: "host:port".
+        security_settings: Certificates and token; None on loopback.
+        grpc_channel: An own channel instead of address (tests); it is not closed with the client.
+    """
+
+    def __init__(
+        self,
+        address: str = "",
+        *,
+        security_settings: SecuritySettings | None = None,
+        grpc_channel: grpc.Channel | None = None,
+    ) -> None:
+        self._owned = None if grpc_channel is not None else channel.connect(address, security_settings=security_settings)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(grpc_channel or self._owned)  # type: ignore[arg-type]
+        self._request_ids: dict[str, Iterator[int]] = {}
+
+    def open_session(
+        self,
+        *,
+        robot_id: str,
+        client_id: str,
+        model: str,
+        spec: Spec,
+        replan_interval_steps: int,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Session:
+        """The handshake, before any motion. client_id: random, one per actor process. Idempotent for the same two ids.
+
+        Raises:
+            InvalidInput: Names the feature of spec that does not fit the model.
+            AlreadyExists: A live session has this robot_id; retry_after_s says when it may be gone.
+            NotFound: Lists the models that are served.
+            Overloaded: With retry_after_s.
+            Unreachable: No server there (also while it drains).
+        """
+        request = inference_pb2.OpenSessionRequest(
+            robot_id=robot_id,
+            client_id=client_id,
+            model=model,
+            spec=spec.to_proto(),
+            replan_interval_steps=replan_interval_steps,
+        )
+        with channel.translated_errors():
+            answer = self._stub.OpenSession(request, timeout=timeout_s)
+        self._request_ids[answer.session_id] = itertools.count(1)
+        return Session(
+            session_id=answer.session_id,
+            robot_id=robot_id,
+            model_spec=Spec.from_proto(answer.model_spec),
+            version=answer.version,
+            adaptations=tuple(
+                Adaptation(feature=item.feature, kind=_short(inference_pb2.AdaptationKind, item.kind), detail=item.detail)
+                for item in answer.adaptations
+            ),
+            chunk_horizon=answer.chunk_horizon,
+            has_text_head=answer.has_text_head,
+            replan_interval_steps=answer.replan_interval_steps,
+            idle_timeout_s=stamps.to_seconds(answer.idle_timeout),
+            max_request_bytes=answer.max_request_bytes,
+            required_observations=tuple(answer.required_observations),
+        )
+
+    def act_stream(
+        self,
+        session_id: str,
+        *,
+        on_reply: Callable[[Reply], None] | None = None,
+        on_broken: Callable[[errors.ManyhandsError], None] | None = None,
+    ) -> ActStream:
+        """The session's stream; a second one takes over from the first. Request ids go on growing over streams."""
+        ids = self._request_ids.setdefault(session_id, itertools.count(1))
+        return ActStream(self._stub, session_id, ids, on_reply=on_reply, on_broken=on_broken)
+
+    def close_session(self, session_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Frees the robot_id. Closing twice is fine."""
+        self._request_ids.pop(session_id, None)
+        with channel.translated_errors():
+            self._stub.CloseSession(inference_pb2.CloseSessionRequest(session_id=session_id), timeout=timeout_s)
+
+    def generate(
+        self,
+        session_id: str,
+        *,
+        kind: inference_pb2.TextKind.ValueType,
+        observation: Arrays,
+        task: str,
+        user_text: str = "",
+        previous_text: str = "",
+        max_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        deadline_s: float = 10.0,
+        request_id: str = "",
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        """Text, a message per token; the last one is finished and has full_text.
+
+        Raises:
+            Refused: The model has no text head.
+            NotFound: The session is unknown.
+            TooLate: The deadline passed.
+        """
+        request = inference_pb2.GenerateRequest(
+            session_id=session_id,
+            request_id=request_id,
+            kind=kind,
+            observation=common_pb2.Observation(values=codec.encode_values(observation)),
+            task=task,
+            user_text=user_text,
+            previous_text=previous_text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            deadline=stamps.to_duration(deadline_s),
+        )
+        with channel.translated_errors():
+            yield from self._stub.Generate(request, timeout=deadline_s + 1.0)
+
+    def list_models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> tuple[inference_pb2.Model, ...]:
+        with channel.translated_errors():
+            return tuple(self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s).models)
+
+    def swap_weights(
+        self, model: str, number: int = 0, *, timeout_s: float = SWAP_TIMEOUT_S
+    ) -> inference_pb2.SwapWeightsResponse:
+        """Swaps to a version of the weights service, 0 being the newest. Idempotent.
+
+        Raises:
+            Refused: The version does not fit or failed its canary, or the server follows no weights service.
+            NotFound: No such model or version.
+        """
+        request = inference_pb2.SwapWeightsRequest(model=model, number=number)
+        with channel.translated_errors():
+            return self._stub.SwapWeights(request, timeout=timeout_s)
+
+    def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> inference_pb2.GetStatusResponse:
+        with channel.translated_errors():
+            return self._stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=timeout_s)
+
+    def close(self) -> None:
+        if self._owned is not None:
+            self._owned.close()
+
+    def __enter__(self) -> InferenceClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def decode_reply(response: inference_pb2.ActResponse) -> Reply:
+    """Checked arrays of a response; InvalidInput when the server sent something that is no chunk."""
+    result: Chunk | Refusal | Drain
+    which = response.WhichOneof("result")
+    if which == "chunk":
+        result = Chunk(
+            actions=_actions(response.chunk.actions, "chunk.actions"),
+            model_actions=_actions(response.chunk.model_actions, "chunk.model_actions"),
+            replan_interval_steps=response.chunk.replan_interval_steps,
+        )
+    elif which == "refusal":
+        refusal = response.refusal
+        result = Refusal(
+            reason=_short(inference_pb2.RefusalReason, refusal.reason),
+            field=refusal.field,
+            message=refusal.message,
+            retry_after_s=stamps.to_seconds(refusal.retry_after),
+        )
+    elif which == "drain":
+        result = Drain(reconnect_after_s=stamps.to_seconds(response.drain.reconnect_after), reason=response.drain.reason)
+    else:
+        raise errors.InvalidInput("has neither chunk, refusal nor drain", field="act_response.result")
+    times = response.times
+    return Reply(
+        request_id=response.request_id,
+        version=response.version,
+        result=result,
+        round_trip_s=stamps.age_s(response.request_sent) if response.HasField("request_sent") else None,
+        stage_s={
+            stage: stamps.to_seconds(getattr(times, stage))
+            for stage in ("decode", "queue", "prefix", "sample", "postprocess", "total")
+        },
+        batch_size=times.batch_size,
+    )
+
+
+def _actions(tensor: common_pb2.Tensor, field: str) -> npt.NDArray[np.float32]:
+    actions = codec.decode_tensor(tensor, field=field)
+    if actions.dtype != np.float32 or actions.ndim != 2:
+        raise errors.InvalidInput(f"is {actions.shape} {actions.dtype.name}, not (steps, size) float32", field=field)
+    # The safety core judges too, but what is not finite is never an action.
+    if not np.isfinite(actions).all():
+        raise errors.InvalidInput("holds values that are not finite", field=field)
+    return actions.astype(np.float32, copy=False)
+
+
+def _short(kinds: Any, number: int) -> str:
+    """REFUSAL_REASON_SUPERSEDED -> superseded, ADAPTATION_KIND_PADDED -> padded; a newer peer's own as its number."""
+    if number not in kinds.values():
+        return str(number)
+    name: str = kinds.Name(number)
+    return name.removeprefix("REFUSAL_REASON_").removeprefix("ADAPTATION_KIND_").lower()
