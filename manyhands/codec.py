@@ -34,7 +34,7 @@ _TO_NUMPY: dict[int, np.dtype[np.generic]] = {
     common_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     common_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
 }
-_FROM_NUMPY: dict[str, common_pb2.DataType] = {
+_FROM_NUMPY: dict[str, common_pb2.DataType.ValueType] = {
     "bool": common_pb2.DATA_TYPE_BOOL,
     "uint8": common_pb2.DATA_TYPE_UINT8,
     "int8": common_pb2.DATA_TYPE_INT8,
@@ -48,7 +48,7 @@ _FROM_NUMPY: dict[str, common_pb2.DataType] = {
 }
 
 
-def data_type_of(name: str) -> common_pb2.DataType:
+def data_type_of(name: str) -> common_pb2.DataType.ValueType:
     """The wire's name of a numpy dtype; InvalidInput names the ones that exist."""
     if name not in _FROM_NUMPY:
         raise InvalidInput(f"dtype {name!r} cannot travel; use one of {', '.join(_FROM_NUMPY)}", field="dtype")
@@ -95,7 +95,7 @@ def decode_tensor(
 
 def encode_image(
     pixels: npt.NDArray[np.uint8],
-    encoding: common_pb2.ImageEncoding = common_pb2.IMAGE_ENCODING_JPEG,
+    encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG,
     *,
     jpeg_quality: int = DEFAULT_JPEG_QUALITY,
 ) -> common_pb2.Image:
@@ -165,7 +165,7 @@ def _encoded_size(data: bytes) -> tuple[int, int] | None:
 def encode_values(
     values: Mapping[str, npt.NDArray[np.generic]],
     *,
-    image_encoding: common_pb2.ImageEncoding = common_pb2.IMAGE_ENCODING_JPEG,
+    image_encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG,
 ) -> list[common_pb2.NamedValue]:
     """Named arrays in the mapping's order; (H, W, 3) uint8 arrays travel as images."""
     named: list[common_pb2.NamedValue] = []

@@ -124,7 +124,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrap_unary(behaviour: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             return await behaviour(request, context)
         except Exception as error:
@@ -134,7 +134,7 @@ def _wrap_unary(behaviour: Any, method: str) -> Any:
 
 
 def _wrap_streaming(behaviour: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             async with contextlib.aclosing(behaviour(request, context)) as responses:
                 async for response in responses:
@@ -145,7 +145,7 @@ def _wrap_streaming(behaviour: Any, method: str) -> Any:
     return call
 
 
-async def _abort(error: Exception, context: grpc.aio.ServicerContext, method: str) -> None:
+async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, errors.ManyhandsError):
