@@ -1,0 +1,1 @@
+"""The weights service: versions of policies, content-addressed, from learners to whoever serves them."""
