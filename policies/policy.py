@@ -32,12 +32,14 @@ class Sample:
     """One observation, and for training what followed it.
 
     Attributes:
-        observation: Arrays by feature name, in the robot's units; cameras (height, width, 3) uint8 RGB.
-        task: The instruction.
+        observation: Arrays by feature name, in the robot's units; cameras (height, width, 3) uint8 RGB of any size. A camera
+            of the policy's spec that is absent is masked: the policy acts without it. Numbers must all be there.
+        task: The instruction in force; when a text head chose a subtask, that subtask.
         actions: (H, R) float32 in the robot's units, or None when acting.
         is_pad: (H,) bool, True beyond the episode's end, or None when acting.
         annotations: Language rows of the frame (subtask, memory, ...), for policies with recipes.
         index: Position in the dataset: recipes and dropout draw from it, so that a sample is the same on every rank.
+        timestamp_s: Of the frame in its episode: recipes resolve their rows at this time.
     """
 
     observation: Arrays
@@ -46,6 +48,7 @@ class Sample:
     is_pad: npt.NDArray[np.bool_] | None = None
     annotations: Mapping[str, Any] | None = None
     index: int = 0
+    timestamp_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ class CommittedPrefix:
     """Real-time chunking, per row: what is still to be executed of the previous chunk.
 
     Attributes:
-        actions: (B, H, A) float32, model space, zero beyond length.
+        actions: (B, H, A) float32, what Policy.carried() made of the previous chunk, from the present step on; zero beyond
+            length.
         length: (B,) int64, 0 where a row has no previous chunk.
         delay_steps: (B,) int64, actions that will have been executed when this chunk arrives.
         execution_horizon: (B,) int64, steps from now over which the guidance fades out.
@@ -82,18 +86,44 @@ class TextKind(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """What the text head is asked; previous_text is the last subtask, memory or plan."""
+    """What the text head is asked.
+
+    Attributes:
+        kind: Which prompt.
+        user_text: The interjection or question; for MEMORY the subtask that was just completed.
+        previous_text: The last subtask, memory or plan.
+        max_new_tokens: 0 is the policy's default.
+        min_new_tokens: No end of text before so many.
+        temperature: 0 is greedy.
+        top_p: Nucleus of that mass; 0 is off.
+        seed: Of the draws when temperature > 0; the same request gives the same text.
+    """
 
     kind: TextKind
     user_text: str = ""
     previous_text: str = ""
     max_new_tokens: int = 0
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that train at learning rate * lr_scale."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    lr_scale: float = 1.0
 
 
 class Policy(nn.Module, abc.ABC, Generic[InputsT]):
     """A model with its processors. Subclasses are listed in policies/registry.py and found by name only there.
+
+    InputsT is a frozen dataclass of tensors with B first (None where a sample has no such part), so that callers can pick
+    and join rows without knowing more (policies/rows.py). How each planned policy maps onto this class:
+    docs/design/0010-policy-interface.md.
 
     Attributes:
         type_name: Name in the registry and in checkpoints.
@@ -122,23 +152,53 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
     def set_statistics(self, statistics: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]) -> None:
         """Takes {feature: {mean, std, q01, ...}} of the training data. Statistics are part of the state dict."""
 
+    def relative_action_mask(self) -> npt.NDArray[np.bool_] | None:
+        """(R,) True where the model sees action minus state: action statistics are then of those differences."""
+        return None
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What trains, in groups with their own learning rates."""
+        return [ParameterGroup(name="all", parameters=[p for p in self.parameters() if p.requires_grad])]
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Modules that FSDP gathers one at a time, in order of use, usually the layers; empty for a small policy."""
+        return ()
+
     @abc.abstractmethod
     def preprocess(self, samples: Sequence[Sample], device: torch.device) -> InputsT:
         """B samples to model inputs on device. InvalidInput names the feature that does not fit."""
 
     @abc.abstractmethod
     def loss(self, inputs: InputsT, generator: torch.Generator) -> Losses:
-        """The training objective; inputs must come from samples with actions. Noise and times are drawn from generator."""
+        """The training objective; inputs must come from samples with actions.
+
+        Noise and times are drawn from generator, a CPU generator, so that a run is the same on every device.
+        """
+
+    def forward(self, inputs: InputsT, generator: torch.Generator) -> Losses:
+        """loss(), where the hooks of DDP and FSDP see it."""
+        return self.loss(inputs, generator)
 
     @abc.abstractmethod
     def act(
         self, inputs: InputsT, noise: torch.Tensor, committed: CommittedPrefix | None = None, num_steps: int | None = None
     ) -> torch.Tensor:
-        """(B, H, A) float32 chunk in model space. A row depends on its own inputs, noise (B, H, A) and prefix only."""
+        """(B, H, A) float32 chunk in model space. A row depends on its own inputs, noise (B, H, A) and prefix only.
+
+        num_steps: Euler steps; None is the policy's own number.
+        """
 
     @abc.abstractmethod
     def postprocess(self, chunk: torch.Tensor, inputs: InputsT) -> npt.NDArray[np.float32]:
         """(B, H, A) model space to (B, H, R) in the robot's units."""
+
+    def carried(self, chunk: torch.Tensor, inputs: InputsT) -> torch.Tensor:
+        """(B, H, A) float32 that travels with a chunk and comes back as CommittedPrefix.actions.
+
+        Model space as it is, unless model space depends on the observation: a policy with relative actions carries absolute
+        ones and act() anchors them at the state of its own inputs, so that no server has to remember an old state.
+        """
+        return chunk
 
     def draw_noise(self, seeds: Sequence[int]) -> torch.Tensor:
         """(B, H, A) float32 standard normal on the CPU, row b from seeds[b] alone."""

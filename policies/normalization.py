@@ -1,0 +1,116 @@
+"""Numbers to model space and back, with the formulas and constants of lerobot's normalizer, so that its statistics fit ours.
+
+    MEAN_STD    (x - mean) / (std + 1e-8)               back: y * std + mean
+    MIN_MAX     2 (x - min) / (max - min) - 1           back: (y + 1) / 2 * (max - min) + min
+    QUANTILES   as MIN_MAX with q01 and q99
+    QUANTILE10  as MIN_MAX with q10 and q90
+    IDENTITY    x
+
+A range of zero counts as 1e-8. Nothing is clipped.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from manyhands.errors import InvalidInput
+
+EPSILON = 1e-8
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+Statistics = Mapping[str, npt.NDArray[np.float64]]
+
+
+class Normalization(enum.Enum):
+    IDENTITY = "identity"
+    MEAN_STD = "mean_std"
+    MIN_MAX = "min_max"
+    QUANTILES = "quantiles"
+    QUANTILE10 = "quantile10"
+
+
+_USED = {
+    Normalization.MEAN_STD: ("mean", "std"),
+    Normalization.MIN_MAX: ("min", "max"),
+    Normalization.QUANTILES: ("q01", "q99"),
+    Normalization.QUANTILE10: ("q10", "q90"),
+}
+
+
+class Normalizer(nn.Module):
+    """(..., size) float32 vectors. Its two rows of statistics are buffers, part of the state dict.
+
+    Until set() it changes nothing (mean 0 and std 1, or -1 to 1).
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+    def __init__(self, normalization: Normalization, size: int) -> None:
+        super().__init__()
+        self.normalization = normalization
+        if normalization is not Normalization.IDENTITY:
+            is_mean_std = normalization is Normalization.MEAN_STD
+            self.register_buffer("first", torch.full((size,), 0.0 if is_mean_std else -1.0))
+            self.register_buffer("second", torch.ones(size))
+
+    def set(self, statistics: Statistics, *, field: str) -> None:
+        """Takes {"mean": (size,), ...}; InvalidInput names what is missing, misshapen or not finite."""
+        if self.normalization is Normalization.IDENTITY:
+            return
+        for name, buffer in zip(_USED[self.normalization], (self.first, self.second), strict=True):
+            if name not in statistics:
+                raise InvalidInput(f"statistics lack {name!r}, which {self.normalization.value} needs", field=field)
+            value = np.asarray(statistics[name], dtype=np.float32)
+            if value.shape != tuple(buffer.shape) or not np.isfinite(value).all():
+                raise InvalidInput(
+                    f"statistic {name!r} has shape {value.shape}, expected {tuple(buffer.shape)} of finite numbers",
+                    field=field,
+                )
+            buffer.copy_(torch.from_numpy(value))
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        if self.normalization is Normalization.IDENTITY:
+            return x
+        if self.normalization is Normalization.MEAN_STD:
+            return (x - self.first) / (self.second + EPSILON)
+        return 2.0 * (x - self.first) / self._range() - 1.0
+
+    def unnormalize(self, y: torch.Tensor) -> torch.Tensor:
+        if self.normalization is Normalization.IDENTITY:
+            return y
+        if self.normalization is Normalization.MEAN_STD:
+            return y * self.second + self.first
+        return (y + 1.0) / 2.0 * self._range() + self.first
+
+    def _range(self) -> torch.Tensor:
+        width = self.second - self.first
+        return torch.where(width == 0, torch.full_like(width, EPSILON), width)
+
+
+def compute_statistics(values: npt.NDArray[np.generic]) -> dict[str, npt.NDArray[np.float64]]:
+    """{mean, std, min, max, q01, q10, q50, q90, q99, count} over all rows of (..., size) numbers."""
+    rows = np.asarray(values, dtype=np.float64).reshape(-1, values.shape[-1])
+    if not len(rows):
+        raise InvalidInput("statistics need at least one row", field="statistics")
+    statistics = {"mean": rows.mean(0), "std": rows.std(0), "min": rows.min(0), "max": rows.max(0)}
+    for name, value in zip(QUANTILES, np.quantile(rows, list(QUANTILES.values()), axis=0), strict=True):
+        statistics[name] = value
+    statistics["count"] = np.array([len(rows)], dtype=np.float64)
+    return statistics
+
+
+def to_relative(actions: torch.Tensor, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B, H, R) actions minus (B, R) state where mask (R,); before normalisation."""
+    return actions - state[:, None, :] * mask
+
+
+def to_absolute(actions: torch.Tensor, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Undoes to_relative(); after un-normalisation, with the same raw state."""
+    return actions + state[:, None, :] * mask
