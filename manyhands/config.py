@@ -187,8 +187,13 @@ def read_environment(settings_class: type[Settings], knobs: Sequence[Knob]) -> d
     try:
         return dict(EnvSettingsSource(settings_class)())
     except SettingsError as error:
-        reason = f'{error}; lists and tables in the environment are JSON, like \'["a", "b"]\' or \'{{"key": "value"}}\''
-        raise InvalidInput(reason, field="environment") from None
+        broken = [variable for variable, knob in known.items() if f'"{knob.path[0]}"' in str(error)]
+        name = broken[0] if broken else ENV_PREFIX
+        raise InvalidInput(
+            f"{name} = {os.environ.get(name, '')!r} must be JSON, as lists and mappings are in the environment: "
+            '["a", "b"] or {"key": "value"}',
+            field=name,
+        ) from None
 
 
 def read_file(settings_class: type[Settings], path: Path) -> dict[str, Any]:

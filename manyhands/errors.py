@@ -23,10 +23,11 @@ BadRequest (field) and RetryInfo details, so clients in any language can read it
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "manyhands"
@@ -162,10 +163,14 @@ def from_status(status: status_pb2.Status) -> ManyhandsError:
 
 def from_rpc_error(error: grpc.RpcError) -> ManyhandsError:
     """Turns what a gRPC call (sync or asyncio) raised into the tree above."""
-    for key, value in error.trailing_metadata() or ():
+    metadata: Any = error.trailing_metadata()  # Of two types that share no base: pairs in both.
+    for key, value in metadata or ():
         if key == STATUS_DETAILS_KEY:
             status = status_pb2.Status()
-            status.ParseFromString(value)
+            try:
+                status.ParseFromString(value)
+            except DecodeError:
+                break  # A foreign server's details; the plain status says enough.
             return from_status(status)
     code = error.code()
     return _BY_CODE.get(code, ManyhandsError)(error.details() or code.name)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import signal
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from . import errors, security
+from .interceptors import Guard, GuardInterceptor
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class GrpcServer:
         settings = security_settings or security.SecuritySettings()
         security.check_address(address, settings)
         self.server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(), *security.server_interceptors(settings)], options=SERVER_OPTIONS
+            interceptors=[error_interceptor(), *security.server_interceptors(settings)], options=SERVER_OPTIONS
         )
         credentials = security.server_credentials(settings)
         host = address.rpartition(":")[0]
@@ -63,7 +64,7 @@ class GrpcServer:
                 port = self.server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise errors.Refused(
-                f"cannot listen on {address}: {error}; is another process there? 'manyhands doctor' shows which ports are taken",
+                f"cannot listen on {address}: {error}; is it taken? 'manyhands doctor' shows who has which port",
                 field="address",
             ) from None
         self.address = f"{host}:{port}"
@@ -106,43 +107,21 @@ class GrpcServer:
         await self.stop(grace_s)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns raised ManyhandsErrors into rich status; anything else becomes INTERNAL with an incident id, traceback in the log."""
+def error_interceptor() -> GuardInterceptor:
+    """Turns raised ManyhandsErrors into rich status; anything else becomes INTERNAL with an incident id, traceback in the
+    log."""
 
-    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        method = handler_call_details.method
-        if handler.response_streaming:
-            wrapped = _wrap_streaming(handler.unary_stream or handler.stream_stream, method)
-            make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
-        else:
-            wrapped = _wrap_unary(handler.unary_unary or handler.stream_unary, method)
-            make = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.stream_unary_rpc_method_handler
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+    def make_guard(method: str) -> Guard:
+        @contextlib.asynccontextmanager
+        async def guard(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+            try:
+                yield
+            except Exception as error:
+                await _abort(error, context, method)
 
+        return guard
 
-def _wrap_unary(behaviour: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            return await behaviour(request, context)
-        except Exception as error:
-            await _abort(error, context, method)
-
-    return call
-
-
-def _wrap_streaming(behaviour: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            async with contextlib.aclosing(behaviour(request, context)) as responses:
-                async for response in responses:
-                    yield response
-        except Exception as error:
-            await _abort(error, context, method)
-
-    return call
+    return GuardInterceptor(make_guard)
 
 
 async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
