@@ -1,0 +1,84 @@
+"""manyhands robot: one robot's agent, or the local acts at it.
+
+manyhands robot --robot metaworld --task drawer-open --robot-id left --address 127.0.0.1:50051 --state-dir /var/lib/left
+manyhands robot --state-dir /var/lib/left --clear-stop
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from manyhands import config
+from manyhands.errors import InvalidInput, Refused
+from manyhands.robot.v1 import robot_pb2, robot_pb2_grpc
+from manyhands.security import SecuritySettings
+from manyhands.server import GrpcServer
+
+from .agent import Agent
+from .robots import registry
+from .service import RobotService
+from .state import StateDirectory
+
+logger = logging.getLogger(__name__)
+
+
+class Settings(config.Settings):
+    """The agent that owns one robot."""
+
+    robot: str = Field("arm", description=f"which robot: {', '.join(sorted(registry.ROBOTS))}")
+    robot_id: str = Field("robot", description="its name, unique in the fleet")
+    address: str = Field("127.0.0.1:0", description="host:port to listen on; port 0 takes a free one")
+    state_dir: Path = Field(Path("robot-state"), description="remembers epochs and an emergency stop; one per robot")
+    task: str | None = Field(None, description="the task of a simulated scene")
+    rate_hz: float | None = Field(None, description="control periods per second; default: the robot's")
+    image_size: int | None = Field(None, description="pixels, height and width of the cameras; default: the robot's")
+    watchdog_s: float | None = Field(
+        None, description="seconds without a command until the robot holds; default: the robot's"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="further knobs of this robot, as JSON")
+    required_devices: list[Path] = Field(
+        default_factory=list, description="pedals and stops that must be there: without them the agent does not start"
+    )
+    clear_stop: bool = Field(False, description="clear a latched emergency stop in state_dir, then end; do it at the robot")
+    security: SecuritySettings = SecuritySettings()
+
+
+def main(settings: Settings) -> int:
+    if settings.clear_stop:
+        cleared = StateDirectory(settings.state_dir, lock=False).clear_stop()
+        print("emergency stop cleared" if cleared else f"no emergency stop is latched in {settings.state_dir}")
+        return 0
+    asyncio.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    if not settings.robot_id:
+        raise InvalidInput("must not be empty", field="robot_id")
+    for path in settings.required_devices:
+        if not path.exists():
+            raise Refused(f"{path} is missing; plug it in, or take it out of required_devices", field="required_devices")
+    common = {name: getattr(settings, name) for name in ("task", "rate_hz", "image_size", "watchdog_s")}
+    options = {**settings.options, **{name: value for name, value in common.items() if value is not None}}
+    state = StateDirectory(settings.state_dir)
+    try:
+        agent = Agent(registry.create(settings.robot, options), state, required_devices=tuple(settings.required_devices))
+        server = GrpcServer(settings.address, security_settings=settings.security)
+        agent.start()
+        try:
+            service = RobotService(agent, settings.robot_id)
+            server.add(
+                robot_pb2_grpc.add_RobotServiceServicer_to_server,
+                service,
+                robot_pb2.DESCRIPTOR.services_by_name["RobotService"].full_name,
+            )
+            await server.run_until_signalled(drain=service.drain, grace_s=2.0)
+        finally:
+            await asyncio.to_thread(agent.close)
+    finally:
+        state.close()
