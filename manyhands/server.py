@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from . import errors, security
 from .interceptors import Guard, GuardInterceptor
+from .metrics import metrics_interceptor
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    # gRPC's own waits between attempts to connect grow to two minutes; a robot that holds must not wait that long.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 SERVER_OPTIONS: list[tuple[str, int]] = [
     *CHANNEL_OPTIONS,
@@ -53,7 +58,8 @@ class GrpcServer:
         settings = security_settings or security.SecuritySettings()
         security.check_address(address, settings)
         self.server = grpc.aio.server(
-            interceptors=[error_interceptor(), *security.server_interceptors(settings)], options=SERVER_OPTIONS
+            interceptors=[metrics_interceptor(), error_interceptor(), *security.server_interceptors(settings)],
+            options=SERVER_OPTIONS,
         )
         credentials = security.server_credentials(settings)
         host = address.rpartition(":")[0]
