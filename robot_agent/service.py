@@ -21,7 +21,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput, ManyhandsError
 from manyhands.robot.types import Authority
 from manyhands.robot.v1 import robot_pb2, robot_pb2_grpc
-from manyhands.spec import FeatureKind, decode_in_order
+from manyhands.spec import decode_in_order
 
 from .agent import Agent, Proposal, Snapshot
 
@@ -35,6 +35,7 @@ class RobotService(robot_pb2_grpc.RobotServiceServicer):
     def __init__(self, agent: Agent, robot_id: str) -> None:
         self._agent = agent
         self._robot_id = robot_id
+        self._pictures = {feature.name for feature in agent.robot.spec.images}
         self._draining = asyncio.Event()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         # One encoding of a snapshot's pictures serves every viewer.
@@ -208,8 +209,7 @@ class RobotService(robot_pb2_grpc.RobotServiceServicer):
 
     async def _values(self, snapshot: Snapshot, encoding: common_pb2.ImageEncoding.ValueType) -> list[common_pb2.NamedValue]:
         arrays = {name: reading.value for name, reading in snapshot.readings.items()}
-        pictures = {feature.name for feature in self._agent.robot.spec.observation if feature.kind is FeatureKind.IMAGE}
-        if not pictures & arrays.keys():
+        if self._pictures.isdisjoint(arrays):
             return codec.encode_values(arrays)
         tasks = self._encoded.setdefault(snapshot, {})
         if encoding not in tasks:

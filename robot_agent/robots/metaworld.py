@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -274,7 +274,7 @@ class Expert(Teleoperator):
 
     def __init__(self, robot: MetaWorldRobot) -> None:
         self._robot = robot
-        self._make: Any = ENV_POLICY_MAP[f"{robot.task_name}-v3"]
+        self._make = cast("Callable[[], Any]", ENV_POLICY_MAP[f"{robot.task_name}-v3"])
         self._policy = self._make()
 
     def action(self, readings: Readings) -> Mapping[str, npt.NDArray[np.generic]]:
