@@ -1,7 +1,7 @@
 """Processes of a topology on one machine: started in order, watched, and ended together whatever happens.
 
 Every process is the one command `manyhands` with its own log file; it says "READY host:port" when it serves. Stopping goes
-in reverse order, politely first. Should the supervisor itself be killed, the kernel ends its children (PR_SET_PDEATHSIG), so
+wave by wave, politely first. Should the supervisor itself be killed, the kernel ends its children (PR_SET_PDEATHSIG), so
 nothing is left holding ports or GPUs.
 """
 
@@ -38,6 +38,7 @@ class Service:
         address: "host:port" that it said it serves on.
         process: The process itself.
         log_path: Everything it printed.
+        wave: Services of a higher wave are ended before those of a lower one: whoever writes before whoever keeps.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Service:
     address: str
     process: subprocess.Popen[bytes]
     log_path: Path
+    wave: int = 0
 
 
 class Topology:
@@ -70,7 +72,7 @@ class Topology:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def launch(self, name: str, command: Sequence[str]) -> Service:
+    def launch(self, name: str, command: Sequence[str], *, wave: int = 0) -> Service:
         """Starts one process and returns at once; wait_ready() completes it. Names may be reused once the old one ended."""
         old = self.services.get(name)
         if old is not None and old.process.poll() is None:
@@ -89,7 +91,7 @@ class Topology:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        service = Service(name=name, command=tuple(command), address="", process=process, log_path=log_path)
+        service = Service(name=name, command=tuple(command), address="", process=process, log_path=log_path, wave=wave)
         self.services[name] = service
         self._log_offsets[name] = offset
         return service
@@ -115,9 +117,27 @@ class Topology:
             time.sleep(_POLL_INTERVAL_S)
         raise TooLate(f"{name} did not become ready within {timeout_s:.0f} s{_tail(service.log_path)}", field=name)
 
-    def start(self, name: str, command: Sequence[str], *, timeout_s: float = 60.0) -> Service:
-        self.launch(name, command)
+    def start(self, name: str, command: Sequence[str], *, wave: int = 0, timeout_s: float = 60.0) -> Service:
+        self.launch(name, command, wave=wave)
         return self.wait_ready(name, timeout_s=timeout_s)
+
+    def run(self, name: str, command: Sequence[str], *, timeout_s: float = 120.0) -> None:
+        """Runs a command to its end, printing into the same folder of logs; Refused unless it exits with 0."""
+        log_path = self.log_dir / f"{name}.log"
+        with log_path.open("ab") as log:
+            try:
+                code = subprocess.run(
+                    [sys.executable, "-m", "manyhands", *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    timeout=timeout_s,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                raise TooLate(f"{name} took longer than {timeout_s:.0f} s{_tail(log_path)}", field=name) from None
+        if code:
+            raise Refused(f"{name} ended with exit code {code}{_tail(log_path)}", field=name)
 
     def check(self, *names: str) -> None:
         """Raises Refused if one of the processes (all, if none is named) has ended."""
@@ -128,12 +148,16 @@ class Topology:
                 raise Refused(f"{name} ended with exit code {code}{_tail(service.log_path)}", field=name)
 
     def stop(self, *names: str) -> None:
-        """Ends the named processes (all, if none is named) in reverse order of starting. Safe to call twice."""
-        chosen = [self.services[name] for name in reversed(self.services) if not names or name in names]
-        for service in chosen:
+        """Ends the named processes (all, if none is named), wave by wave from the highest. Safe to call twice."""
+        chosen = [service for name, service in self.services.items() if not names or name in names]
+        for wave in sorted({service.wave for service in chosen}, reverse=True):
+            self._stop_together([service for service in chosen if service.wave == wave])
+
+    def _stop_together(self, services: Sequence[Service]) -> None:
+        for service in services:
             _signal_group(service.process, signal.SIGTERM)
         deadline = time.monotonic() + self._stop_timeout_s
-        for service in chosen:
+        for service in services:
             try:
                 service.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
