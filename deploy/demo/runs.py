@@ -85,6 +85,9 @@ class Runs:
                     result.latencies_ms.append(stamps.to_seconds(event.chunk.latency) * 1e3)
                     result.version_numbers.append(event.chunk.version.number)
                 elif which == "status" and event.status.run.run_id == self._run_id and event.status.state in _OVER:
+                    # The stream's first status may be newer than the results that follow it.
+                    if len(result.episodes) < event.status.finished_episode_count:
+                        continue
                     if event.status.state == actor_pb2.RUN_STATE_FAILED:
                         result.error = event.status.detail or "no reason was given"
                     return

@@ -53,7 +53,10 @@ LEARN_TEXT = (
     "instruction, and publishes versions as it goes. The robots keep acting: the inference service swaps each version "
     "in between two batches."
 )
-TRAINED_TEXT = "The newest version acts on scenes nobody has recorded. This is the figure that counts, with its 95 % confidence interval."
+TRAINED_TEXT = (
+    "The newest version acts on scenes nobody has recorded. This is the figure that counts, with its 95 % "
+    "confidence interval."
+)
 REPORT_TEXT = "The evaluated episodes become a video, learning and latency a plot, and everything a table."
 
 
