@@ -1,7 +1,7 @@
 """Checks this machine for what manyhands needs and says what to do about what it lacks.
 
-A line is ok, warn (something works less well, or a part is not installed) or fail (manyhands cannot work). The exit code is 1
-if anything fails, else 0.
+A line is ok, warn (something works less well, or a part is not installed) or fail (manyhands cannot work). Exit code 1
+if anything fails.
 """
 
 from __future__ import annotations
