@@ -84,7 +84,7 @@ class Engine:
         torch_threads: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._models = dict(models)
+        self.models = dict(models)
         self._clock = clock
         self._torch_threads = torch_threads
         self._max_batch = max_batch
@@ -211,7 +211,7 @@ class Engine:
 
     def _run_pass(self, batch: tuple[Work[Job], ...]) -> None:
         started_s = self._clock()
-        served = self._models[batch[0].payload.model]
+        served = self.models[batch[0].payload.model]
         outcomes = self._outcomes(served, batch, started_s)
         now_s = self._clock()
         with self._changed:
@@ -236,7 +236,7 @@ class Engine:
             return [InternalError("the model failed on this request; the server's log has the reason under its id")]
 
     def _warm_up(self) -> None:
-        for name, served in self._models.items():
+        for name, served in self.models.items():
             for prefixed in (False, True):
                 row = canary_row(served.policy, prefixed=prefixed)
                 num_rows = 1
