@@ -162,9 +162,9 @@ def test_jpeg_that_hides_its_frame_header_from_us_is_refused(disguise: bytes, mo
     huge = bytearray(small)
     frame = huge.index(b"\xff\xc0")
     huge[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"
-    # After the disguise a segment of 2 + 65504 bytes, read as a length by a careless reader, ends at the small picture.
-    padding = bytes(max(0, 0xFFE0 - len(huge) - 2))
-    disguised = b"\xff\xd8" + disguise + b"\xff\xe0" + struct.pack(">H", 16) + bytes(14) + bytes(huge) + padding + small
+    # Whoever reads the next marker as the disguise's length (65504) lands on the small picture.
+    start = b"\xff\xd8" + disguise + b"\xff\xe0" + struct.pack(">H", 16) + bytes(14)
+    disguised = start + huge + bytes(4 + 0xFFE0 - len(start) - len(huge)) + small
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("pixels were decoded"))
     with pytest.raises(InvalidInput):
         codec.decode_image(common_pb2.Image(encoding=JPEG, height=48, width=64, data=disguised))
