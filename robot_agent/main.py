@@ -1,7 +1,7 @@
-"""manyhands robot: one robot's agent, or the local acts at it.
+"""One robot's agent: opens its devices, listens for one actor and many viewers, and judges every command.
 
-manyhands robot --robot metaworld --task drawer-open --robot-id left --address 127.0.0.1:50051 --state-dir /var/lib/left
-manyhands robot --state-dir /var/lib/left --clear-stop
+An emergency stop stays latched, also over restarts, until somebody at the robot runs this command with --clear-stop and the
+same --state-dir.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from manyhands import config
 from manyhands.errors import InvalidInput, Refused
+from manyhands.metrics import serve_metrics
 from manyhands.robot.v1 import robot_pb2, robot_pb2_grpc
 from manyhands.security import SecuritySettings
 from manyhands.server import GrpcServer
@@ -40,11 +41,12 @@ class Settings(config.Settings):
     watchdog_s: float | None = Field(
         None, description="seconds without a command until the robot holds; default: the robot's"
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="further knobs of this robot, as JSON")
+    options: dict[str, Any] = Field(default_factory=dict, description="further knobs of this robot, as image_size=96")
     required_devices: list[Path] = Field(
         default_factory=list, description="pedals and stops that must be there: without them the agent does not start"
     )
     clear_stop: bool = Field(False, description="clear a latched emergency stop in state_dir, then end; do it at the robot")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus page; 0 for none")
     security: SecuritySettings = SecuritySettings()
 
 
@@ -53,6 +55,7 @@ def main(settings: Settings) -> int:
         cleared = StateDirectory(settings.state_dir, lock=False).clear_stop()
         print("emergency stop cleared" if cleared else f"no emergency stop is latched in {settings.state_dir}")
         return 0
+    serve_metrics(settings.metrics_port)
     asyncio.run(_serve(settings))
     return 0
 

@@ -201,6 +201,7 @@ class SafetyCore:
         self._refuse_when_stopped()
         if self._fault:
             raise Refused(f"the robot is in fault: {self._fault}; see to the device and restart the agent", field="fault")
+        self._watch(now)
         lease = self._require_lease(epoch, now)
         if sequence <= lease.last_sequence:
             raise AlreadyExists(
@@ -283,14 +284,10 @@ class SafetyCore:
         if self._fault:
             return Duty.HOLD
         lease = self._live_lease(now)
-        quiet_s = now - self._quiet_since_s
-        if lease is not None and not self._held and quiet_s < self.rules.watchdog_s:
+        self._watch(now)
+        if lease is not None and not self._held and now - self._quiet_since_s < self.rules.watchdog_s:
             return Duty.NOTHING
-        if self._watchdog_armed:
-            # Armed by a command; a release or Hold() disarms it, so this counts losses only.
-            self._watchdog_armed = False
-            self._hold_count += 1
-        resting_s = quiet_s - self.rules.watchdog_s
+        resting_s = now - self._quiet_since_s - self.rules.watchdog_s
         dropping = self.rules.drop_after_s is not None and resting_s >= self.rules.drop_after_s
         parking = self.rules.park_after_s is not None and resting_s >= self.rules.park_after_s
         if parking and not dropping:
@@ -317,6 +314,7 @@ class SafetyCore:
 
     def status(self) -> RobotStatus:
         now = self._clock()
+        self._watch(now)
         lease = self._live_lease(now)
         if self._stop_reason is not None:
             mode = RobotMode.EMERGENCY_STOP
@@ -347,10 +345,18 @@ class SafetyCore:
     def stopped(self) -> bool:
         return self._stop_reason is not None
 
+    def _watch(self, now: float) -> None:
+        """The watchdog. Armed by a command; a release, a reset or Hold() disarms it, so that it counts losses only."""
+        if self._watchdog_armed and now - self._quiet_since_s >= self.rules.watchdog_s:
+            self._watchdog_armed = False
+            self._last = None
+            self._hold_count += 1
+
     def _live_lease(self, now: float) -> _Lease | None:
         if self._lease is not None and now >= self._lease.ends_s():
-            self._lease = None
-            self._last = None
+            if self._watchdog_armed:
+                self._hold_count += 1
+            self._end_lease()
         return self._lease
 
     def _require_lease(self, epoch: int, now: float) -> _Lease:
