@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import cv2
 import numpy as np
@@ -105,6 +105,7 @@ class FlowPolicy(Policy[FlowInputs]):
     """See the module's text. Policy's docstrings say what each method promises."""
 
     type_name: ClassVar[str] = "flow"
+    masks_missing_cameras: ClassVar[bool] = True
 
     def __init__(self, config: FlowConfig, spec: Spec) -> None:
         super().__init__()
@@ -155,6 +156,9 @@ class FlowPolicy(Policy[FlowInputs]):
             state["std"] = np.maximum(state["std"], self.config.min_std_fraction * state["std"].max())
         self.state_normalizer.set(state, field="observation")
         self.action_normalizer.set(_joined(statistics, self.spec.action), field="action")
+
+    def used_observations(self) -> frozenset[str]:
+        return frozenset(feature.name for feature in (*self.spec.states, *self.cameras))
 
     def preprocess(self, samples: Sequence[Sample], device: torch.device) -> FlowInputs:
         state = np.stack([_numbers(sample.observation, self.spec.states) for sample in samples])
@@ -231,8 +235,7 @@ class FlowPolicy(Policy[FlowInputs]):
         if self.picture_in is None:
             return context
         if seen is None:
-            context = context + self.picture_in(self._look(inputs))
-            return context
+            return context + cast(torch.Tensor, self.picture_in(self._look(inputs)))
         looking = seen.nonzero().squeeze(1)
         if len(looking):  # Only the rows that look pay for the encoders.
             context = context.index_add(0, looking, self.picture_in(self._look(rows.select(inputs, looking))))
