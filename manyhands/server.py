@@ -57,11 +57,11 @@ class GrpcServer:
     def __init__(self, address: str, *, security_settings: security.SecuritySettings | None = None) -> None:
         settings = security_settings or security.SecuritySettings()
         security.check_address(address, settings)
+        credentials = security.server_credentials(settings)
         self.server = grpc.aio.server(
             interceptors=[metrics_interceptor(), error_interceptor(), *security.server_interceptors(settings)],
             options=SERVER_OPTIONS,
         )
-        credentials = security.server_credentials(settings)
         host = address.rpartition(":")[0]
         try:
             if credentials is None:
