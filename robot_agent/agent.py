@@ -32,6 +32,10 @@ from .state import StateDirectory
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 KEPT_EVENTS = 1000
+# An agent must end within 5 s of a signal.
+PARK_TIMEOUT_S = 3.0
+# In the elements' units: rad or m.
+PARKED_WITHIN = 0.02
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
@@ -77,6 +81,7 @@ class Agent:
         state: StateDirectory,
         *,
         required_devices: tuple[Path, ...] = (),
+        on_failure: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.robot = robot
@@ -88,6 +93,7 @@ class Agent:
             constrain=robot.constrain,
         )
         self._required_devices = required_devices
+        self._on_failure = on_failure
         self._clock = clock
         self._period_s = 1.0 / robot.spec.control_rate_hz
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Future[object]] | None] = queue.SimpleQueue()
@@ -180,9 +186,24 @@ class Agent:
         self._apply(judgement.executed)
         return Executed(action=self._executed, clamped=judgement.clamped, status=self.core.status())
 
-    def reset(self, epoch: int, seed: int, task: str) -> Snapshot:
+    def begin_reset(self, epoch: int, seed: int, task: str) -> None:
         self.core.begin_episode(epoch)
         self._guard(lambda: self.robot.reset(seed, task))
+        self.core.begin_episode(epoch)
+
+    def home_step(self, epoch: int) -> bool:
+        """One control period of the way home; True when it is there. Refused once a stop or a hold came in between."""
+        self.core.renew(epoch)
+        readings = self._observe(include_images=False)
+        home = self._guard(lambda: self.robot.home_action(readings))
+        if home is None:
+            return True
+        here = self._guard(lambda: self.robot.hold_action(readings))
+        self._apply(self.core.approach(home, here, self.robot.torques(readings), readings))
+        return False
+
+    def end_reset(self, epoch: int) -> Snapshot:
+        """The first snapshot of the episode."""
         self.core.begin_episode(epoch)
         self._version += 1
         self._tick = 0
@@ -213,15 +234,15 @@ class Agent:
                 teleoperator.connect()
             self.robot.connect()
         except BaseException as error:
-            self._leave()
+            self._leave(connected=False)
             self._started.set_exception(error)
             return
         self._started.set_result(None)
         try:
             self._serve()
         except BaseException:
-            logger.exception("the robot's thread failed")
-            self.core.fail("the agent's own loop failed; see its log")
+            logger.exception("the robot's thread failed; leaving the robot safe")
+            self._on_failure()
         finally:
             self._closing = True
             self._leave()
@@ -301,7 +322,8 @@ class Agent:
         except ManyhandsError:
             raise
         except Exception as error:
-            logger.exception("the robot failed")
+            if not self.core.fault:  # Said once, not at the control rate.
+                logger.exception("the robot failed")
             self.core.fail(f"{type(error).__name__}: {error}")
             raise InternalError(f"the robot failed: {error}; it is in fault until the agent is restarted") from error
 
@@ -322,21 +344,32 @@ class Agent:
         self._events.append(TeleopEvent(number=self._next_event, kind=kind, source=source, stamp=stamp))
         self._next_event += 1
 
-    def _leave(self) -> None:
+    def _leave(self, *, connected: bool = True) -> None:
         """Safe exit: each step is tried whatever the one before did."""
-        rest = self.robot.rules.on_exit
-
-        def still() -> None:
-            readings = self.robot.observe(include_images=False)
-            self.robot.apply(self.robot.hold_action(readings))
-
-        steps: list[Callable[[], None]] = [self.robot.drop] if rest is Rest.DROP else [still]
+        exits = {Rest.HOLD: [self._still], Rest.PARK: [self._park], Rest.DROP: [self._still, self.robot.drop]}
+        steps = exits[self.robot.rules.on_exit] if connected else []
         steps += [teleoperator.disconnect for teleoperator in self.robot.teleoperators.values()]
         for step in [*steps, self.robot.disconnect]:
             try:
                 step()
             except Exception:
                 logger.exception("leaving the robot: %s failed", getattr(step, "__qualname__", step))
+
+    def _still(self) -> None:
+        self.robot.apply(self.robot.hold_action(self.robot.observe(include_images=False)))
+
+    def _park(self) -> None:
+        """Within the step limits and PARK_TIMEOUT_S; a fault or an emergency stop keeps it where it is."""
+        self._still()
+        self.core.hold()
+        deadline_s = self._clock() + PARK_TIMEOUT_S
+        while not (self.core.fault or self.core.stopped) and self._clock() < deadline_s:
+            readings = self.robot.observe(include_images=False)
+            here, park = self.robot.hold_action(readings), self.robot.park_action(readings)
+            if park is None or np.abs(park - here).max() < PARKED_WITHIN:
+                return
+            self.robot.apply(self.core.approach(park, here, self.robot.torques(readings), readings))
+            time.sleep(self._period_s)
 
     def _refuse_waiting(self) -> None:
         while True:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,11 @@ def main(settings: Settings) -> int:
         print("emergency stop cleared" if cleared else f"no emergency stop is latched in {settings.state_dir}")
         return 0
     serve_metrics(settings.metrics_port)
-    asyncio.run(_serve(settings))
-    return 0
+    return asyncio.run(_serve(settings))
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings) -> int:
+    """The exit code: 0 after a signal, 1 when the robot's thread failed, so that a supervisor starts the agent again."""
     if not settings.robot_id:
         raise InvalidInput("must not be empty", field="robot_id")
     for path in settings.required_devices:
@@ -68,10 +70,18 @@ async def _serve(settings: Settings) -> None:
             raise Refused(f"{path} is missing; plug it in, or take it out of required_devices", field="required_devices")
     common = {name: getattr(settings, name) for name in ("task", "rate_hz", "image_size", "watchdog_s")}
     options = {**settings.options, **{name: value for name, value in common.items() if value is not None}}
+    robot = registry.create(settings.robot, options)
+    failures: list[str] = []
+
+    def fail() -> None:
+        # In the robot's thread: ends the process the way a supervisor would.
+        failures.append("the robot's thread failed")
+        os.kill(os.getpid(), signal.SIGTERM)
+
     state = StateDirectory(settings.state_dir)
     try:
-        agent = Agent(registry.create(settings.robot, options), state, required_devices=tuple(settings.required_devices))
         server = GrpcServer(settings.address, security_settings=settings.security)
+        agent = Agent(robot, state, required_devices=tuple(settings.required_devices), on_failure=fail)
         agent.start()
         try:
             service = RobotService(agent, settings.robot_id)
@@ -80,8 +90,9 @@ async def _serve(settings: Settings) -> None:
                 service,
                 robot_pb2.DESCRIPTOR.services_by_name["RobotService"].full_name,
             )
-            await server.run_until_signalled(drain=service.drain, grace_s=2.0)
+            await server.run_until_signalled(drain=service.drain, grace_s=1.0)
         finally:
             await asyncio.to_thread(agent.close)
     finally:
         state.close()
+    return 1 if failures else 0

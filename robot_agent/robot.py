@@ -183,8 +183,13 @@ class Robot(abc.ABC):
 
     @abc.abstractmethod
     def reset(self, seed: int, task: str) -> None:
-        """Start of an episode: drives home, or puts up the scene that seed decides. Empty task keeps the task; InvalidInput
-        for one that the scene does not offer."""
+        """Start of an episode: puts up the scene that seed decides, where there is one to put up. It must not take long, a
+        stop waits for it. Empty task keeps the task; InvalidInput for one that the scene does not offer."""
+
+    def home_action(self, readings: Readings) -> Vector | None:
+        """Where to drive at the start of an episode, (N,); None when it is there. The agent approaches it within the step
+        limits, a control period at a time, so that a stop or a hold comes in between."""
+        return None
 
     def outcome(self) -> EpisodeOutcome:
         """What the scene says of the running episode; RUNNING where it cannot tell."""

@@ -155,6 +155,18 @@ class SafetyCore:
         self._held = False
         self._last = None
 
+    def renew(self, epoch: int) -> None:
+        """While the agent itself drives for the holder, as in going home; refused like a command once a stop, a hold or
+        another holder came in between."""
+        now = self._clock()
+        self._refuse_when_stopped()
+        self._refuse_in_fault()
+        lease = self._require_lease(epoch, now)
+        if self._held:
+            raise Refused("somebody called Hold; reset again when the robot may move", field="hold")
+        lease.renewed_s = now
+        self._quiet_since_s = now
+
     # Commands.
 
     def judge(
@@ -199,8 +211,7 @@ class SafetyCore:
     ) -> Judgement:
         now = self._clock()
         self._refuse_when_stopped()
-        if self._fault:
-            raise Refused(f"the robot is in fault: {self._fault}; see to the device and restart the agent", field="fault")
+        self._refuse_in_fault()
         self._watch(now)
         lease = self._require_lease(epoch, now)
         if sequence <= lease.last_sequence:
@@ -240,7 +251,7 @@ class SafetyCore:
         return Judgement(executed=executed, clamped=clamped)
 
     def approach(self, target: Vector, here: Vector, torques: Vector | None, readings: Readings) -> Vector:
-        """One limited step towards target, for parking."""
+        """One limited step towards target, for parking and going home."""
         return self._approach(target, here, torques, readings)
 
     def _approach(self, wanted: Vector, here: Vector, torques: Vector | None, readings: Readings) -> Vector:
@@ -281,15 +292,14 @@ class SafetyCore:
                 self._quiet_since_s = now
             else:
                 return Duty.DROP if self.rules.on_emergency_stop is Rest.DROP else Duty.HOLD
-        if self._fault:
-            return Duty.HOLD
         lease = self._live_lease(now)
         self._watch(now)
-        if lease is not None and not self._held and now - self._quiet_since_s < self.rules.watchdog_s:
+        if lease is not None and not self._held and not self._fault and now - self._quiet_since_s < self.rules.watchdog_s:
             return Duty.NOTHING
         resting_s = now - self._quiet_since_s - self.rules.watchdog_s
         dropping = self.rules.drop_after_s is not None and resting_s >= self.rules.drop_after_s
-        parking = self.rules.park_after_s is not None and resting_s >= self.rules.park_after_s
+        # A robot in fault does not set out for its park pose.
+        parking = self.rules.park_after_s is not None and resting_s >= self.rules.park_after_s and not self._fault
         if parking and not dropping:
             return Duty.PARK  # Its steps follow one another: the last one stays known.
         self._last = None
@@ -370,6 +380,10 @@ class SafetyCore:
         self._lease = None
         self._watchdog_armed = False
         self._last = None
+
+    def _refuse_in_fault(self) -> None:
+        if self._fault:
+            raise Refused(f"the robot is in fault: {self._fault}; see to the device and restart the agent", field="fault")
 
     def _refuse_when_stopped(self) -> None:
         if self._stop_reason is not None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from manyhands import codec, stamps
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import InvalidInput, ManyhandsError
+from manyhands.errors import InvalidInput, ManyhandsError, TooLate
 from manyhands.robot.types import Authority
 from manyhands.robot.v1 import robot_pb2, robot_pb2_grpc
 from manyhands.spec import decode_in_order
@@ -29,6 +29,7 @@ T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 # How often a stream of events looks for new ones: a pedal is felt within a tick of 50 Hz.
 EVENT_POLL_S = 0.02
+HOMING_TIMEOUT_S = 45.0
 
 
 class RobotService(robot_pb2_grpc.RobotServiceServicer):
@@ -91,7 +92,15 @@ class RobotService(robot_pb2_grpc.RobotServiceServicer):
         return robot_pb2.ReleaseControlResponse()
 
     async def Reset(self, request: robot_pb2.ResetRequest, context: Context) -> robot_pb2.ResetResponse:  # noqa: N802
-        snapshot = await self._do(lambda: self._agent.reset(request.epoch, request.seed, request.task))
+        await self._do(lambda: self._agent.begin_reset(request.epoch, request.seed, request.task))
+        period_s = 1.0 / self._agent.robot.spec.control_rate_hz
+        deadline_s = time.monotonic() + HOMING_TIMEOUT_S
+        while not await self._do(lambda: self._agent.home_step(request.epoch)):
+            if time.monotonic() > deadline_s:
+                await self._do(self._agent.hold)
+                raise TooLate(f"the robot is not home after {HOMING_TIMEOUT_S:g} s; is something in its way? It holds")
+            await asyncio.sleep(period_s)
+        snapshot = await self._do(lambda: self._agent.end_reset(request.epoch))
         return robot_pb2.ResetResponse(observation=await self._observation(snapshot), task=snapshot.task)
 
     async def GetObservation(  # noqa: N802

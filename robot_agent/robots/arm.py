@@ -48,7 +48,7 @@ class ArmOptions(RobotOptions):
     image_size: int = Field(64, ge=16, le=1024, description="pixels, height and width of both cameras")
     park_after_s: float | None = Field(None, ge=0, description="seconds of holding until it parks; default: keeps holding")
     drop_after_s: float | None = Field(None, ge=0, description="seconds of rest until it lets go of torque; default: never")
-    on_exit: Rest = Field(Rest.HOLD, description="what it is left with when the agent ends: hold or drop")
+    on_exit: Rest = Field(Rest.HOLD, description="what it is left with when the agent ends: hold, park or drop")
     task: str = Field(TASK, description="the instruction; this scene has one")
 
 
