@@ -27,6 +27,9 @@ from services.inference.engine import Engine
 from services.inference.models import ServedModel
 from services.inference.service import SERVICE_NAME, InferenceServicer
 
+# Several threads for matrices this small cost more than they save, and on a busy machine they wait for each other.
+torch.set_num_threads(1)
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 CAMERA_SIZE = 48

@@ -152,8 +152,10 @@ class RobotStream:
             await self._idle.wait()
         except asyncio.CancelledError:
             raise
-        except Exception:
-            logger.debug("reading a stream ended", exc_info=True)
+        except Exception as error:
+            # A stream that is gone cancels this task; what raises here is bytes that are no request.
+            logger.info("a stream ends on bytes that cannot be read: %s", error)
+            self._ending = InvalidInput("a message is no ActRequest", field="act_request")
         self._outbox.put_nowait(None)
 
     def _take(self, request: inference_pb2.ActRequest, received_s: float) -> _Asked:
