@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -71,11 +71,15 @@ def _port_holder(port: int) -> tuple[str, bool]:
         for link in psutil.net_connections(kind="tcp"):
             if link.laddr and link.laddr.port == port and link.status == psutil.CONN_LISTEN and link.pid:
                 process = psutil.Process(link.pid)
-                is_ours = any("manyhands" in word for word in process.cmdline()[:4])
-                return f"{process.name()} (pid {link.pid})", is_ours
+                return f"{process.name()} (pid {link.pid})", is_our_command(process.cmdline())
     except psutil.Error:
         pass
     return "another user's process", False
+
+
+def is_our_command(command_line: Sequence[str]) -> bool:
+    """Whether it runs the script manyhands, or Python with -m manyhands."""
+    return "manyhands" in [Path(word).name for word in command_line[:2]] or list(command_line[1:3]) == ["-m", "manyhands"]
 
 
 def check_cameras(devices: Path = Path("/dev")) -> list[Check]:

@@ -51,7 +51,11 @@ class GrpcServer:
 
     Args:
         address: "host:port"; port 0 takes a free one. Loopback may be plain; any other host needs security (rule 8).
-        security: Certificates and tokens, or None.
+        security_settings: Certificates and tokens, or None.
+
+    Raises:
+        Refused: The port is taken, or the address needs TLS and has none.
+        InvalidInput: A file of security_settings cannot be read.
     """
 
     def __init__(self, address: str, *, security_settings: security.SecuritySettings | None = None) -> None:
@@ -97,8 +101,11 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
 
-    async def run_until_signalled(self, *, drain: Callable[[], Awaitable[None]] | None = None, grace_s: float = 5.0) -> None:
-        """start(), then serve until SIGTERM or SIGINT; drain (tell clients, flush) runs before stop()."""
+    async def run_until_signalled(self, *, drain: Callable[[], Awaitable[None]] | None = None, grace_s: float = 2.0) -> None:
+        """start(), then serve until SIGTERM or SIGINT; drain (tell clients, flush) runs before stop().
+
+        A process ends within 5 s of the signal: grace_s, which streams that nobody ends take whole, is part of it.
+        """
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
