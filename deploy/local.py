@@ -8,9 +8,9 @@ nothing is left holding ports or GPUs.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +22,6 @@ from types import TracebackType
 
 from manyhands.errors import Refused, TooLate
 
-_PR_SET_PDEATHSIG = 1
 _READY_PREFIX = "READY "
 _POLL_INTERVAL_S = 0.05
 _NUM_LOG_LINES_SHOWN = 15
@@ -82,14 +81,13 @@ class Topology:
         offset = log_path.stat().st_size if log_path.exists() else 0
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "manyhands", *command],
+                [*_end_with_parent(), sys.executable, "-m", "manyhands", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
                 # A group of its own: Ctrl-C in the terminal reaches the supervisor alone, which ends the rest in order.
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         service = Service(name=name, command=tuple(command), address="", process=process, log_path=log_path, wave=wave)
         self.services[name] = service
@@ -127,7 +125,7 @@ class Topology:
         with log_path.open("ab") as log:
             try:
                 code = subprocess.run(
-                    [sys.executable, "-m", "manyhands", *command],
+                    [*_end_with_parent(), sys.executable, "-m", "manyhands", *command],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -173,8 +171,13 @@ class Topology:
         process.wait()
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with_parent() -> list[str]:
+    """Words before a command that have the kernel end it with its parent; none where there is no setpriv (util-linux).
+
+    Not a preexec_fn: that makes Python fork instead of vfork, and a fork under gRPC's threads kills the child at times.
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals, *, also_if_ended: bool = False) -> None:
