@@ -121,7 +121,7 @@ class ChunkQueue:
         if self._chunk is None or self.remaining(tick) == 0:
             return None
         age_s = now_s - self._chunk.observed_s
-        if age_s > self._max_age_s:
+        if age_s > self._max_age_s:  # wants_chunk() says the same, or the robot would hold for ever.
             return None
         self._used_count += 1
         return PlannedAction(
@@ -158,9 +158,11 @@ class ChunkQueue:
         leftover = self.leftover(tick)
         return min(steps, 0 if leftover is None else len(leftover))
 
-    def wants_chunk(self, tick: int) -> bool:
-        """Whether to ask now: the replan interval is over, or what is left would not outlast a round trip."""
+    def wants_chunk(self, tick: int, now_s: float) -> bool:
+        """Whether to ask now: the interval is over, what is left is too old or would not outlast a round trip."""
         if self._chunk is None or self._last_request_tick is None or self.remaining(tick) == 0:
+            return True
+        if now_s - self._chunk.observed_s > self._max_age_s:
             return True
         if (tick - self._chunk.first_tick) % self._factor:
             return False
@@ -175,3 +177,7 @@ class ChunkQueue:
     def requested(self, tick: int) -> None:
         """A request was made at tick."""
         self._last_request_tick = tick
+
+    def request_failed(self) -> None:
+        """No chunk will come of the last request: the next tick asks again."""
+        self._last_request_tick = None

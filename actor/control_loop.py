@@ -90,7 +90,7 @@ class ControlLoop:
         self._on_hold = on_hold
         self._action_size = action_size(spec.action)
         self._images = frozenset(feature.name for feature in spec.images)
-        self._episode_count = 0
+        self._generation = 0
         self._period = 0
         self._held_since_s: float | None = None
         self._shown_hold = ""
@@ -102,7 +102,7 @@ class ControlLoop:
             RobotLost, RobotStopped: The episode cannot go on; frames so far are real.
             Overloaded: The recorder cannot keep what happens.
         """
-        self._episode_count += 1
+        self._generation += 1
         if self._policy is not None:
             self._policy.queue.clear()
         reset = self._robot.reset(episode.seed, episode.task)
@@ -119,7 +119,7 @@ class ControlLoop:
             self._period += 1
             observed_s = self._clock.now()
             observation = self._robot.observe(
-                include_images=self._needs_images(tick),
+                include_images=tick < episode.max_steps and self._needs_images(tick),
                 teleoperator=self._teleoperator,
                 image_encoding=self._image_encoding,
             )
@@ -139,8 +139,9 @@ class ControlLoop:
                 break
             if self._policy is not None:
                 if was_intervening and not observation.intervening:
-                    # What was planned before is not for where the person left the robot.
+                    # What was planned or asked before is not for where the person left the robot.
                     self._policy.queue.clear()
+                    self._generation += 1
                 was_intervening = observation.intervening
                 self._exchange_chunks(self._policy, observation, task, episode.seed, tick, observed_s, capture_s)
             decision = decide(
@@ -174,7 +175,7 @@ class ControlLoop:
             return True
         if self._policy is None or self._images.isdisjoint(self._policy.required_observations):
             return False
-        return self._policy.stream.ready and self._policy.queue.wants_chunk(tick)
+        return self._policy.stream.ready and self._policy.queue.wants_chunk(tick, self._clock.now())
 
     def _execute(self, decision: Decision) -> tuple[Decision, CommandResult | None]:
         if decision.action is None:
@@ -182,6 +183,9 @@ class ControlLoop:
         try:
             return decision, self._robot.command(decision.action, age_s=decision.age_s, version=decision.version)
         except CommandRefused as error:
+            if self._policy is not None:
+                # The robot's bounds are its own; what it does not take now it will not take later.
+                self._policy.queue.clear()
             return hold(f"the robot refuses: {error}"), None
 
     def _exchange_chunks(
@@ -195,9 +199,9 @@ class ControlLoop:
         capture_s: float,
     ) -> None:
         for answer in policy.stream.answers():
-            if answer.request.episode == self._episode_count:
+            if answer.request.generation == self._generation:
                 self._merge(policy, answer, tick)
-        if not observation.valid or not policy.stream.ready or not policy.queue.wants_chunk(tick):
+        if not observation.valid or not policy.stream.ready or not policy.queue.wants_chunk(tick, self._clock.now()):
             return
         by_name = {value.name: value for value in observation.message.values}
         missing = [name for name in policy.required_observations if name not in by_name]
@@ -206,7 +210,7 @@ class ControlLoop:
         prefix = None if observation.intervening else policy.queue.leftover(tick)
         policy.stream.ask(
             ChunkRequest(
-                episode=self._episode_count,
+                generation=self._generation,
                 period=self._period,
                 observation=common_pb2.Observation(
                     values=[by_name[name] for name in policy.required_observations],
@@ -268,6 +272,8 @@ class ControlLoop:
                     event.refusal = f"too late: {merge.delay_steps} of its {len(chunk.actions)} actions had passed"
                 if chunk.replan_interval_steps:
                     policy.queue.server_interval(chunk.replan_interval_steps)
+        if event.refusal:
+            policy.queue.request_failed()
         self._telemetry.chunk(event)
 
     def _problem(self, actions: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> str:

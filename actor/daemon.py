@@ -53,13 +53,14 @@ class Actor:
         self._run: Run | None = None
         self._robot_id = ""
         self._spool = Spool(options.spool_dir, limit_bytes=options.spool_limit_bytes)
-        self._last_progress = RunProgress.load(options.spool_dir)
-        decided = self._last_progress.decided_ends() if self._last_progress is not None else {}
-        self._spool.recover(decided)
-        if self._last_progress is not None:
-            self._last_progress.complete_ending()
-            self._last_progress.save(options.spool_dir)
+        progress = RunProgress.load(options.spool_dir)
+        self._spool.recover(progress.decided_ends() if progress is not None else {})
         self._recorder = Recorder(self._spool)
+        if progress is not None:
+            progress.complete_ending()
+            progress.save(options.spool_dir)
+            self._run = Run.from_before(progress, self._surroundings(), on_change=self._publish_status)
+            self.telemetry.begin_run(progress.results)
         self._uploader: Uploader | None = None
         if options.store_address:
             store = DatasetClient(options.store_address, security_settings=options.security)
@@ -99,14 +100,14 @@ class Actor:
 
     def resume_run(self) -> bool:
         """Goes on with the run that an earlier process did not end; False when there is none."""
-        progress = self._last_progress
-        if progress is None or progress.finished:
-            return False
         with self._lock:
-            self.telemetry.begin_run(progress.results)
+            if self._run is None or self._run.progress.finished:
+                return False
+            progress = self._run.progress
             self._run = Run(progress, self._surroundings(), on_change=self._publish_status)
             logger.info("run %s goes on after %d episodes", progress.definition.run_id, len(progress.results))
             self._run.resume()
+            self._publish_status()
         return True
 
     def stop_run(self, run_id: str, *, discard_episode: bool) -> None:

@@ -39,7 +39,7 @@ class ChunkRequest:
     """One observation on its way to a chunk.
 
     Attributes:
-        episode: Counts up; answers for another episode are dropped by the loop.
+        generation: Counts episodes and hand-overs; the loop drops answers to requests from before one.
         period: Control period of the run in which it was asked, holds counted.
         observation: Values the model asked for, in its order.
         tick: Of the observation.
@@ -48,7 +48,7 @@ class ChunkRequest:
         capture_s: How long the robot took to read, render and encode it.
     """
 
-    episode: int
+    generation: int
     period: int
     observation: common_pb2.Observation
     task: str
@@ -108,6 +108,7 @@ class InferenceStream:
         self._first_session: Session | None = None
         self._stream: ActStream | None = None
         self._drain_s: float | None = None
+        self._not_before_s = 0.0  # A refusal's retry time.
         self._detail = ""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -132,7 +133,8 @@ class InferenceStream:
     def ready(self) -> bool:
         """Whether ask() would be sent at once."""
         with self._changed:
-            return self._stream is not None and self._waiting is None and self._pending is None and self._drain_s is None
+            idle = self._waiting is None and self._pending is None and self._drain_s is None
+            return self._stream is not None and idle and time.monotonic() >= self._not_before_s
 
     @property
     def detail(self) -> str:
@@ -270,6 +272,7 @@ class InferenceStream:
                 self._pending = None
                 refusal = ""
                 if isinstance(reply.result, Refusal):
+                    self._not_before_s = time.monotonic() + reply.result.retry_after_s
                     refusal = f"{reply.result.reason}: {reply.result.field} {reply.result.message}".replace(":  ", ": ")
                     if reply.result.reason == "unknown_session":
                         self._drain_s = 0.0

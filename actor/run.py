@@ -84,6 +84,14 @@ class Run:
         self._policy: handshake.PolicyAgreement | None = None
         self._thread: threading.Thread | None = None
 
+    @classmethod
+    def from_before(cls, progress: RunProgress, around: Surroundings, *, on_change: Callable[[], None]) -> Run:
+        """A run of an earlier process, for its results; it does not go on."""
+        run = cls(progress, around, on_change=on_change)
+        run.state = actor_pb2.RUN_STATE_FINISHED if progress.finished else actor_pb2.RUN_STATE_FAILED
+        run.detail = "" if progress.finished else "the actor was restarted; with --resume-run it would have gone on"
+        return run
+
     @property
     def is_over(self) -> bool:
         return self.state in (actor_pb2.RUN_STATE_FINISHED, actor_pb2.RUN_STATE_FAILED)

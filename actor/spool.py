@@ -216,8 +216,11 @@ class Spool:
             try:
                 log = EpisodeLog(path)
             except errors.Corrupt as error:
-                logger.warning("nothing to recover: %s", error)
-                path.unlink()
+                if path.stat().st_size == 0:  # Cut back to its whole records: a crash before the first one.
+                    path.unlink()
+                else:
+                    logger.error("%s; it is kept in %s", error, self.refused)
+                    path.rename(self.refused / path.name)
                 continue
             uuid = log.meta.episode_uuid
             if not log.ended:

@@ -212,6 +212,7 @@ class ScriptedPolicy(inference_pb2_grpc.InferenceServiceServicer):
         self.requests: list[inference_pb2.ActRequest] = []
         self.version = 0
         self.delay_s = 0.0
+        self.speed = 0.05  # rad a step
         self.corrupt: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda actions: actions
         self.drain = threading.Event()
         self.refuse = ""
@@ -263,7 +264,9 @@ class ScriptedPolicy(inference_pb2_grpc.InferenceServiceServicer):
             state = np.asarray(codec.decode_value(request.observation.values[0]), dtype=np.float64)
             position, goal = state[:6], state[6:]
             steps = np.arange(1, self.horizon + 1)[:, None]
-            actions = self.corrupt((position + np.clip(goal - position, -0.05 * steps, 0.05 * steps)).astype(np.float32))
+            actions = self.corrupt(
+                (position + np.clip(goal - position, -self.speed * steps, self.speed * steps)).astype(np.float32)
+            )
             answer.chunk.actions.CopyFrom(codec.encode_tensor(actions))
             answer.chunk.model_actions.CopyFrom(codec.encode_tensor(actions))
             yield answer
