@@ -192,6 +192,15 @@ class MetaWorldRobot(Robot):
         env.model.vis.quality.offsamples = 0
         self._env = env
         self.reset(0, "")
+        try:
+            self._render(self._options.front_camera)
+        except Exception as error:
+            # GL libraries fail in many ways; here they stop the start instead of the first picture.
+            raise Refused(
+                f"MuJoCo cannot draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); install libegl1, or set "
+                "MUJOCO_GL=osmesa and install libosmesa6",
+                field="MUJOCO_GL",
+            ) from error
 
     def observe(self, *, include_images: bool) -> dict[str, Reading]:
         readings = {STATE: Reading.now(self._raw_state.astype(np.float32))}

@@ -308,6 +308,10 @@ def test_the_same_request_gets_the_same_lease_and_a_namesake_does_not(bench):
         bench.core.acquire("actor/left", Authority.POLICY, 1.0, "two")
     with pytest.raises(Refused):
         bench.core.acquire("actor/left", Authority.POLICY, 1.0, "")
+    bench.core.release(epoch)
+    bench.acquire("actor/left", request_id="")
+    with pytest.raises(Refused):  # Without an id nothing shows that it is the same request.
+        bench.core.acquire("actor/left", Authority.POLICY, 1.0, "")
 
 
 def test_every_epoch_is_higher_and_on_disk_before_it_is_answered(clock, memory):
@@ -466,6 +470,22 @@ def test_a_reset_needs_the_lease_and_starts_the_watchdog_anew(bench, clock):
     assert bench.core.status().hold_count == 0
 
 
+def test_after_a_silence_steps_count_from_where_the_robot_is_even_if_nobody_looked(bench, clock):
+    bench.acquire(ttl_s=10.0)
+    bench.command(0.0, 0.0, 0.25)
+    clock.advance(0.3)  # Over the watchdog; the agent was too busy to call duty().
+    np.testing.assert_allclose(bench.command(0.0, 0.0, 0.5).executed, [0.0, 0.0, 0.25])
+    assert bench.core.status().hold_count == 1
+
+
+def test_taking_over_while_it_parks_counts_from_where_it_is(bench):
+    target = np.array([0.0, 0.0, -0.8])
+    bench.core.approach(target, np.zeros(3), None, {})
+    bench.core.approach(target, np.zeros(3), None, {})  # Half speed by now.
+    bench.acquire()
+    np.testing.assert_allclose(bench.command(0.0, 0.0, 0.2).executed, [0.0, 0.0, 0.2])
+
+
 # Emergency stop and faults.
 
 
@@ -529,6 +549,15 @@ def test_after_a_fault_nothing_is_executed(bench):
         bench.command(0.0, 0.0, 0.0)
     status = bench.core.status()
     assert (status.mode, status.fault) == (RobotMode.FAULT, "motor 2 overheated")
+
+
+def test_in_fault_it_does_not_set_out_for_its_park_pose_but_lets_go_in_time(clock, memory):
+    bench = Bench(clock, memory, dataclasses.replace(RULES, park_after_s=1.0, drop_after_s=5.0))
+    bench.core.fail("motor 2 overheated")
+    clock.advance(2.0)
+    assert bench.core.duty() is Duty.HOLD
+    clock.advance(4.0)
+    assert bench.core.duty() is Duty.DROP
 
 
 @pytest.mark.parametrize(
