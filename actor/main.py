@@ -37,7 +37,7 @@ SWITCH_INTERVAL_S = 0.0005
 
 class Settings(config.Settings):
     examples: ClassVar[tuple[str, ...]] = (
-        "--robot 127.0.0.1:50051 --inference gpu-host:50052 --store store-host:50053 --spool /var/lib/manyhands/spool",
+        "--robot 127.0.0.1:50061 --inference gpu-host:50053 --store store-host:50051 --spool /var/lib/manyhands/spool",
     )
 
     address: str = Field("127.0.0.1:0", description="HOST:PORT to listen on; port 0 takes a free one")

@@ -22,10 +22,10 @@ _DEFAULTS = StoreLimits()
 class Settings(config.Settings):
     """Where the store keeps its data, where it listens, and when it says no."""
 
-    examples: ClassVar[tuple[str, ...]] = ("--root ~/manyhands-data --address 127.0.0.1:50052",)
+    examples: ClassVar[tuple[str, ...]] = ("--root ~/manyhands-data --address 127.0.0.1:50051",)
 
     root: Path = Field(description="folder of the store; made if missing, one process at a time")
-    address: str = Field("127.0.0.1:50052", description="where to listen; port 0 takes a free one")
+    address: str = Field("127.0.0.1:50051", description="where to listen; port 0 takes a free one")
     security: SecuritySettings = Field(SecuritySettings(), description="certificates and tokens; needed off loopback")
     publish_delay_s: float = Field(
         _DEFAULTS.publish_delay_s, ge=0, description="sealed episodes wait so long to be published together"

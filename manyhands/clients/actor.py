@@ -1,6 +1,6 @@
 """What an operator's tool, the demo or the dashboard says to an actor. Blocking.
 
-with ActorClient("127.0.0.1:50054") as actor:
+with ActorClient("127.0.0.1:50071") as actor:
     run_id = actor.start_run(teleoperate("reach", teleoperator="expert", episode_count=10, max_episode_steps=200))
     for result in actor.results():
         print(result.episode_number, result.success)

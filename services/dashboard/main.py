@@ -1,4 +1,4 @@
-"""The dashboard as a process: manyhands dashboard --robot left=127.0.0.1:50051 --inference 127.0.0.1:50052."""
+"""The dashboard as a process: manyhands dashboard --robot left=127.0.0.1:50061 --inference 127.0.0.1:50053."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Settings(config.Settings):
     """A page with the robots' cameras, joints and chunks, what is served and learned, the episodes, and who is well."""
 
     examples: ClassVar[tuple[str, ...]] = (
-        "--robot left=127.0.0.1:50051 --inference 127.0.0.1:50052 --weights 127.0.0.1:50053",
-        "--actor 127.0.0.1:50061 --store 127.0.0.1:50054 --learner 127.0.0.1:50055",
+        "--robot left=127.0.0.1:50061 --inference 127.0.0.1:50053 --weights 127.0.0.1:50052",
+        "--actor 127.0.0.1:50071 --store 127.0.0.1:50051 --learner 127.0.0.1:50054",
     )
 
     address: str = Field("127.0.0.1:8080", description="host:port of the page; port 0 takes a free one")

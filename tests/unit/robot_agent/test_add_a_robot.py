@@ -61,8 +61,8 @@ def test_the_example_drives(changed, blocks, tmp_path):
     try:
         assert agent.stdout is not None
         address = agent.stdout.readline().split()[1]
-        assert "127.0.0.1:50051" in blocks[2]
-        script = blocks[2].replace("127.0.0.1:50051", address)
+        assert "127.0.0.1:50061" in blocks[2]
+        script = blocks[2].replace("127.0.0.1:50061", address)
         driven = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
         assert driven.returncode == 0, driven.stderr
         assert driven.stdout == "now at [ 0.5 -0.2] cut by a limit: ()\n"
