@@ -17,6 +17,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Closed tables of name -> "module:Class" (or command -> module); nothing else imports by name.
 REGISTRIES = {
     "manyhands/cli.py",
+    "learner/recipes/__init__.py",
     "policies/registry.py",
     "robot_agent/robots/registry.py",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -70,6 +71,13 @@ def test_a_device_without_permission_names_the_group(tmp_path: Path, monkeypatch
     (check,) = doctor_machine.check_serial_ports(tmp_path)
     assert check.state is State.WARN
     assert "usermod -aG dialout" in check.advice
+
+
+@pytest.mark.parametrize("name", ports.DEFAULT_PORTS)
+def test_commands_listen_on_the_ports_of_the_list_or_on_a_free_one(name: str) -> None:
+    module = importlib.import_module(cli.COMMANDS[name].module)
+    port = int(module.Settings.model_fields["address"].default.rpartition(":")[2])
+    assert port in (0, ports.DEFAULT_PORTS[name])
 
 
 @pytest.mark.parametrize(
