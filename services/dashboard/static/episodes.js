@@ -101,16 +101,17 @@ function play(info, episode) {
   const videos = episode.videos.map((span) => ({
     span,
     element: h("video", { preload: "auto", muted: true, playsinline: true, "data-video": span.feature, "aria-label": `${span.feature} of episode ${episode.index}`,
-      src: `/api/datasets/${encodeURIComponent(info.name)}/files/${span.path.split("/").map(encodeURIComponent).join("/")}#t=${span.from_s},${span.to_s}` }),
+      src: `/api/datasets/${encodeURIComponent(info.name)}/files/${span.path.split("/").map(encodeURIComponent).join("/")}` }),
   }));
   const length = Math.max(...episode.videos.map((span) => span.to_s - span.from_s));
   const [lead] = videos;
-  const toggle = h("button", { type: "button", onclick: () => (lead.element.paused ? resume() : pause()) }, "Pause");
+  const toggle = h("button", { type: "button", onclick: () => (lead.element.paused ? resume() : pause()) }, "Play");
   const clock = h("output", { "data-field": "position" });
-  const scrub = h("input", { type: "range", min: 0, max: length, step: 1 / info.rate_hz, value: 0, "aria-label": "Position in the episode, seconds",
+  const scrub = h("input", { type: "range", min: 0, max: episode.frame_count - 1, step: 1, value: 0, "aria-label": "Frame of the episode",
     oninput: () => {
       pause();
-      seek(Number(scrub.value));
+      // The middle of a frame: at its edge, rounding decides which one is shown.
+      seek((Number(scrub.value) + 0.5) / info.rate_hz);
     } });
   const note = h("p", { class: "refusal", role: "status" });
 
@@ -118,24 +119,23 @@ function play(info, episode) {
   const seek = (seconds) => videos.forEach(({ element, span }) => {
     element.currentTime = span.from_s + Math.min(seconds, Math.max(0, span.to_s - span.from_s - 0.5 / info.rate_hz));
   });
-  const pause = () => {
-    videos.forEach(({ element }) => element.pause());
-    write(toggle, "Play");
-  };
+  const pause = () => videos.forEach(({ element }) => element.pause());
   const resume = () => {
     if (position() >= length - 1 / info.rate_hz) seek(0);
     videos.forEach(({ element }) => element.play().catch(() => {}));
-    write(toggle, "Pause");
   };
   const show = () => {
     if (!lead.element.isConnected) return;
     const at = Math.min(Math.max(0, position()), length);
-    if (document.activeElement !== scrub || !lead.element.paused) scrub.value = at;
-    write(clock, `${at.toFixed(1)} of ${length.toFixed(1)} s, frame ${Math.min(episode.frame_count - 1, Math.floor(at * info.rate_hz + 1e-3))}`);
+    const frame = Math.min(episode.frame_count - 1, Math.floor(at * info.rate_hz + 1e-3));
+    if (document.activeElement !== scrub || !lead.element.paused) scrub.value = frame;
+    write(clock, `${at.toFixed(1)} of ${length.toFixed(1)} s, frame ${frame}`);
     // The file goes on with the next episode: this one ends half a frame before it.
     if (!lead.element.paused && position() >= length - 0.5 / info.rate_hz) pause();
     requestAnimationFrame(show);
   };
+  lead.element.addEventListener("play", () => write(toggle, "Pause"));
+  lead.element.addEventListener("pause", () => write(toggle, "Play"));
   videos.forEach(({ element, span }) => {
     element.muted = true;
     element.addEventListener("loadedmetadata", () => {

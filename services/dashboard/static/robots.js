@@ -76,7 +76,7 @@ class RobotCard {
     if (changed("")) this.updateRobot(robot);
     if (changed("") || changed("run") || changed("tick")) this.updateFacts(robot);
     if (changed("samples")) this.updateSamples(robot);
-    if (changed("chunks") || changed("run")) this.updateChunks();
+    if (changed("chunks") || changed("run") || !this.chunkNote.children.length) this.updateChunks();
   }
 
   animate() {
