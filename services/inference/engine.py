@@ -129,7 +129,7 @@ class Engine:
                 replaced, accepted, stopping = None, False, True
             else:
                 replaced, accepted = self._scheduler.submit(work, now_s)
-                estimate_s = self._scheduler.times.estimate_s(group, 1, now_s)
+                estimate_s = self._scheduler.times.careful_s(group, 1, now_s)
                 stopping = False
                 self._changed.notify()
         if replaced is not None:
@@ -199,7 +199,7 @@ class Engine:
                 stopping = self._stopping
                 now_s = self._clock()
                 decision = self._scheduler.next_batch(now_s)
-                estimates_s = [self._scheduler.times.estimate_s(work.group, 1, now_s) for work in decision.late]
+                estimates_s = [self._scheduler.times.careful_s(work.group, 1, now_s) for work in decision.late]
             for change in between:
                 change()
             for work, estimate_s in zip(decision.late, estimates_s, strict=True):
