@@ -73,6 +73,8 @@ def _knob_lines(knob: Knob) -> list[str]:
     else:
         head = f"{knob.flag} {knob.metavar}"
     facts = []
+    if knob.positional and knob.choices:
+        facts.append(f"one of {', '.join(knob.choices)}")
     if knob.kind in (KnobKind.LIST, KnobKind.MAP):
         facts.append("may be repeated")
     if knob.limits_text:
@@ -84,7 +86,12 @@ def _knob_lines(knob: Knob) -> list[str]:
     elif knob.kind is KnobKind.SWITCH:
         facts.append("default: off")
     text = (knob.info.description or "") + (f" [{'; '.join(facts)}]" if facts else "")
-    return [f"  {head}", *textwrap.wrap(text, _width(), initial_indent="      ", subsequent_indent="      ")]
+    # Never inside a flag or a path: they are there to be copied.
+    indent = " " * 6
+    wrapped = textwrap.wrap(
+        text, _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
+    return [f"  {head}", *wrapped]
 
 
 def _example(knobs: list[Knob]) -> str:

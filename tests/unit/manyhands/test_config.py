@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
 from manyhands import config
@@ -193,3 +196,30 @@ def test_positional_settings_come_in_order_and_a_list_takes_the_rest() -> None:
     assert settings == CopySettings(source=Path("a"), targets=[Path("b"), Path("c")], force=True)
     with pytest.raises(InvalidInput, match="source is required: give SOURCE"):
         config.load(CopySettings, [])
+
+
+WORDS = st.sampled_from(
+    ["--rate-hz", "--model", "--camera", "--size", "--fast", "--no-fast", "--video.crf", "--cameras-by-name", "--colour",
+     "--config", "--security.certificate", "--log-level", "--", "-", "-x", "=", "--rate-hz=", "a=b", "a={", "a=[1]", "{",
+     "1,2", "1e9999", "nan", "\0", "--security", "--video", "--model=a=b=c", "--camera=[", "--size=1,,2"]
+)  # fmt: skip
+
+
+@given(st.lists(st.one_of(WORDS, st.text(max_size=8)), max_size=6))
+@hypothesis.settings(max_examples=200, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_no_command_line_makes_a_traceback(words: list[str]) -> None:
+    try:
+        settings = config.load(RobotSettings, ["--robot-id", "left", *words])
+    except (InvalidInput, config.HelpAsked):
+        return
+    assert 0 < settings.rate_hz <= 1000
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["video = 3", "model = 3", "camera = 'x'", "security = []", "model = {a = {b = 1}}", "size = [[1]]", "log_level = 1"],
+)
+def test_no_file_makes_a_traceback(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "robot.toml"
+    file.write_text(content)
+    assert content.split()[0] in _refusal("--config", str(file))
