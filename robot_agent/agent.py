@@ -271,7 +271,9 @@ class Agent:
     def _do_duty(self) -> None:
         now = self._clock()
         # Keeps the grid; after a stall the missed periods are dropped, not caught up.
-        self._next_duty_s = max(self._next_duty_s + self._period_s, now)
+        self._next_duty_s += self._period_s
+        if self._next_duty_s <= now:
+            self._next_duty_s = now + self._period_s
         missing = next((path for path in self._required_devices if not path.exists()), None)
         if missing is not None and not self.core.fault:
             logger.error("required device %s is gone", missing)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from manyhands import config
+from manyhands import config, ports
 from manyhands.errors import InvalidInput, Refused
 from manyhands.metrics import serve_metrics
 from manyhands.robot.v1 import robot_pb2, robot_pb2_grpc
@@ -35,7 +35,7 @@ class Settings(config.Settings):
 
     robot: str = Field("arm", description=f"which robot: {', '.join(sorted(registry.ROBOTS))}")
     robot_id: str = Field("robot", description="its name, unique in the fleet")
-    address: str = Field("127.0.0.1:0", description="host:port to listen on; port 0 takes a free one")
+    address: str = Field(f"127.0.0.1:{ports.FIRST_ROBOT}", description="host:port to listen on; port 0 takes a free one")
     state_dir: Path = Field(Path("robot-state"), description="remembers epochs and an emergency stop; one per robot")
     task: str | None = Field(None, description="the task of a simulated scene")
     rate_hz: float | None = Field(None, description="control periods per second; default: the robot's")

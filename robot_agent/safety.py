@@ -122,6 +122,7 @@ class SafetyCore:
         lease = self._live_lease(now)
         if lease is not None:
             if request_id and (lease.holder, lease.request_id) == (holder, request_id):
+                lease.renewed_s = now  # Who asks is alive, and about to command.
                 return lease.epoch
             remaining = lease.ends_s() - now
             raise Refused(

@@ -71,8 +71,9 @@ def view(address: str, seconds: float, count: int) -> list[threading.Thread]:
 def measure(robot: str) -> list[str]:
     rows = []
     with tempfile.TemporaryDirectory() as state:
-        command = [sys.executable, "-m", "manyhands", "robot", "--robot", robot, "--state-dir", state, "--watchdog-s", "5"]
-        agent = subprocess.Popen([*command, "--log-level", "warning"], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "manyhands", "robot", "--robot", robot, "--address", "127.0.0.1:0"]
+        command += ["--state-dir", state, "--watchdog-s", "5", "--log-level", "warning"]
+        agent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert agent.stdout is not None
             address = agent.stdout.readline().split()[1]

@@ -22,12 +22,13 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import AlreadyExists, InvalidInput, ManyhandsError, NotFound, Refused
 from manyhands.robot.v1 import robot_pb2, robot_pb2_grpc
 
+ANY_PORT = ("--address", "127.0.0.1:0")
 HOME = np.array([0.0, -0.6, 0.9, 0.3, 0.0, 0.4], dtype=np.float32)
 
 
 @contextlib.contextmanager
 def agent(state_dir: Path, *arguments: str, robot: str = "arm") -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    command = [sys.executable, "-m", "manyhands", "robot", "--robot", robot, "--robot-id", "left"]
+    command = [sys.executable, "-m", "manyhands", "robot", "--robot", robot, "--robot-id", "left", *ANY_PORT]
     process = subprocess.Popen(
         [*command, "--state-dir", str(state_dir), *arguments], stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
@@ -362,7 +363,7 @@ def test_an_emergency_stop_latches_over_a_restart_until_cleared_at_the_robot(tmp
 
 def test_it_refuses_to_start_without_a_configured_stop_and_faults_when_it_goes(tmp_path):
     pedal = tmp_path / "pedal"
-    arguments = ["--required-devices", str(pedal)]
+    arguments = [*ANY_PORT, "--required-devices", str(pedal)]
     command = [
         sys.executable,
         "-m",
@@ -391,7 +392,7 @@ def test_it_refuses_to_start_without_a_configured_stop_and_faults_when_it_goes(t
 
 def test_a_second_agent_for_the_same_robot_is_refused(tmp_path):
     with agent(tmp_path):
-        command = [sys.executable, "-m", "manyhands", "robot", "--robot", "arm", "--state-dir", str(tmp_path)]
+        command = [sys.executable, "-m", "manyhands", "robot", "--robot", "arm", "--state-dir", str(tmp_path), *ANY_PORT]
         second = subprocess.run(command, capture_output=True, text=True, timeout=30)
         assert second.returncode != 0
         assert "another robot agent" in second.stderr

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "guide" / "add-a-robot.md"
+ANY_PORT = ("--address", "127.0.0.1:0")
 CONFORMANCE = ROOT / "tests" / "unit" / "robot_agent" / "test_conformance.py"
 
 
@@ -56,7 +57,7 @@ def test_the_example_passes_the_conformance_suite(changed):
 
 
 def test_the_example_drives(changed, blocks, tmp_path):
-    serve = [sys.executable, "-m", "manyhands", "robot", "--robot", "two_servos", "--state-dir", str(tmp_path)]
+    serve = [sys.executable, "-m", "manyhands", "robot", "--robot", "two_servos", "--state-dir", str(tmp_path), *ANY_PORT]
     agent = subprocess.Popen(serve, cwd=changed, env=environment(changed), stdout=subprocess.PIPE, text=True)
     try:
         assert agent.stdout is not None
@@ -74,7 +75,7 @@ def test_the_example_drives(changed, blocks, tmp_path):
 
 
 def test_the_example_refuses_to_start_without_its_device(changed, tmp_path):
-    command = [sys.executable, "-m", "manyhands", "robot", "--robot", "two_servos", "--state-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "manyhands", "robot", "--robot", "two_servos", "--state-dir", str(tmp_path), *ANY_PORT]
     result = subprocess.run(
         [*command, "--options", "port=unplugged"],
         cwd=changed,
