@@ -72,8 +72,8 @@ class Fleet:
             learner = topology.wait_ready("learner", timeout_s=120).address
             command = ["dashboard", "--address", self._dashboard_address, "--inference", inference, "--weights", weights]
             command += ["--learner", learner, "--store", store]
-            for name in actors:
-                command += ["--robot", f"{name}={robots[name]}", "--actor", f"{name}={actors[name]}"]
+            for address in actors.values():
+                command += ["--actor", address]
             dashboard = topology.start("dashboard", command, wave=3).address
         self.store = DatasetClient(store)
         self.inference = InferenceClient(inference)
@@ -95,8 +95,11 @@ class Fleet:
         return Path(self.learner.status().checkpoint_path)
 
     def close(self) -> None:
-        for client in (self.store, self.inference, self.learner, *self.actors.values()):
-            client.close()
+        for actor in self.actors.values():
+            actor.close()
+        self.learner.close()
+        self.inference.close()
+        self.store.close()
 
     def _robot_command(self, robot: RobotPlan) -> list[str]:
         command = ["robot", "--robot", "metaworld", "--task", robot.scene, "--robot-id", robot.name]

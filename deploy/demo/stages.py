@@ -114,11 +114,11 @@ def _follow_learner(fleet: Fleet, max_duration_s: float, findings: Findings, con
         bar = progress.add_task("", total=max_duration_s, note="waiting for Ray's workers")
         first_point_s: float | None = None
         for point in fleet.learner.watch():
-            if point.metrics:
+            if "train/loss" in point.metrics:
                 if first_point_s is None:
                     first_point_s = time.monotonic()
                 findings.learner_curve.append((point.step, dict(point.metrics)))
-                loss = point.metrics.get("train/loss", float("nan"))
+                loss = point.metrics["train/loss"]
                 note = f"step {point.step}, loss {loss:.4f}, {len(findings.published)} versions published"
                 progress.update(bar, completed=min(time.monotonic() - first_point_s, max_duration_s), note=note)
             if point.HasField("published"):
