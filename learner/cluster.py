@@ -11,13 +11,15 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from manyhands.errors import Refused
+
+from .worker import run_worker
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ _ENVIRONMENT = {
 class RayCluster:
     """A local Ray, or a connection to one that runs already.
 
-    start() must be called in a thread that lives as long as the cluster: the kernel's parent-death signal follows threads.
+    start() belongs into the main thread: the kernel's parent-death signal follows the thread that forked.
 
     Args:
         address: Of a running cluster ("ray-head:6379"); empty starts a local one.
@@ -76,16 +78,8 @@ class RayCluster:
             ) from error
         self._warm_up()
 
-    def fit(
-        self,
-        entry: Callable[[Mapping[str, Any]], None],
-        config: Mapping[str, Any],
-        *,
-        name: str,
-        folder: Path,
-        max_failures: int,
-    ) -> None:
-        """Runs entry(config) in every worker; a worker that dies restarts all of them, at most max_failures times.
+    def fit(self, config: Mapping[str, Any], *, folder: Path, max_failures: int) -> None:
+        """Runs worker.run_worker(config) in every worker; one that dies restarts all, at most max_failures times.
 
         Raises:
             Exception: What the workers raised, or Ray's own.
@@ -95,11 +89,11 @@ class RayCluster:
 
         gpus = bool(config.get("use_gpu", False))
         trainer = TorchTrainer(
-            entry,
+            run_worker,
             train_loop_config=dict(config),
             scaling_config=ScalingConfig(num_workers=self._num_workers, use_gpu=gpus, resources_per_worker={"CPU": 1}),
             run_config=RunConfig(
-                name=name, storage_path=str(folder), failure_config=FailureConfig(max_failures=max_failures)
+                name="ray", storage_path=str(folder), failure_config=FailureConfig(max_failures=max_failures)
             ),
         )
         trainer.fit()

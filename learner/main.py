@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 from pathlib import Path
-from typing import Never
+from typing import ClassVar, Never
 
 from pydantic import Field
 from tqdm import tqdm
@@ -22,7 +22,6 @@ from .cluster import RayCluster
 from .progress import Point
 from .runs import Runs, State
 from .service import LearnerServicer
-from .worker import run_worker
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Settings(config.Settings):
     """Trains policies on what the store has, on Ray, and publishes versions while it trains."""
 
-    examples = ("learner --store 127.0.0.1:50052 --weights 127.0.0.1:50053 --output learner-data",)
+    examples: ClassVar[tuple[str, ...]] = ("--store 127.0.0.1:50051 --weights 127.0.0.1:50052 --output learner-data",)
 
     store: str = Field(description="host:port of the dataset store")
     weights: str = Field("", description="host:port of the weights service; empty publishes nothing")
@@ -46,11 +45,18 @@ class Settings(config.Settings):
 
 
 def main(settings: Settings) -> int:
-    asyncio.run(serve(settings))
+    # Before anything of gRPC exists: Ray forks, and a fork beside gRPC's threads may hang. And in the main thread, whose end
+    # is what Ray's processes are told to die with.
+    cluster = RayCluster(settings.ray_address, num_workers=settings.num_workers)
+    cluster.start()
+    try:
+        asyncio.run(serve(settings, cluster))
+    finally:
+        cluster.stop()
     return 0
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, cluster: RayCluster) -> None:
     metrics.serve_metrics(settings.metrics_port)
     output = settings.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -59,12 +65,9 @@ async def serve(settings: Settings) -> None:
         with DatasetClient(settings.store, security_settings=settings.security) as store:
             return fetch_snapshot(store, dataset, output / "data")
 
-    # Listening comes first, so that a taken port is known before Ray is started.
-    server = GrpcServer(settings.address, security_settings=settings.security)
     runs = Runs(
         output,
-        cluster=RayCluster(settings.ray_address, num_workers=settings.num_workers),
-        entry=run_worker,
+        fit=cluster.fit,
         fetch=fetch,
         worker_config={
             "weights": settings.weights,
@@ -74,9 +77,9 @@ async def serve(settings: Settings) -> None:
         },
         max_failures=settings.max_failures,
     )
-    await asyncio.to_thread(runs.wait_until_ready)
     threading.Thread(target=_show, args=(runs,), name="show", daemon=True).start()
     servicer = LearnerServicer(runs, num_workers=settings.num_workers)
+    server = GrpcServer(settings.address, security_settings=settings.security)
     name = learner_pb2.DESCRIPTOR.services_by_name["LearnerService"].full_name
     server.add(learner_pb2_grpc.add_LearnerServiceServicer_to_server, servicer, name)
     await server.run_until_signalled(drain=servicer.drain, grace_s=1.0)

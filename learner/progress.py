@@ -116,7 +116,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         if point.kind == "published":
             axes.axvline(point.metrics.get("publish/step", point.step), color="tab:green", alpha=0.4, linewidth=1)
             axes.text(point.metrics.get("publish/step", point.step), axes.get_ylim()[1], f"v{point.number}", fontsize=7)
-    axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
+    axes.set(xlabel="step", ylabel="train/loss", yscale="log" if metrics else "linear")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)

@@ -26,7 +26,6 @@ _STOP_TIMEOUT_S = 2.5
 
 
 class State(enum.Enum):
-    BOOTING = "booting"
     IDLE = "idle"
     STARTING = "starting"
     TRAINING = "training"
@@ -68,18 +67,10 @@ class Status:
     num_restarts: int = 0
 
 
-class Cluster(Protocol):
-    def start(self) -> None: ...
-    def fit(
-        self,
-        entry: Callable[[Mapping[str, Any]], None],
-        config: Mapping[str, Any],
-        *,
-        name: str,
-        folder: Path,
-        max_failures: int,
-    ) -> None: ...
-    def stop(self) -> None: ...
+class Fit(Protocol):
+    """Trains the run in folder to its end, restarting workers that die; raises what they raised."""
+
+    def __call__(self, config: Mapping[str, Any], *, folder: Path, max_failures: int) -> None: ...
 
 
 class Runs:
@@ -87,8 +78,7 @@ class Runs:
 
     Args:
         output: Folder of everything this learner writes.
-        cluster: Where training happens; started in this object's thread at once.
-        entry: What each worker runs.
+        fit: Trains on the cluster; called in a thread of this object.
         fetch: (dataset) -> root of a snapshot that stays as it is.
         worker_config: Given to every worker besides the folder.
     """
@@ -97,20 +87,18 @@ class Runs:
         self,
         output: Path,
         *,
-        cluster: Cluster,
-        entry: Callable[[Mapping[str, Any]], None],
+        fit: Fit,
         fetch: Callable[[str], Path],
         worker_config: Mapping[str, Any],
         max_failures: int = 5,
     ) -> None:
         self._output = output
-        self._cluster = cluster
-        self._entry = entry
+        self._fit = fit
         self._fetch = fetch
         self._worker_config = worker_config
         self._max_failures = max_failures
         self._changed = threading.Condition()
-        self._status = Status(state=State.BOOTING, detail="Ray is starting")
+        self._status = Status(state=State.IDLE)
         self._points: list[Point] = []
         self._request: RunRequest | None = None
         self._closing = False
@@ -133,13 +121,6 @@ class Runs:
             self._changed.wait(timeout_s)
             return self._status
 
-    def wait_until_ready(self) -> None:
-        """Blocks until Ray is up; Refused says why it is not."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._status.state is not State.BOOTING)
-            if self._status.state is State.FAILED:
-                raise Refused(self._status.detail, field="ray")
-
     def start(self, request: RunRequest) -> None:
         """Answers at once; the run begins in the background. Asking again for the run in progress changes nothing."""
         request.check()
@@ -152,8 +133,6 @@ class Runs:
                 if running.run_id == request.run_id:
                     return
                 raise Refused(f"run {running.run_id!r} is in progress; stop it or wait for its end", field="run.run_id")
-            if self._status.state is State.BOOTING:
-                raise Refused("Ray is still starting; ask again in some seconds", field="run", retry_after_s=1.0)
             self._check_against_earlier(request)
             self._points = []
             self._status = Status(
@@ -173,7 +152,7 @@ class Runs:
             self._folder(run_id).stop_path.touch()
 
     def close(self) -> None:
-        """Ends a run with a checkpoint if that is quick, then Ray with all its processes."""
+        """Ends a run, with a checkpoint if that is quick."""
         status = self.status
         with self._changed:
             self._closing = True
@@ -182,16 +161,8 @@ class Runs:
             self.stop(status.request.run_id)
             with self._changed:
                 self._changed.wait_for(lambda: self._status.state is not State.TRAINING, _STOP_TIMEOUT_S)
-        self._cluster.stop()
 
     def _serve(self) -> None:
-        try:
-            self._cluster.start()
-        except Exception as error:
-            logger.exception("Ray does not start")
-            self._update(state=State.FAILED, detail=str(error))
-            return
-        self._update(state=State.IDLE, detail="")
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._request is not None or self._closing)
@@ -216,7 +187,7 @@ class Runs:
         follower.start()
         config = {**self._worker_config, "folder": str(folder.path)}
         try:
-            self._cluster.fit(self._entry, config, name="ray", folder=folder.path, max_failures=self._max_failures)
+            self._fit(config, folder=folder.path, max_failures=self._max_failures)
         finally:
             ended.set()
             follower.join()
@@ -288,10 +259,9 @@ class Runs:
             self._changed.notify_all()
 
     def _finish(self, folder: RunFolder) -> None:
-        points = self.points()
-        plot(points, folder.path / "loss.png")
-        metrics = curve(points)
         status = self.status
+        points = self.points()
+        metrics = curve(points)
         summary = {
             "step": status.step,
             "restarts": status.num_restarts,
@@ -302,6 +272,10 @@ class Runs:
             "checkpoint": str(folder.newest_checkpoint() or ""),
         }
         write_atomically(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        try:
+            plot(points, folder.path / "loss.png")
+        except Exception:  # The run is whole without its picture.
+            logger.exception("the curve of %s could not be drawn", folder.path)
         self._update(state=State.FINISHED, checkpoint=folder.newest_checkpoint())
 
     def _update(self, **changes: Any) -> None:

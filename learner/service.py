@@ -15,7 +15,6 @@ from .progress import Point
 from .runs import POLL_S, RunRequest, Runs, State, Status
 
 _STATES = {
-    State.BOOTING: learner_pb2.RUN_STATE_STARTING,
     State.IDLE: learner_pb2.RUN_STATE_IDLE,
     State.STARTING: learner_pb2.RUN_STATE_STARTING,
     State.TRAINING: learner_pb2.RUN_STATE_TRAINING,
@@ -33,7 +32,7 @@ class LearnerServicer(learner_pb2_grpc.LearnerServiceServicer):
         self._draining = asyncio.Event()
 
     async def drain(self) -> None:
-        """Ends the watchers' streams, then the run and Ray."""
+        """Ends the watchers' streams, then the run."""
         self._draining.set()
         await asyncio.to_thread(self._runs.close)
 

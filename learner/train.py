@@ -99,6 +99,8 @@ def train(
             ranks.barrier()
             saved_step, saved_s = step, elapsed_s
         if is_over:
+            if ranks.is_first and step % recipe.report_every_steps:
+                hooks.report(step, meter.read(step))
             return Position(step=step, samples=samples, elapsed_s=elapsed_s)
 
         inputs = batches.get(
