@@ -30,7 +30,7 @@ from .definition import Definition
 from .episode_log import read_frames
 from .layout import make_directory, put_file
 from .statistics import PictureHistogram
-from .video import VideoWriter, encoder_id
+from .video import VideoWriter, check_video, encoder_id
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ class EpisodeEncoder:
         for name, writer in self._writers.items():
             writer.close()
             path = self._folder / f"{name}.mp4"
+            check_video(path, fps=self._definition.fps, num_frames=frame_count)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[name] = path.stat().st_size

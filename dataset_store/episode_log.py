@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -10,10 +9,11 @@ from pathlib import Path
 
 from manyhands.common.v1 import common_pb2
 from manyhands.dataset.v1 import dataset_pb2
-from manyhands.errors import Conflict, Corrupt, InvalidInput, OutOfOrder, Overloaded
+from manyhands.errors import Conflict, Corrupt, InvalidInput, OutOfOrder
 from manyhands.framelog import LogWriter, read_log
 
 from .catalogue import SealedEpisode
+from .layout import as_overloaded
 
 MAX_TASK_CHARACTERS = 4096
 MAX_DISTINCT = 1000
@@ -42,7 +42,7 @@ class EpisodeLog:
             if self._writer.num_records == 0:
                 self._writer.append(begin.SerializeToString(deterministic=True))
         except OSError as error:
-            raise _full(error) from error
+            raise as_overloaded(error) from error
         try:
             self._read_back()
         except BaseException:
@@ -82,7 +82,7 @@ class EpisodeLog:
             try:
                 self._writer.append(payload)
             except OSError as error:
-                raise _full(error) from error
+                raise as_overloaded(error) from error
             self._account(frame, payload)
             return True
 
@@ -155,7 +155,7 @@ class EpisodeLog:
         try:
             self._writer.sync()
         except OSError as error:
-            raise _full(error) from error
+            raise as_overloaded(error) from error
 
     def _check_owner(self, owner: object) -> None:
         if owner is not self._owner:
@@ -175,13 +175,3 @@ def read_frames(log: Path) -> Iterator[dataset_pb2.Frame]:
     next(payloads, None)
     for payload in payloads:
         yield dataset_pb2.Frame.FromString(payload)
-
-
-def _full(error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return Overloaded(
-            f"the store's disk is full ({error.strerror}); keep the frames that were not acknowledged and go on when "
-            "there is space",
-            retry_after_s=5.0,
-        )
-    return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from manyhands.errors import InvalidInput, Refused
+from manyhands.errors import InvalidInput, Overloaded, Refused
 from manyhands.framelog import fsync_directory
 
 INFO = "meta/info.json"
@@ -121,3 +122,13 @@ def snapshot_digest(files: list[PublishedFile]) -> bytes:
     """Over the sorted list of files: equal digests are equal datasets."""
     lines = sorted(f"{file.path}\0{file.size_bytes}\0{file.sha256.hex()}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).digest()
+
+
+def as_overloaded(error: OSError) -> Exception:
+    """What a failed write means to who asked for it: a full disk is a state that passes, anything else is not."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Overloaded(
+            f"the store's disk is full ({error.strerror}); nothing acknowledged is lost, go on when there is space",
+            retry_after_s=5.0,
+        )
+    return error

@@ -37,7 +37,7 @@ from .layout import (
     put_file,
 )
 from .statistics import DatasetStatistics, PictureHistogram, Summary, summarise
-from .video import join_videos, probe
+from .video import check_video, join_videos, probe
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +157,9 @@ class Publisher:
 
     def _put_video(self, number: FileNumber, camera: str, encoded: Sequence[EncodedEpisode]) -> PublishedFile:
         def write(path: Path) -> None:
-            frames = join_videos([episode.video(camera) for episode in encoded], path, fps=self._definition.fps)
-            expected = sum(episode.frame_count for episode in encoded)
-            if frames != expected:
-                raise Corrupt(f"{camera} has {frames} frames in {expected} rows", field=camera)
+            fps = self._definition.fps
+            join_videos([episode.video(camera) for episode in encoded], path, fps=fps)
+            check_video(path, fps=fps, num_frames=sum(episode.frame_count for episode in encoded))
 
         return put_file(self._root, number.video(camera), write)
 

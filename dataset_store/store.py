@@ -29,7 +29,7 @@ from .catalogue import Catalogue, CataloguedEpisode, EpisodeState, SealedEpisode
 from .definition import Definition
 from .encoder import EncodedEpisode, EncoderPool, EpisodeEncoder
 from .episode_log import EpisodeLog, read_begin
-from .layout import check_episode_uuid, make_directory
+from .layout import as_overloaded, check_episode_uuid, make_directory
 from .publisher import Publisher
 
 logger = logging.getLogger(__name__)
@@ -218,8 +218,11 @@ class Store:
     # Publishing
 
     def publish(self, dataset: str) -> dataset_pb2.DatasetInfo:
-        """Returns when readers see every episode that was sealed before the call."""
-        self._publish(dataset, wait_for_encoding=True)
+        """Returns when readers see every episode that was sealed before the call; Overloaded while the disk is full."""
+        try:
+            self._publish(dataset, wait_for_encoding=True)
+        except OSError as error:
+            raise as_overloaded(error) from error
         return self.info(dataset)
 
     def _publish(self, dataset: str, *, wait_for_encoding: bool) -> int:
@@ -275,18 +278,15 @@ class Store:
                 time.sleep(0.05)  # A burst of wake-ups becomes one look.
 
     def _wait_encoded(self, dataset: str, episode: CataloguedEpisode) -> EncodedEpisode:
-        future = self._encoding(dataset, episode)
-        try:
-            return future.result()
-        except BaseException:
-            with self._lock:
-                self._encoded.pop((dataset, episode.uuid), None)
-            raise
+        return self._encoding(dataset, episode).result()
 
     def _encoding(self, dataset: str, episode: CataloguedEpisode) -> Future[EncodedEpisode]:
         key = (dataset, episode.uuid)
         with self._lock:
-            if key not in self._encoded:
+            future = self._encoded.get(key)
+            # What failed before (a full disk, say) may work now.
+            if future is None or (future.done() and future.exception() is not None):
+                self._encoded.pop(key, None)
                 encoder = EpisodeEncoder(self._pool, self.definition(dataset), self._staging(*key))
                 self._finish_encoding(key, encoder, episode.frame_count)
             return self._encoded[key]

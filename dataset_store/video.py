@@ -67,8 +67,15 @@ class VideoWriter:
         self._container.close()
 
 
-def join_videos(sources: Sequence[Path], target: Path, *, fps: int) -> int:
-    """Copies the packets of equally encoded files one after the other; returns the count of frames."""
+def check_video(path: Path, *, fps: int, num_frames: int) -> None:
+    """Raises Corrupt unless the file has exactly these frames: the library does not report every failed write."""
+    indices, _ = packet_indices(path, fps=fps)
+    if indices != list(range(num_frames)):
+        raise Corrupt(f"{path.name} has {len(indices)} frames after writing {num_frames}; is the disk full?")
+
+
+def join_videos(sources: Sequence[Path], target: Path, *, fps: int) -> None:
+    """Copies the packets of equally encoded files one after the other."""
     total = 0
     with av.open(str(target), "w", format="mp4", options={"movflags": "faststart"}) as output:
         stream: Any = None
@@ -89,7 +96,6 @@ def join_videos(sources: Sequence[Path], target: Path, *, fps: int) -> int:
                     packet.duration = 1
                     output.mux(packet)
                     total += 1
-    return total
 
 
 def probe(path: Path, settings: VideoSettings) -> dict[str, Any]:

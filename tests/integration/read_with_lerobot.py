@@ -27,7 +27,7 @@ if importlib.util.find_spec("torchvision") is None:
         _module.__path__ = []
         sys.modules[_module.__name__] = _module
 
-from lerobot.datasets.lerobot_dataset import LeRobotDataset  # noqa: E402
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 
 def number_in(picture: object) -> int:
