@@ -6,6 +6,7 @@ Every process is the one a fleet would run, with the same flags and contracts; o
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def main(settings: Settings) -> int:
     output.mkdir(parents=True, exist_ok=True)
     findings = report.Findings()
     problems: list[str] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # The same orderly end as Ctrl-C.
     with Topology(output / "logs", environment=stages.ENVIRONMENT) as topology:
         try:
             problems = _run(settings, output, topology, findings)
