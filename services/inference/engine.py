@@ -149,15 +149,11 @@ class Engine:
             return len(self._scheduler)
 
     def chunks_per_s(self, model: str) -> float | None:
-        """Measured capacity with full passes, or None before a measurement."""
+        """Capacity as passes of the last seconds showed it; None when none ran."""
+        now_s = self._clock()
         with self._changed:
-            measured = [
-                rows / mean_s
-                for prefixed in (False, True)
-                for rows in range(1, self._max_batch + 1)
-                if (mean_s := self._scheduler.times.mean_s((model, prefixed), rows))
-            ]
-        return max(measured, default=None)
+            rates = [self._scheduler.times.rows_per_s((model, prefixed), now_s) for prefixed in (False, True)]
+        return max((rate for rate in rates if rate is not None), default=None)
 
     def between_passes(self, change: Callable[[], None]) -> float:
         """Runs change on the engine's thread while no pass runs; answers how many seconds no pass could start.
@@ -241,14 +237,15 @@ class Engine:
                 row = canary_row(served.policy, prefixed=prefixed)
                 num_rows = 1
                 while num_rows <= self._max_batch:
+                    fastest_s = float("inf")
                     for _ in range(WARM_UP_PASSES):
                         started_s = self._clock()
                         outcomes = compute(served.policy, served.version, [row] * num_rows, [0.0] * num_rows)
-                    now_s = self._clock()
+                        fastest_s = min(fastest_s, self._clock() - started_s)
                     for outcome in outcomes:
                         if not isinstance(outcome, Answer):
                             raise InternalError(f"model {name!r} fails on a plain observation: {outcome}")
-                    self._scheduler.times.observe((name, prefixed), num_rows, now_s - started_s, now_s)
+                    self._scheduler.times.observe((name, prefixed), num_rows, fastest_s, self._clock())
                     num_rows *= 2
 
 

@@ -7,12 +7,13 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import uvloop
 from pydantic import Field
 
-from manyhands import config, metrics
+from manyhands import config, metrics, ports
 from manyhands.inference.v1 import inference_pb2_grpc
 from manyhands.security import SecuritySettings
 from manyhands.server import GrpcServer
@@ -28,15 +29,23 @@ logger = logging.getLogger(__name__)
 # Threads of the model and of the streams share one interpreter; the shorter this is, the shorter a stream waits for it.
 SWITCH_INTERVAL_S = 0.001
 STOP_GRACE_S = 1.0
+CATCH_UP_S = 5.0
 
 
 class Settings(config.Settings):
-    """Run policies for many robots."""
+    """Runs policies for many robots: sessions, deadlines, new weights without a pause."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--model reach=checkpoints/reach",
+        "--model reach=checkpoints/reach --weights 127.0.0.1:50052 --follow",
+    )
 
     model: dict[str, Path] = Field(
         min_length=1, description="NAME=CHECKPOINT_FOLDER of a policy to serve; may be given several times"
     )
-    address: str = Field(default="127.0.0.1:0", description="host:port to serve on; port 0 takes a free one")
+    address: str = Field(
+        default=f"127.0.0.1:{ports.INFERENCE}", description="host:port to listen on; port 0 takes a free one"
+    )
     weights: str = Field(default="", description="host:port of the weights service that new versions come from")
     follow: bool = Field(default=False, description="swap to every new version of the weights service as it is published")
     device: str = Field(default="cpu", description="torch device that the policies run on")
@@ -71,6 +80,7 @@ def serve(policies: Mapping[str, AnyPolicy], settings: Settings) -> int:
         follower = WeightsFollower(
             settings.weights, models, engine, follow=settings.follow, security_settings=settings.security
         )
+        follower.start(catch_up_s=CATCH_UP_S)
     uvloop.run(_run(models, engine, follower, settings))
     engine.stop()
     return 0
@@ -89,8 +99,6 @@ async def _run(
     )
     server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
     servicer.start()
-    if follower is not None:
-        follower.start()
     await server.run_until_signalled(drain=servicer.drain, grace_s=STOP_GRACE_S)
     if follower is not None:
         await asyncio.to_thread(follower.stop)

@@ -20,6 +20,7 @@ _MEAN_GAIN = 1 / 8
 _DEVIATION_GAIN = 1 / 4
 # Without new measurements an estimate halves each second: one stall must not make the service refuse everybody for good.
 _FORGET_AFTER_S = 1.0
+FRESH_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class ServiceTimes:
     def observe(self, group: Hashable, num_rows: int, duration_s: float, now_s: float) -> None:
         by_rows = self._measured.setdefault(group, {})
         known = by_rows.get(num_rows)
-        if known is None or now_s - known.at_s > 10 * _FORGET_AFTER_S:
+        if known is None or now_s - known.at_s > FRESH_S:
             by_rows.pop(num_rows, None)
             deviation_s = duration_s / 2
             if by_rows:
@@ -102,9 +103,11 @@ class ServiceTimes:
         scale = max(1.0, num_rows / known_rows)
         return by_rows[known_rows].mean_s * scale, by_rows[known_rows].deviation_s * scale
 
-    def mean_s(self, group: Hashable, num_rows: int) -> float | None:
-        known = self._measured.get(group, {}).get(num_rows)
-        return known.mean_s if known else None
+    def rows_per_s(self, group: Hashable, now_s: float) -> float | None:
+        """The best rate of passes in the last FRESH_S; None where none ran, so that nobody is judged by old times."""
+        by_rows = self._measured.get(group, {})
+        fresh = [rows / known.mean_s for rows, known in by_rows.items() if now_s - known.at_s < FRESH_S and known.mean_s > 0]
+        return max(fresh, default=None)
 
 
 class Scheduler(Generic[PayloadT]):

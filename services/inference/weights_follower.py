@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ SWAPS_KEPT = 100
 # Below live inference: on a busy CPU the kernel gives the engine's thread its time first.
 STAGING_NICENESS = 10
 RETRY_S = 1.0
+VERSIONS_TRIED_AT_START = 5
 BORROWED_TIMEOUT_S = 60.0
 
 
@@ -93,11 +95,20 @@ class WeightsFollower:
         self._watches: list[VersionWatch] = []
         self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
+    def start(self, *, catch_up_s: float = 0.0) -> None:
+        """Starts watching, having waited up to catch_up_s for the newest good versions: a restarted server should not
+        serve its robots older weights than they had."""
         if not self._follow:
             return
+        swaps = [self._staging.submit(self._take_newest_good, slot) for slot in self._slots.values()]
+        until_s = time.monotonic() + catch_up_s
+        for name, swap in zip(self._slots, swaps, strict=True):
+            try:
+                swap.result(max(0.0, until_s - time.monotonic()))
+            except (ManyhandsError, FutureTimeoutError) as error:
+                logger.info("%s starts with its checkpoint: %s", name, error or "the newest version is not in yet")
         for name in self._slots:
-            watch = self._client.watch(name)
+            watch = self._client.watch(name, after_number=self._slots[name].newest_number)
             thread = threading.Thread(target=self._watch, args=(name, watch), name=f"watch-{name}", daemon=True)
             self._watches.append(watch)
             self._threads.append(thread)
@@ -133,6 +144,16 @@ class WeightsFollower:
         slot.newest_number = max(slot.newest_number, result.current.number)
         slot.pinned = 0 < number < slot.newest_number
         return result
+
+    def _take_newest_good(self, slot: _Slot) -> None:
+        published = self._client.list_versions(slot.served.name)
+        for candidate in reversed(published[-VERSIONS_TRIED_AT_START:]):
+            slot.newest_number = max(slot.newest_number, candidate.version.number)
+            try:
+                self._stage(slot, candidate.version.number)
+                return
+            except (Refused, NotFound) as error:
+                logger.warning("version %d of %s: %s", candidate.version.number, slot.served.name, error)
 
     def _watch(self, model: str, watch: VersionWatch) -> None:
         slot = self._slots[model]

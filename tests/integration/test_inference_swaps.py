@@ -204,6 +204,20 @@ def test_an_operator_swaps_rolls_back_and_goes_forward_again(
             client.swap_weights("big", 1)
 
 
+def test_a_restarted_server_begins_with_the_newest_good_version(
+    topology: Topology, tmp_path: Path, weights_address: str, learner: WeightsClient
+) -> None:
+    publish(learner, make_policy(1), 1)
+    policy = make_policy(2)
+    publish(learner, policy, 2, **{"chunk_in.bias": torch.full_like(policy.chunk_in.bias, torch.nan)})
+    service = serve(topology, tmp_path / "start", make_policy(0), "--weights", weights_address, "--follow")
+    with InferenceClient(service.address) as client:
+        assert serving(client) == 1
+        assert [(swap.version.number, swap.accepted) for swap in client.status().swaps] == [(2, False), (1, True)]
+        publish(learner, make_policy(3), 3)
+        wait_until(lambda: serving(client) == 3)
+
+
 def test_the_weights_service_may_go_and_come_back(
     topology: Topology, tmp_path: Path, weights_address: str, learner: WeightsClient
 ) -> None:
