@@ -18,11 +18,13 @@ from manyhands.actor.v1 import actor_pb2
 from manyhands.clients.robot import CommandResult, EpisodeOutcome, RobotObservation
 from manyhands.common.v1 import common_pb2
 from manyhands.dataset.v1 import dataset_pb2
+from manyhands.metrics import observe_stage
 from manyhands.spec import Spec
 
 from .chunk_queue import Chunk, ChunkQueue
 from .decision import Decision, action_size, decide, hold, same
 from .inference_stream import ChunkAnswer, ChunkRequest, InferenceStream
+from .operator_events import OperatorEvents, Wish
 from .recorder import Recorder
 from .robot_link import CommandRefused, RobotLink, RobotLost
 from .schedule import Clock, Schedule, TickTime
@@ -39,6 +41,10 @@ class PolicySide:
     stream: InferenceStream
     queue: ChunkQueue
     required_observations: tuple[str, ...]
+
+
+class RerecordWished(Exception):
+    """The operator wants this episode again; it is to be discarded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,7 @@ class ControlLoop:
         image_encoding: Of recorded pictures.
         stop: Ends the episode after the present tick.
         on_hold: Told why the robot holds, and "" when it goes on.
+        operator: Pedals and buttons; None where nobody is at the robot.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class ControlLoop:
         image_encoding: common_pb2.ImageEncoding.ValueType,
         stop: threading.Event,
         on_hold: Callable[[str], None],
+        operator: OperatorEvents | None = None,
     ) -> None:
         self._robot = robot
         self._spec = spec
@@ -88,6 +96,7 @@ class ControlLoop:
         self._image_encoding = image_encoding
         self._stop = stop
         self._on_hold = on_hold
+        self._operator = operator
         self._action_size = action_size(spec.action)
         self._images = frozenset(feature.name for feature in spec.images)
         self._generation = 0
@@ -100,6 +109,7 @@ class ControlLoop:
 
         Raises:
             RobotLost, RobotStopped: The episode cannot go on; frames so far are real.
+            RerecordWished: The operator wants it again.
             Overloaded: The recorder cannot keep what happens.
         """
         self._generation += 1
@@ -110,6 +120,8 @@ class ControlLoop:
         result = actor_pb2.EpisodeResult(
             episode_number=episode.number, episode_uuid=episode.uuid, task=task, seed=episode.seed
         )
+        if self._operator is not None:
+            self._operator.forget()
         self._schedule.restart()
         was_intervening = False
         last_robot_tick = -1
@@ -124,11 +136,14 @@ class ControlLoop:
                 image_encoding=self._image_encoding,
             )
             capture_s = self._clock.now() - observed_s
+            observe_stage("actor", "tick_lateness", time.lateness_s)
+            observe_stage("actor", "capture", capture_s)
             if observation.tick < last_robot_tick:
                 raise RobotLost("the robot agent was restarted in the middle of the episode")
             last_robot_tick = observation.tick
-            if observation.outcome is not EpisodeOutcome.RUNNING:
-                result.success = observation.outcome is EpisodeOutcome.SUCCESS
+            outcome = self._outcome(observation)
+            if outcome is not EpisodeOutcome.RUNNING:
+                result.success = outcome is EpisodeOutcome.SUCCESS
                 reason = dataset_pb2.EPISODE_END_SUCCESS if result.success else dataset_pb2.EPISODE_END_FAILURE
                 break
             if tick >= episode.max_steps:
@@ -169,6 +184,17 @@ class ControlLoop:
         self._show_moving()
         result.reason = reason
         return result
+
+    def _outcome(self, observation: RobotObservation) -> EpisodeOutcome:
+        """What the scene or the operator says of the episode. A wish to stop sets the run's stop."""
+        wish = self._operator.take() if self._operator is not None else None
+        if wish is Wish.RERECORD:
+            raise RerecordWished
+        if wish is Wish.STOP:
+            self._stop.set()
+        if wish in (Wish.SUCCESS, Wish.FAILURE):
+            return EpisodeOutcome.SUCCESS if wish is Wish.SUCCESS else EpisodeOutcome.FAILURE
+        return observation.outcome
 
     def _needs_images(self, tick: int) -> bool:
         if self._recorder is not None:
@@ -274,6 +300,8 @@ class ControlLoop:
                     policy.queue.server_interval(chunk.replan_interval_steps)
         if event.refusal:
             policy.queue.request_failed()
+        else:
+            observe_stage("actor", "observation_to_chunk", latency_s)
         self._telemetry.chunk(event)
 
     def _problem(self, actions: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> str:

@@ -17,6 +17,7 @@ from pydantic import Field
 from manyhands import config, errors
 from manyhands.actor.v1 import actor_pb2, actor_pb2_grpc
 from manyhands.common.v1 import common_pb2
+from manyhands.metrics import serve_metrics
 from manyhands.security import SecuritySettings
 from manyhands.server import GrpcServer
 
@@ -54,10 +55,12 @@ class Settings(config.Settings):
     )
     chunk_deadline_s: float = Field(2.0, gt=0, le=60, description="how long a chunk request is worth waiting for")
     flush_s: float = Field(3.0, ge=0, description="at shutdown, how long the spool may take to reach the store")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus page; 0 means none")
     security: SecuritySettings = Field(SecuritySettings(), description="certificates and token")
 
 
 def main(settings: Settings) -> int:
+    serve_metrics(settings.metrics_port)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     options = ActorOptions(
         robot_address=settings.robot,

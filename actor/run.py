@@ -21,7 +21,8 @@ from manyhands.security import SecuritySettings
 
 from . import handshake
 from .chunk_queue import ChunkQueue
-from .control_loop import ControlLoop, Episode, PolicySide
+from .control_loop import ControlLoop, Episode, PolicySide, RerecordWished
+from .operator_events import OperatorEvents
 from .recorder import Recorder
 from .robot_link import LEASE_TTL_S, RobotLink, RobotLost
 from .run_state import RunProgress
@@ -82,6 +83,7 @@ class Run:
         self._robot: RobotDescription | None = None
         self._link: RobotLink | None = None
         self._policy: handshake.PolicyAgreement | None = None
+        self._operator: OperatorEvents | None = None
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -214,6 +216,10 @@ class Run:
             queue.server_interval(session.replan_interval_steps)
             policy = PolicySide(stream=self._policy.stream, queue=queue, required_observations=session.required_observations)
             self._policy.stream.start()
+        if robot.teleoperators:
+            assert self._robot_client is not None
+            self._operator = OperatorEvents(self._robot_client)
+            self._operator.start()
         clock = MonotonicClock()
         speed = around.simulation_speed if robot.simulated else 1.0
         return ControlLoop(
@@ -228,6 +234,7 @@ class Run:
             image_encoding=around.image_encoding,
             stop=self._stop,
             on_hold=self._held,
+            operator=self._operator,
         )
 
     def _run_episodes(self, loop: ControlLoop) -> None:
@@ -249,6 +256,9 @@ class Run:
             except RobotLost as error:
                 self._cut_short(str(error))
                 self._wait_for_robot(str(error))
+                continue
+            except RerecordWished:
+                self._around.recorder.discard("the operator wants it again")
                 continue
             except BaseException as error:
                 self._cut_short(str(error))
@@ -342,6 +352,9 @@ class Run:
         self._set(state, detail)
 
     def _close(self) -> None:
+        if self._operator is not None:
+            self._operator.close()
+            self._operator = None
         if self._policy is not None:
             self._policy.stream.close()
             self._policy = None

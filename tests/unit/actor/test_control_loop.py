@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from actor.chunk_queue import ChunkQueue
-from actor.control_loop import ControlLoop, Episode, PolicySide
+from actor.control_loop import ControlLoop, Episode, PolicySide, RerecordWished
 from actor.inference_stream import ChunkAnswer, ChunkRequest
+from actor.operator_events import Wish, wish_of
 from actor.robot_link import CommandRefused, RobotLost
 from actor.schedule import Schedule
 from actor.telemetry import Cursor, Telemetry
@@ -20,7 +21,16 @@ from manyhands.actor.v1 import actor_pb2
 from manyhands.clients.inference import Chunk, Reply
 from manyhands.common.v1 import common_pb2
 from manyhands.dataset.v1 import dataset_pb2
-from manyhands.robot.types import CommandResult, EpisodeOutcome, RobotMode, RobotObservation, RobotStatus, ValueHealth
+from manyhands.robot.types import (
+    CommandResult,
+    EpisodeOutcome,
+    RobotMode,
+    RobotObservation,
+    RobotStatus,
+    TeleopEvent,
+    TeleopEventKind,
+    ValueHealth,
+)
 from manyhands.spec import Feature, FeatureKind, Spec
 
 RATE_HZ = 10.0
@@ -159,6 +169,20 @@ class Frames:
         self.frames.append(frame)
 
 
+class Pedals:
+    """As OperatorEvents: pressed says what is pressed at which of the robot's ticks."""
+
+    def __init__(self, robot: PointRobot) -> None:
+        self.robot = robot
+        self.pressed: dict[int, Wish] = {}
+
+    def forget(self) -> None:
+        pass
+
+    def take(self) -> Wish | None:
+        return self.pressed.pop(self.robot.tick, None)
+
+
 class Bench:
     """Everything of one loop."""
 
@@ -171,6 +195,7 @@ class Bench:
         self.cursor = Cursor(self.telemetry)
         self.stop = threading.Event()
         self.holds: list[str] = []
+        self.operator = Pedals(self.robot)
         side = PolicySide(
             stream=self.policy,  # type: ignore[arg-type]
             queue=ChunkQueue(replan_interval_steps=interval, max_age_s=max_age_s),
@@ -188,6 +213,7 @@ class Bench:
             image_encoding=common_pb2.IMAGE_ENCODING_JPEG,
             stop=self.stop,
             on_hold=self.holds.append,
+            operator=self.operator,  # type: ignore[arg-type]
         )
 
     def run(self, steps: int = 20) -> actor_pb2.EpisodeResult:
@@ -363,3 +389,38 @@ def test_versions_that_acted_are_named_in_order() -> None:
     result = bench.run(steps=12)
     assert [version.number for version in result.versions] == sorted({frame.version.number for frame in bench.frames.frames})
     assert len(result.versions) >= 2
+
+
+@pytest.mark.parametrize(
+    ("wish", "success", "reason"),
+    [
+        (Wish.SUCCESS, True, dataset_pb2.EPISODE_END_SUCCESS),
+        (Wish.FAILURE, False, dataset_pb2.EPISODE_END_FAILURE),
+        (Wish.STOP, False, dataset_pb2.EPISODE_END_INTERRUPTED),
+    ],
+)
+def test_a_pedal_ends_the_episode(wish: Wish, success: bool, reason: int) -> None:
+    bench = Bench(policy=False)
+    bench.robot.person = lambda tick: 1.0
+    bench.operator.pressed = {5: wish}
+    result = bench.run(steps=20)
+    assert (result.success, result.reason, result.frame_count) == (success, reason, 5)
+    assert bench.stop.is_set() == (wish is Wish.STOP)
+
+
+def test_a_pedal_asks_for_the_episode_again() -> None:
+    bench = Bench(policy=False)
+    bench.robot.person = lambda tick: 1.0
+    bench.operator.pressed = {5: Wish.RERECORD}
+    with pytest.raises(RerecordWished):
+        bench.run(steps=20)
+
+
+def test_what_the_agent_itself_reports_is_nobodys_wish() -> None:
+    def event(kind: TeleopEventKind, source: str) -> TeleopEvent:
+        return TeleopEvent(number=1, kind=kind, source=source, stamp=common_pb2.Stamp())
+
+    assert wish_of(event(TeleopEventKind.SUCCESS, "pedal")) is Wish.SUCCESS
+    assert wish_of(event(TeleopEventKind.SUCCESS, "scene")) is None
+    assert wish_of(event(TeleopEventKind.STOP, "emergency stop")) is None
+    assert wish_of(event(TeleopEventKind.INTERVENTION_START, "pedal")) is None
