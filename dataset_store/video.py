@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.container
+import av.error
 import numpy as np
 import numpy.typing as npt
 
@@ -124,7 +126,7 @@ def packet_indices(path: Path, *, fps: int) -> tuple[list[int], set[int]]:
     """Frame index of every packet in file order, and which of them are keyframes. Nothing is decoded."""
     indices: list[int] = []
     keyframes: set[int] = set()
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         video = container.streams.video[0]
         for packet in container.demux(video):
             if packet.pts is None:
@@ -145,7 +147,7 @@ class VideoReader:
     def __init__(self, path: Path, *, fps: int) -> None:
         self.path = path
         self._fps = fps
-        self._container = av.open(str(path))
+        self._container = _open(path)
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "NONE"
         self._frames: Iterator[Any] | None = None
@@ -201,6 +203,13 @@ class ReaderCache:
             reader = readers[path] = VideoReader(path, fps=self._fps)
         readers.move_to_end(path)
         return reader
+
+
+def _open(path: Path) -> av.container.InputContainer:
+    try:
+        return av.open(str(path))
+    except av.error.FFmpegError as error:
+        raise Corrupt(f"{path.name} cannot be opened as a video: {error.strerror}") from None
 
 
 def _to_index(pts: int, time_base: Fraction | None, fps: int, path: Path) -> int:
