@@ -23,6 +23,7 @@ import numpy.typing as npt
 from manyhands import stamps
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, ManyhandsError, NotFound, Unreachable
+from manyhands.metrics import timed_stage
 from manyhands.robot.types import EpisodeOutcome, RobotStatus, TeleopEvent, TeleopEventKind
 
 from .robot import Readings, Rest, Robot, Vector, action_features, action_vector
@@ -154,10 +155,11 @@ class Agent:
                 or (kept.version > newer_than and self._clock() - kept.captured_ns / 1e9 <= max_picture_age_s)
             ):
                 return kept
-        snapshot = self._snapshot(self._observe(include_images=include_images))
-        if include_images:
-            self._pictured = snapshot
-        return snapshot
+        if not include_images:
+            return self._snapshot(self._observe(include_images=False))
+        with timed_stage("robot", "pictures"):
+            self._pictured = self._snapshot(self._observe(include_images=True))
+        return self._pictured
 
     def propose(self, name: str, readings: Readings) -> Proposal:
         """What the named teleoperator would do with these readings."""
@@ -173,17 +175,18 @@ class Agent:
         return Proposal(action=action, intervening=teleoperator.intervening)
 
     def command(self, epoch: int, sequence: int, action: Arrays, age_s: float) -> Executed:
-        readings = self._observe(include_images=False)
-        judgement = self.core.judge(
-            epoch=epoch,
-            sequence=sequence,
-            wanted=action_vector(action, self.robot.spec),
-            age_s=age_s,
-            readings=readings,
-            measured=lambda: self.robot.hold_action(readings),
-            torques=lambda: self.robot.torques(readings),
-        )
-        self._apply(judgement.executed)
+        with timed_stage("robot", "command"):
+            readings = self._observe(include_images=False)
+            judgement = self.core.judge(
+                epoch=epoch,
+                sequence=sequence,
+                wanted=action_vector(action, self.robot.spec),
+                age_s=age_s,
+                readings=readings,
+                measured=lambda: self.robot.hold_action(readings),
+                torques=lambda: self.robot.torques(readings),
+            )
+            self._apply(judgement.executed)
         return Executed(action=self._executed, clamped=judgement.clamped, status=self.core.status())
 
     def begin_reset(self, epoch: int, seed: int, task: str) -> None:
@@ -217,13 +220,14 @@ class Agent:
         return self.core.status()
 
     def stop(self, reason: str) -> RobotStatus:
-        """Still first, remembered second."""
-        try:
-            self.core.stop(reason)
-        finally:
-            self._rest(self.core.duty())
+        """Still first, remembered second: a disk may be slow. Each is done whatever happens to the other."""
         logger.warning("emergency stop: %s", reason)
+        self.core.stop(reason)
         self._tell(TeleopEventKind.STOP, "emergency stop")
+        try:
+            self._rest(self.core.duty())
+        finally:
+            self.core.remember_stop()
         return self.core.status()
 
     # The thread.

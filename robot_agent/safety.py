@@ -270,12 +270,15 @@ class SafetyCore:
         self._last = None
 
     def stop(self, reason: str) -> None:
-        """Emergency stop. In force when this returns, or raises because the disk refuses to remember it."""
+        """Emergency stop, in force when this returns. The caller stills the robot and then calls remember_stop()."""
         if self._stop_reason is None:
             self._stop_reason = reason or "no reason given"
             self._stop_on_disk = False
             self._end_lease()
-        if not self._stop_on_disk:
+
+    def remember_stop(self) -> None:
+        """Puts the stop on disk, so that it outlives the process; as slow as the disk. A failure leaves it in force."""
+        if self._stop_reason is not None and not self._stop_on_disk:
             self._memory.latch_stop(self._stop_reason)
             self._stop_on_disk = True
 

@@ -88,7 +88,7 @@ class RobotService(robot_pb2_grpc.RobotServiceServicer):
     async def ReleaseControl(  # noqa: N802
         self, request: robot_pb2.ReleaseControlRequest, context: Context
     ) -> robot_pb2.ReleaseControlResponse:
-        await self._do(lambda: self._agent.core.release(request.epoch))
+        await self._do_surely(lambda: self._agent.core.release(request.epoch))
         return robot_pb2.ReleaseControlResponse()
 
     async def Reset(self, request: robot_pb2.ResetRequest, context: Context) -> robot_pb2.ResetResponse:  # noqa: N802
@@ -174,12 +174,12 @@ class RobotService(robot_pb2_grpc.RobotServiceServicer):
         )
 
     async def Hold(self, request: robot_pb2.HoldRequest, context: Context) -> robot_pb2.HoldResponse:  # noqa: N802
-        return robot_pb2.HoldResponse(status=(await self._do(self._agent.hold)).to_proto())
+        return robot_pb2.HoldResponse(status=(await self._do_surely(self._agent.hold)).to_proto())
 
     async def EmergencyStop(  # noqa: N802
         self, request: robot_pb2.EmergencyStopRequest, context: Context
     ) -> robot_pb2.EmergencyStopResponse:
-        status = await self._do(lambda: self._agent.stop(request.reason))
+        status = await self._do_surely(lambda: self._agent.stop(request.reason))
         return robot_pb2.EmergencyStopResponse(status=status.to_proto())
 
     async def WatchTeleopEvents(  # noqa: N802
@@ -198,7 +198,12 @@ class RobotService(robot_pb2_grpc.RobotServiceServicer):
             await self._pause(EVENT_POLL_S)
 
     async def _do(self, job: Callable[[], T]) -> T:
+        """Runs job in the robot's thread, unless the caller gave up before its turn: nobody expects a late command."""
         return await asyncio.wrap_future(self._agent.submit(job))
+
+    async def _do_surely(self, job: Callable[[], T]) -> T:
+        """Runs job also for a caller that hung up: what stops a robot is done once it was asked for."""
+        return await asyncio.shield(asyncio.wrap_future(self._agent.submit(job)))
 
     async def _pause(self, seconds: float) -> None:
         """Sleeps, but not through a drain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from manyhands import codec, stamps
 from manyhands.errors import InternalError, Refused, Unreachable
 from manyhands.robot.types import Authority, EpisodeOutcome, RobotMode, TeleopEventKind
+from manyhands.robot.v1 import robot_pb2
 from robot_agent.agent import Agent
 from robot_agent.robot import Readings, Rest, Vector
 from robot_agent.robots.arm import FALLEN, HOME, PARKED, STATE, ArmOptions, GoalSeeker, SimulatedArm
+from robot_agent.service import RobotService
 from robot_agent.state import StateDirectory
 
 
@@ -306,3 +310,70 @@ def test_a_busy_queue_does_not_starve_the_watchdog(start):
         assert ask(agent, agent.core.status).hold_count == 1
     finally:
         stop.set()
+
+
+@pytest.mark.parametrize("breaking", [None, "apply"])
+def test_an_emergency_stop_stills_first_and_is_remembered_whatever_the_driver_does(start, breaking):
+    driver = Driver(watchdog_s=5.0)
+    agent = start(driver)
+    epoch = take(agent)
+    command(agent, epoch, 1, HOME)
+    memory = agent.core._memory
+    latch = memory.latch_stop
+
+    def latching(reason: str) -> None:
+        driver.calls.append("latch")
+        latch(reason)
+
+    memory.latch_stop = latching
+    driver.calls.clear()
+    if breaking:
+        driver.broken[breaking] = OSError("bus unplugged")
+        with pytest.raises(InternalError):
+            ask(agent, lambda: agent.stop("smoke"))
+    else:
+        ask(agent, lambda: agent.stop("smoke"))
+    latched = driver.calls.index("latch")
+    assert driver.calls[latched - 1] == "apply"
+    assert memory.stop_reason() == "smoke"
+    assert [event.kind for event in agent.events_since(0)] == [TeleopEventKind.STOP]
+
+
+@pytest.mark.parametrize(
+    ("method", "done"),
+    [("EmergencyStop", True), ("Hold", True), ("ReleaseControl", True), ("Command", False), ("AcquireControl", False)],
+)
+async def test_what_stops_a_robot_is_done_also_for_a_caller_that_hung_up_and_what_moves_it_is_not(start, method, done):
+    driver = Driver(watchdog_s=5.0)
+    agent = start(driver)
+    epoch = await asyncio.to_thread(take, agent)
+    if method == "AcquireControl":
+        await asyncio.to_thread(ask, agent, lambda: agent.core.release(epoch))
+    before = await asyncio.to_thread(ask, agent, agent.core.status)
+    applied = driver.calls.count("apply")
+    requests = {
+        "EmergencyStop": robot_pb2.EmergencyStopRequest(reason="smoke"),
+        "Hold": robot_pb2.HoldRequest(),
+        "ReleaseControl": robot_pb2.ReleaseControlRequest(epoch=epoch),
+        "Command": robot_pb2.CommandRequest(
+            epoch=epoch, sequence=1, action=codec.encode_values({"action": HOME.astype(np.float32)})
+        ),
+        "AcquireControl": robot_pb2.AcquireControlRequest(
+            holder="actor/right", authority=robot_pb2.AUTHORITY_POLICY, ttl=stamps.to_duration(5)
+        ),
+    }
+    busy = threading.Event()
+    agent.submit(busy.wait)
+    call = asyncio.ensure_future(getattr(RobotService(agent, "left"), method)(requests[method], None))
+    await asyncio.sleep(0.05)  # The call is in the queue, behind what keeps the thread busy.
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    busy.set()
+    after = await asyncio.to_thread(ask, agent, agent.core.status)
+    moved = method == "Command" and driver.calls.count("apply") > applied
+    changed = (before.mode, before.lease_epoch, before.lease_holder) != (after.mode, after.lease_epoch, after.lease_holder)
+    if method == "Hold":
+        assert agent.core._held
+    else:
+        assert (changed or moved) is done

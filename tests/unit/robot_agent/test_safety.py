@@ -497,6 +497,9 @@ def test_an_emergency_stop_latches_over_restarts_until_it_is_cleared_at_the_robo
     bench.acquire()
     bench.command(0.0, 0.0, 0.0)
     bench.core.stop("smoke")
+    assert memory.stop is None  # In force before the disk is asked.
+    assert bench.core.duty() is Duty.HOLD
+    bench.core.remember_stop()
     assert memory.stop == "smoke"
     for stopped in (bench, Bench(clock, memory)):
         stopped.epoch = bench.epoch
@@ -518,9 +521,10 @@ def test_an_emergency_stop_latches_over_restarts_until_it_is_cleared_at_the_robo
 
 
 def test_a_second_stop_keeps_the_first_reason(bench, memory):
-    bench.core.stop("smoke")
-    bench.core.stop("noise")
-    assert memory.stop == "smoke"
+    for reason in ("smoke", "noise"):
+        bench.core.stop(reason)
+        bench.core.remember_stop()
+    assert memory.writes == ["stop smoke"]
 
 
 def test_a_stop_is_in_force_even_if_the_disk_refuses_to_remember_it(bench, memory):
@@ -529,8 +533,9 @@ def test_a_stop_is_in_force_even_if_the_disk_refuses_to_remember_it(bench, memor
 
     bench.acquire()
     memory.latch_stop = full
+    bench.core.stop("smoke")
     with pytest.raises(OSError):
-        bench.core.stop("smoke")
+        bench.core.remember_stop()
     assert bench.core.duty() is Duty.HOLD
     assert bench.core.status().mode is RobotMode.EMERGENCY_STOP
     with pytest.raises(Refused):
