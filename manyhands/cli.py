@@ -45,6 +45,8 @@ COMMANDS: dict[str, Command] = {
         summary="robot PC: drive one robot through episodes, by policy or person",
         extra="robot",
     ),
+    "record": Command(module="actor.record", summary="record a teleoperator's episodes on a running actor", extra="robot"),
+    "rollout": Command(module="actor.rollout", summary="let a served policy act on a running actor", extra="robot"),
     "serve": Command(
         module="services.inference.main",
         summary="GPU host: run policies for many robots",
