@@ -334,7 +334,7 @@ def test_an_emergency_stop_stills_first_and_is_remembered_whatever_the_driver_do
     else:
         ask(agent, lambda: agent.stop("smoke"))
     latched = driver.calls.index("latch")
-    assert driver.calls[latched - 1] == "apply"
+    assert "apply" in driver.calls[:latched]
     assert memory.stop_reason() == "smoke"
     assert [event.kind for event in agent.events_since(0)] == [TeleopEventKind.STOP]
 
