@@ -110,6 +110,18 @@ def test_picture_cut_off_anywhere_is_refused(encoding: common_pb2.ImageEncoding.
             codec.decode_image(cut)
 
 
+@pytest.mark.parametrize("encoding", [JPEG, PNG])
+def test_cut_off_picture_is_not_left_to_the_decoder(
+    encoding: common_pb2.ImageEncoding.ValueType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some decoders fill the rest with grey and report success."""
+    whole = codec.encode_image(_picture(), encoding)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("pixels were decoded"))
+    cut = common_pb2.Image(encoding=encoding, height=48, width=64, data=whole.data[:-40])
+    with pytest.raises(InvalidInput, match="cut off"):
+        codec.decode_image(cut)
+
+
 @pytest.mark.parametrize("encoding", [RAW, JPEG, PNG])
 @pytest.mark.parametrize(("height", "width"), [(48, 63), (47, 64), (0, 64), (-48, -64), (2**31 - 1, 2**31 - 1)])
 def test_declared_size_must_be_the_pictures(encoding: common_pb2.ImageEncoding.ValueType, height: int, width: int) -> None:

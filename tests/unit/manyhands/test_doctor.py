@@ -93,6 +93,7 @@ def test_commands_listen_on_the_ports_of_the_list_or_on_a_free_one(name: str) ->
         ("2.0", ">=1.85,<2", False),
         ("1.4.9", "~=1.4.2", True),
         ("1.5.0", "~=1.4.2", False),
+        ("1.4.1", "~=1.4.2", False),
         ("7.0", "", True),
     ],
 )
