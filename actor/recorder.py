@@ -36,6 +36,10 @@ class Recorder:
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
+    def check_room(self) -> None:
+        """Raises Overloaded when not even an empty episode would fit."""
+        self._spool.check_room(0)
+
     def begin(self, meta: EpisodeMeta) -> None:
         """Raises Overloaded when the spool has no room."""
         assert self._log is None, "an episode is being recorded"

@@ -144,6 +144,7 @@ class Run:
         if run.dataset:
             if not around.store_address:
                 raise errors.Refused("recording needs a store; start the actor with --store", field="run.dataset")
+            around.recorder.check_room()
             with DatasetClient(around.store_address, security_settings=around.security) as store:
                 handshake.agree_with_dataset(run.dataset, self._robot.spec, store)
         if run.mode == actor_pb2.RUN_MODE_POLICY:
