@@ -187,6 +187,8 @@ def test_reader_that_leaves_early_gets_no_traceback() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "manyhands", "--help"],
             stdout=writing,
+            # Buffered, as on a user's machine: then the complaint would come while Python ends.
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             stderr=subprocess.PIPE,
             text=True,
             timeout=60,
