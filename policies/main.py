@@ -1,6 +1,6 @@
 """manyhands policy: make an untrained checkpoint for a robot or a dataset, look into one.
 
-manyhands policy init --type flow --robot 127.0.0.1:50051 --output untrained
+manyhands policy init --type flow --robot 127.0.0.1:50061 --output untrained
 manyhands policy inspect untrained
 """
 
@@ -29,9 +29,9 @@ class Settings(config.Settings):
     """Makes and inspects policy checkpoints."""
 
     examples: ClassVar[tuple[str, ...]] = (
-        "policy init --type flow --robot 127.0.0.1:50051 --output untrained",
-        "policy init --type flow --dataset demo --store 127.0.0.1:50052 --output untrained",
-        "policy inspect untrained",
+        "init --type flow --robot 127.0.0.1:50061 --output untrained",
+        "init --type flow --dataset demo --store 127.0.0.1:50051 --output untrained",
+        "inspect untrained",
     )
 
     action: Annotated[Literal["init", "inspect"], POSITIONAL] = Field(
@@ -42,7 +42,7 @@ class Settings(config.Settings):
     output: Path | None = Field(None, description="init: folder to write")
     robot: str = Field("", description="init: host:port of a robot agent whose spec the policy is for")
     dataset: str = Field("", description="init: a dataset of the store whose spec the policy is for")
-    store: str = Field("127.0.0.1:50052", description="init with --dataset: host:port of the store")
+    store: str = Field("127.0.0.1:50051", description="init with --dataset: host:port of the store")
     spec: Path | None = Field(None, description="init: a JSON file with the spec, as in a checkpoint's config.json")
     policy_config: dict[str, Any] = Field(
         default_factory=dict, description="init: KEY=VALUE of the policy's own configuration, values as JSON"
