@@ -40,11 +40,12 @@ def command_help(name: str, summary: str, description: str, settings: type[Setti
         if len(knob.path) > 1:
             groups.setdefault(knob.path[0], []).append(knob)
     positionals = [knob for knob in own if knob.positional]
-    arguments = "".join(f" {knob.metavar}{'...' if knob.kind is KnobKind.LIST else ''}" for knob in positionals)
+    words = [knob.metavar + ("..." if knob.kind is KnobKind.LIST else "") for knob in positionals]
+    arguments = "".join(f" {word}" if knob.required else f" [{word}]" for word, knob in zip(words, positionals, strict=True))
     lines = [f"usage: manyhands {name}{arguments} [flags]", "", f"{summary[:1].upper()}{summary[1:]}.", ""]
     for paragraph in textwrap.dedent(description).strip().split("\n\n"):
-        # A paragraph with an indented line is laid out by hand: a listing, a drawing.
-        laid_out = any(line.startswith(" ") for line in paragraph.splitlines())
+        # Laid out by hand where a line is indented or a command: a listing, a drawing.
+        laid_out = any(line.startswith((" ", "manyhands ")) for line in paragraph.splitlines())
         lines += [*(paragraph.splitlines() if laid_out else textwrap.wrap(" ".join(paragraph.split()), _width())), ""]
     sections = [("arguments", positionals), ("settings", flat), *groups.items()]
     for title, members in sections:
