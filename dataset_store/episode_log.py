@@ -132,6 +132,10 @@ class EpisodeLog:
                 versions=tuple(common_pb2.PolicyVersion.FromString(version) for version in self._versions),
             )
 
+    def check_owner(self, owner: object) -> None:
+        with self.lock:
+            self._check_owner(owner)
+
     def close(self) -> None:
         with self.lock:
             self._owner = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from manyhands import metrics
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.errors import Corrupt, InvalidInput, ManyhandsError, Overloaded, Refused
 from manyhands.spec import decode_in_order
@@ -107,6 +108,7 @@ class AppendSession:
                 f"episode {self._episode_uuid} is sealed and stays; deleting published episodes makes a new dataset",
                 field="episode_uuid",
             )
+        self._live.log.check_owner(self)
         self._store.discard(self._live)
         self._live = None
         self._has_undurable = False
@@ -117,7 +119,8 @@ class AppendSession:
     def _acknowledge(self, responses: list[Response]) -> None:
         if self._live is None or not self._has_undurable:
             return
-        durable = self._live.log.sync(self)
+        with metrics.timed_stage("store", "sync"):
+            durable = self._live.log.sync(self)
         self._has_undurable = False
         responses.append(self._response(ack=dataset_pb2.Ack(durable_sequence=durable)))
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from manyhands import config
+from manyhands import config, metrics
 from manyhands.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from manyhands.security import SecuritySettings
 from manyhands.server import GrpcServer
@@ -33,10 +33,12 @@ class Settings(config.Settings):
     encoder_threads: int = Field(_DEFAULTS.encoder_threads, ge=1, le=256, description="threads that encode video")
     min_free_mib: int = Field(_DEFAULTS.min_free_mib, ge=0, description="no new frames while the disk has less free space")
     max_live_episodes: int = Field(_DEFAULTS.max_live_episodes, ge=1, description="episodes recorded at once")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of the Prometheus page; 0 means none")
     max_streams: int = Field(64, ge=1, le=1024, description="recorders connected at once")
 
 
 def main(settings: Settings) -> int:
+    metrics.serve_metrics(settings.metrics_port)
     return asyncio.run(_serve(settings))
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from manyhands import metrics
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.errors import InvalidInput, ManyhandsError, Overloaded, Refused
 from manyhands.framelog import truncate_torn
@@ -81,6 +82,8 @@ class Store:
         self.catalogue = Catalogue(root / "catalogue.sqlite")
         self._pool = EncoderPool(num_threads=self.limits.encoder_threads)
         self._lock = threading.Lock()
+        # Taken before _lock, never after it.
+        self._guards = [threading.Lock() for _ in range(64)]
         self._live: dict[Key, LiveEpisode] = {}
         self._definitions: dict[str, Definition] = {}
         self._encoded: dict[Key, Future[EncodedEpisode]] = {}
@@ -149,14 +152,16 @@ class Store:
                 field="begin.spec_digest",
             )
         key = (begin.dataset, begin.episode_uuid)
-        with self._lock:
+        with self._guard(key):
             sealed = self.catalogue.find(*key)
             if sealed is not None:
                 return sealed
             self.check_space()
-            live = self._live.get(key)
+            with self._lock:
+                live = self._live.get(key)
+                if live is None:
+                    self._make_room()
             if live is None:
-                self._make_room()
                 path = self._log(*key)
                 make_directory(path.parent)
                 live = LiveEpisode(
@@ -164,7 +169,8 @@ class Store:
                     log=EpisodeLog(path, begin),
                     encoder=EpisodeEncoder(self._pool, definition, self._staging(*key)),
                 )
-                self._live[key] = live
+                with self._lock:
+                    self._live[key] = live
             elif live.log.begin != begin:
                 raise InvalidInput(
                     f"is in use by robot {live.log.begin.robot_id!r}; choose a new uuid", field="episode_uuid"
@@ -176,20 +182,23 @@ class Store:
         """The episode is safe when this returns; encoding and publishing follow."""
         dataset = live.definition.name
         key = (dataset, episode.uuid)
-        self.catalogue.seal(dataset, episode)
-        with self._lock:
-            self._live.pop(key, None)
-            self._sealed_at.setdefault(dataset, time.monotonic())
-            self._finish_encoding(key, live.encoder, episode.frame_count)
-        live.log.close()
+        with self._guard(key):
+            self.catalogue.seal(dataset, episode)
+            with self._lock:
+                self._live.pop(key, None)
+                self._sealed_at.setdefault(dataset, time.monotonic())
+                self._finish_encoding(key, live.encoder, episode.frame_count)
+            live.log.close()
         self._wake.set()
 
     def discard(self, live: LiveEpisode) -> None:
-        with self._lock:
-            self._live.pop((live.definition.name, live.log.begin.episode_uuid), None)
-        live.log.close()
-        live.log.path.unlink(missing_ok=True)
-        live.encoder.abandon()
+        key = (live.definition.name, live.log.begin.episode_uuid)
+        with self._guard(key):
+            with self._lock:
+                self._live.pop(key, None)
+            live.log.close()
+            live.log.path.unlink(missing_ok=True)
+            live.encoder.abandon()
 
     def release(self, owner: object, live: LiveEpisode) -> None:
         """The stream ended; the episode waits for its recorder to begin it again."""
@@ -200,11 +209,13 @@ class Store:
     def drop(self, live: LiveEpisode) -> None:
         """After a failed write: forgets what memory says of the episode; the next begin reads the log again."""
         key = (live.definition.name, live.log.begin.episode_uuid)
-        with self._lock:
-            if self._live.get(key) is live:
+        with self._guard(key):
+            with self._lock:
+                if self._live.get(key) is not live:
+                    return
                 del self._live[key]
-                live.log.close()
-        live.encoder.abandon()
+            live.log.close()
+            live.encoder.abandon()
 
     def check_space(self) -> None:
         free_mib = shutil.disk_usage(self.root).free / 2**20
@@ -235,7 +246,8 @@ class Store:
             sealed = self.catalogue.in_state(dataset, EpisodeState.SEALED)
             if not wait_for_encoding:
                 sealed = [e for e in sealed if self._encoding(dataset, e).done()]
-            published = publisher.publish(sealed)
+            with metrics.timed_stage("store", "publish"):
+                published = publisher.publish(sealed)
             with self._lock:
                 for episode in sealed:
                     self._encoded.pop((dataset, episode.uuid), None)
@@ -337,12 +349,16 @@ class Store:
             if live.owner is None:
                 del self._live[key]
                 live.log.close()
-                self._pool.submit(live.encoder.abandon)
+                live.encoder.abandon()
                 return
         raise Overloaded(
             f"{len(self._live)} episodes are being recorded, the limit; end some or raise --max-live-episodes",
             retry_after_s=5.0,
         )
+
+    def _guard(self, key: Key) -> threading.Lock:
+        """Opening, sealing and deleting the files of one episode exclude each other; other episodes hardly wait."""
+        return self._guards[hash(key) % len(self._guards)]
 
     def _ingest(self, dataset: str) -> Path:
         return self.root / "ingest" / dataset
