@@ -146,6 +146,11 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> Policy[InputsT]:
         """Builds the module with fresh weights; unknown keys, wrong types and impossible values are InvalidInput."""
 
+    @classmethod
+    def tiny_config(cls) -> Mapping[str, Any]:
+        """A configuration that builds in a moment, for tests of what all policies promise."""
+        return {}
+
     @abc.abstractmethod
     def config_dict(self) -> dict[str, Any]:
         """JSON-able; from_config(config_dict(), spec) builds the same module."""
