@@ -363,7 +363,7 @@ def test_an_emergency_stop_latches_over_a_restart_until_cleared_at_the_robot(tmp
 
 def test_it_refuses_to_start_without_a_configured_stop_and_faults_when_it_goes(tmp_path):
     pedal = tmp_path / "pedal"
-    arguments = [*ANY_PORT, "--required-devices", str(pedal)]
+    arguments = ["--required-devices", str(pedal)]
     command = [
         sys.executable,
         "-m",
@@ -373,6 +373,7 @@ def test_it_refuses_to_start_without_a_configured_stop_and_faults_when_it_goes(t
         "arm",
         "--state-dir",
         str(tmp_path / "state"),
+        *ANY_PORT,
         *arguments,
     ]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=30)
