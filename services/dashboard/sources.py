@@ -30,7 +30,7 @@ def watch_inference(upstream: Upstream, address: str) -> None:
         status = await stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)
         upstream.feed.set("inference", shapes.inference_status(status, now_s=upstream.feed.now_s()))
 
-    upstream.add_service("inference", "inference", address)
+    upstream.add_service("inference", address)
     upstream.spawn(keep_trying("inference", poll, pause_s=POLL_INTERVAL_S), "inference")
 
 
@@ -53,7 +53,7 @@ def watch_weights(upstream: Upstream, address: str) -> None:
             versions = versions[-VERSIONS_KEPT:]
             upstream.feed.set("versions", list(versions))
 
-    upstream.add_service("weights", "weights", address)
+    upstream.add_service("weights", address)
     upstream.spawn(keep_trying("weights", watch), "weights")
 
 
@@ -90,7 +90,7 @@ def watch_learner(upstream: Upstream, address: str) -> None:
         finally:
             call.cancel()
 
-    upstream.add_service("learner", "learner", address)
+    upstream.add_service("learner", address)
     upstream.spawn(keep_trying("learner", status, pause_s=POLL_INTERVAL_S), "learner status")
     upstream.spawn(keep_trying("learner's progress", progress), "learner progress")
 
@@ -103,7 +103,7 @@ class DatasetReader:
         self._feed = upstream.feed
         self._sizes: dict[str, dict[str, int]] = {}
         self._refreshing = asyncio.Lock()
-        upstream.add_service("store", "store", address)
+        upstream.add_service("store", address)
         upstream.spawn(keep_trying("store", self._poll, pause_s=DATASETS_INTERVAL_S), "store")
 
     async def episodes(self, dataset: str, *, from_index: int, page_size: int) -> Json:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Lab
-from peers import chunk, version
+from peers import chunk, result, version
 from playwright.sync_api import Browser, Page, expect
 
 from manyhands.clients.inference import InferenceClient
@@ -179,6 +179,9 @@ def test_refusals_and_exact_latencies_are_visible(page: Page, lab: Lab) -> None:
     ghost.locator("summary", has_text="Last chunks").click()
     expect(ghost.locator("tr.bad")).to_contain_text(refusal)
     expect(ghost.locator("[data-field='success']")).to_have_text("19 of 20 episodes, 60 wanted")
+    lab.ghost.script.add(result(1, success=True), result(2, success=False))
+    expect(ghost.locator(".results li")).to_have_text(["✓", "✕"])
+    expect(ghost.get_by_label("Episode 2: time limit, 120 frames, arm v2, 4 ticks held")).to_be_visible()
 
 
 def test_the_learner_s_curve_ends_at_its_last_value_and_marks_what_was_published(page: Page, lab: Lab) -> None:
@@ -204,19 +207,19 @@ def test_a_killed_service_turns_red_within_3_s_and_green_when_it_is_back(page: P
     for name in (
         "robot:robot-0",
         "robot:robot-1",
-        "inference:inference",
-        "weights:weights",
-        "learner:learner",
-        "store:store",
+        "inference",
+        "weights",
+        "learner",
+        "store",
     ):
         expect(page.locator(f"[data-service='{name}']")).to_have_attribute("data-state", "up")
-    weights = page.locator("[data-service='weights:weights']")
+    weights = page.locator("[data-service='weights']")
     lab.topology.kill("weights")
     killed_s = time.monotonic()
     expect(weights).to_have_attribute("data-state", "down", timeout=3_000)
     assert time.monotonic() - killed_s < 3.0
     expect(weights.locator(".state")).to_have_text("down")
-    expect(page.locator("[data-service='store:store']")).to_have_attribute("data-state", "up")
+    expect(page.locator("[data-service='store']")).to_have_attribute("data-state", "up")
     lab.restart("weights")
     expect(weights).to_have_attribute("data-state", "up", timeout=5_000)
 

@@ -16,14 +16,14 @@ export function renderServices() {
   }
   list.querySelector(".empty")?.remove();
   services.forEach((service, index) => {
-    const key = `${service.kind}:${service.name}`;
-    let item = list.querySelector(`[data-service="${CSS.escape(key)}"]`);
+    let item = list.querySelector(`[data-service="${CSS.escape(service.id)}"]`);
     if (!item) {
-      item = h("li", { class: "service", "data-service": key }, h("div", {}, h("strong", {}, service.kind === service.name ? kinds[service.kind] : `${kinds[service.kind]} ${service.name}`)),
+      item = h("li", { class: "service", "data-service": service.id }, h("div", {}, h("strong")),
         h("div", {}, h("span", { class: "state" }), " ", h("span", { class: "for soft" })), h("div", { class: "where soft" }));
       list.insertBefore(item, list.children[index] ?? null);
     }
     item.dataset.state = service.state;
+    write(item.querySelector("strong"), service.name ? `${kinds[service.kind]} ${service.name}` : kinds[service.kind]);
     write(item.querySelector(".state"), service.state);
     write(item.querySelector(".for"), service.since_t === undefined ? "" : `for ${ago(nowS() - service.since_t)}`);
     write(item.querySelector(".where"), `${service.address}${service.latency_ms === null || service.latency_ms === undefined ? "" : `, answers in ${ms(service.latency_ms)}`}`);
