@@ -163,8 +163,9 @@ class Run:
             try:
                 link.acquire()
                 return
-            except errors.Refused:
-                if time.monotonic() > give_up_s or self._stop.wait(0.2):
+            except errors.Refused as error:
+                is_held = error.field == "holder"
+                if not is_held or time.monotonic() > give_up_s or self._stop.wait(0.2):
                     raise
 
     def _prepare_for_ever_and_run(self) -> None:

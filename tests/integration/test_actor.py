@@ -149,9 +149,9 @@ def test_the_served_policy_acts_and_every_chunk_is_told(site: Site) -> None:
     assert site.policy.holders == {}, "the session too"
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
+def test_a_run_that_cannot_be_is_refused_by_field_and_nothing_moves(site: Site) -> None:
+    _, actor = site.start()
+    wrong: list[tuple[dict[str, object], str]] = [
         ({"max_episode_steps": 0}, "run.max_episode_steps"),
         ({"episode_count": -1}, "run.episode_count"),
         ({"replan_interval_steps": 0}, "run.replan_interval_steps"),
@@ -159,16 +159,12 @@ def test_the_served_policy_acts_and_every_chunk_is_told(site: Site) -> None:
         ({"task": "fold the shirt"}, "run.task"),
         ({"teleoperator": "pedal"}, "run.teleoperator"),
         ({"dataset": "Not A Name"}, "run.dataset"),
-    ],
-)
-def test_a_run_that_cannot_be_is_refused_by_field_and_nothing_moves(
-    site: Site, change: dict[str, object], field: str
-) -> None:
-    _, actor = site.start()
-    with pytest.raises(errors.InvalidInput) as caught:
-        actor.start_run(long_run(**change))
-    assert caught.value.field == field
-    assert actor.status().state == actor_pb2.RUN_STATE_FAILED
+    ]
+    for change, name in wrong:
+        with pytest.raises(errors.InvalidInput) as caught:
+            actor.start_run(long_run(**change))
+        assert caught.value.field == name
+        assert actor.status().state == actor_pb2.RUN_STATE_FAILED
     with site.robot_client as robot:
         assert robot.describe().status.lease_epoch == 0, "nobody ever had control"
 
