@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import shutil
 import threading
@@ -23,7 +24,7 @@ from typing import TextIO
 
 from manyhands import metrics
 from manyhands.dataset.v1 import dataset_pb2
-from manyhands.errors import InvalidInput, ManyhandsError, Overloaded, Refused
+from manyhands.errors import Corrupt, InvalidInput, ManyhandsError, Overloaded, Refused
 from manyhands.framelog import truncate_torn
 
 from .catalogue import Catalogue, CataloguedEpisode, EpisodeState, SealedEpisode
@@ -186,7 +187,7 @@ class Store:
             self.catalogue.seal(dataset, episode)
             with self._lock:
                 self._live.pop(key, None)
-                self._sealed_at.setdefault(dataset, time.monotonic())
+                self._sealed_at[dataset] = min(self._sealed_at.get(dataset, math.inf), time.monotonic())
                 self._finish_encoding(key, live.encoder, episode.frame_count)
             live.log.close()
         self._wake.set()
@@ -280,7 +281,8 @@ class Store:
                 except Exception as error:
                     if self._is_closing:
                         return
-                    retry_after_s = 5.0
+                    # A full disk passes; a damaged episode stays damaged, the others were published.
+                    retry_after_s = 300.0 if isinstance(error, Corrupt) else 5.0
                     is_expected = isinstance(error, OSError | ManyhandsError)
                     logger.error("%s: publishing failed, will retry: %s", dataset, error, exc_info=not is_expected)
                 if self.catalogue.counts(dataset).sealed:
