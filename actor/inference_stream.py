@@ -30,6 +30,9 @@ FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 2.0
 # The server answers a late request with a refusal; only a dead link leaves us without any answer this much after.
 ANSWER_GRACE_S = 1.0
+HANDSHAKE_TIMEOUT_S = 10.0
+# Of later attempts: a link that swallows packets must not keep a run from ending.
+REOPEN_TIMEOUT_S = 2.0
 # After kill -9 of an actor the server needs a moment to see that the old stream is gone.
 NAME_TAKEN_PATIENCE_S = 5.0
 
@@ -118,7 +121,7 @@ class InferenceStream:
         give_up_s = time.monotonic() + NAME_TAKEN_PATIENCE_S
         while True:
             try:
-                self._session = self._first_session = self._open_session()
+                self._session = self._first_session = self._open_session(HANDSHAKE_TIMEOUT_S)
                 return self._session
             except errors.AlreadyExists as error:
                 wait_s = min(error.retry_after_s or 0.5, 1.0)
@@ -162,7 +165,7 @@ class InferenceStream:
             self._closing = True
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=REOPEN_TIMEOUT_S + 0.5)
         if self._session is not None:
             try:
                 self._client.close_session(self._session.session_id, timeout_s=1.0)
@@ -236,7 +239,7 @@ class InferenceStream:
 
     def _connect(self) -> None:
         if self._session is None:
-            session = self._open_session()
+            session = self._open_session(REOPEN_TIMEOUT_S)
             first = self._first_session
             if first is not None and _shape(session) != _shape(first):
                 raise errors.Refused(
@@ -252,7 +255,7 @@ class InferenceStream:
             self._detail = ""
             self._changed.notify_all()
 
-    def _open_session(self) -> Session:
+    def _open_session(self, timeout_s: float) -> Session:
         plan = self._plan
         return self._client.open_session(
             robot_id=plan.robot_id,
@@ -260,6 +263,7 @@ class InferenceStream:
             model=plan.model,
             spec=plan.spec,
             replan_interval_steps=plan.replan_interval_steps,
+            timeout_s=timeout_s,
         )
 
     def _received(self, reply: Reply) -> None:

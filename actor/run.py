@@ -354,15 +354,16 @@ class Run:
         self._set(state, detail)
 
     def _close(self) -> None:
+        """The robot first: it must not wait for a service that does not answer."""
         if self._operator is not None:
             self._operator.close()
             self._operator = None
-        if self._policy is not None:
-            self._policy.stream.close()
-            self._policy = None
         if self._link is not None:
             self._link.release()
             self._link = None
+        if self._policy is not None:
+            self._policy.stream.close()
+            self._policy = None
         if self._robot_client is not None:
             self._robot_client.close()
             self._robot_client = None
