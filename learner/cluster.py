@@ -7,6 +7,7 @@ folder in /tmp, swept at the next start.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -99,9 +100,14 @@ class RayCluster:
         trainer.fit()
 
     def stop(self) -> None:
+        """Ends Ray. Of a local one nothing is left: what does not go by itself within a second is killed."""
         import ray
 
+        started = psutil.Process().children(recursive=True) if self._folder is not None else []
         ray.shutdown()
+        for process in psutil.wait_procs(started, timeout=1.0)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
