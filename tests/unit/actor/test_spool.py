@@ -190,6 +190,15 @@ def test_the_recorder_stops_before_the_limit_and_keeps_what_it_has(tmp_path: Pat
     spool.close()
 
 
+def test_frames_on_their_way_when_the_episode_ends_belong_to_it(spool: Spool) -> None:
+    recorder = Recorder(spool)
+    recorder.begin(meta())
+    for number in range(50):
+        recorder.frame(frame(number))
+    assert recorder.end(dataset_pb2.EPISODE_END_INTERRUPTED) == 50
+    recorder.close()
+
+
 def test_a_disk_without_room_refuses_before_anything_moves(tmp_path: Path) -> None:
     spool = open_spool(tmp_path, min_free_bytes=2**62)
     recorder = Recorder(spool)
