@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -183,7 +184,10 @@ class VideoReader:
 
 
 class ReaderCache:
-    """Open readers, a bounded number per thread: decoders are not thread-safe, and each holds a descriptor and megabytes."""
+    """Open readers, a bounded number per thread: decoders are not thread-safe, and each holds a descriptor and megabytes.
+
+    A forked process starts with none: its copies would share file positions with the parent's.
+    """
 
     def __init__(self, *, fps: int, max_open: int = 16) -> None:
         if max_open < 1:
@@ -194,8 +198,9 @@ class ReaderCache:
 
     def get(self, path: Path) -> VideoReader:
         readers: collections.OrderedDict[Path, VideoReader] | None = getattr(self._local, "readers", None)
-        if readers is None:
+        if readers is None or self._local.pid != os.getpid():
             readers = self._local.readers = collections.OrderedDict()
+            self._local.pid = os.getpid()
         reader = readers.get(path)
         if reader is None:
             while len(readers) >= self._max_open:
