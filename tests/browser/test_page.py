@@ -189,10 +189,12 @@ def test_the_learner_s_curve_ends_at_its_last_value_and_marks_what_was_published
         metrics = {"train/loss": 2.0 / step, "train/lr": 1e-3, "train/grad_norm": 0.5}
         return learner_pb2.WatchProgressResponse(step=step, metrics=metrics, **fields)
 
-    lab.learner.script.add(*(point(step) for step in range(1, 200)), point(200, published=version(7)))
+    # Publishing takes a while: that of step 150 is told after step 200.
+    late = learner_pb2.WatchProgressResponse(step=150, published=version(7))
+    lab.learner.script.add(*(point(step) for step in range(1, 201)), late)
     expect(page.locator("[data-last='train/loss']")).to_have_text("0.01 at step 200")
     expect(page.locator("[data-last='train/lr']")).to_have_text("0.001 at step 200")
-    expect(page.locator("#learning [data-field='published']")).to_have_text("Published: arm v7 at step 200")
+    expect(page.locator("#learning [data-field='published']")).to_have_text("Published: arm v7 at step 150")
     expect(page.locator("#learning [data-field='step']")).to_have_text("200 of 1000")
     expect(page.locator("#learning [data-field='state']")).to_have_text("training")
     lab.learner.script.add(

@@ -135,7 +135,7 @@ export function renderLearning() {
     body.replaceChildren(status, note, ...parts, others);
   }
   const { status, note, others, parts } = charts.get("status");
-  const newest = points.at(-1);
+  const newest = points.findLast((point) => Object.keys(point.metrics).length) ?? points.at(-1);
   status.replaceChildren(...[
     ["State", learner.state || "unknown", "state"], ["Run", learner.run_id || "none yet"], learner.recipe && ["Recipe", learner.recipe],
     ["Step", learner.max_steps ? `${learner.step} of ${learner.max_steps}` : String(learner.step), "step"],
@@ -165,13 +165,12 @@ export function renderLearning() {
     ...(marks.length ? [h("p", { class: "soft", "data-field": "published" }, `Published: ${points.filter((point) => point.published).map((point) => `${versionText(point.published)} at step ${point.step}`).join(", ")}`)] : []));
 }
 
-// A step's metrics and its publishing may come as two points.
+// A step's metrics and its publishing come as two points, and the second may come late.
 function mergedPoints() {
-  const merged = [];
+  const merged = new Map();
   for (const point of values("learner:points")) {
-    const before = merged.at(-1);
-    if (before?.step === point.step) merged[merged.length - 1] = { step: point.step, metrics: { ...before.metrics, ...point.metrics }, published: point.published ?? before.published };
-    else merged.push(point);
+    const before = merged.get(point.step);
+    merged.set(point.step, { step: point.step, metrics: { ...before?.metrics, ...point.metrics }, published: point.published ?? before?.published });
   }
-  return merged;
+  return [...merged.values()].sort((a, b) => a.step - b.step);
 }
