@@ -96,12 +96,17 @@ class Store:
         self._publishing = threading.Thread(target=self._publish_in_background, name="publish", daemon=True)
         self._publishing.start()
 
-    def close(self) -> None:
-        """Stops after the file at hand; everything acknowledged is on disk already."""
+    def interrupt(self) -> None:
+        """Encoding and publishing stop at the next frame or file; calls that wait for them get Cancelled."""
         self._is_closing = True
         self._wake.set()
+        self._pool.interrupt()
+
+    def close(self) -> None:
+        """Everything acknowledged is on disk already; what is under way goes on at the next start."""
+        self.interrupt()
         self._pool.close()
-        self._publishing.join(timeout=10.0)
+        self._publishing.join(timeout=3.0)
         with self._lock:
             for live in self._live.values():
                 live.log.close()

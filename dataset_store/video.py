@@ -48,6 +48,7 @@ class VideoWriter:
             options |= {"bf": "0", "x264-params": "scenecut=0:open-gop=0"}
         else:
             options["svtav1-params"] = "lp=1"
+            os.environ.setdefault("SVT_LOG", "1")  # Errors only; it tells its settings for every episode otherwise.
         stream.codec_context.options = options
         self._stream = stream
 
@@ -86,7 +87,8 @@ def join_videos(sources: Sequence[Path], target: Path, *, fps: int) -> None:
             with av.open(str(source)) as container:
                 video = container.streams.video[0]
                 if stream is None:
-                    stream = output.add_stream_from_template(video)
+                    # Opaque: packets are copied, and the decoder that opened them (dav1d) may have no encoder.
+                    stream = output.add_stream_from_template(video, opaque=True)
                     stream.time_base = Fraction(1, fps)
                 first = total
                 for packet in container.demux(video):
