@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ class RayCluster:
             raise Refused(
                 f"Ray does not start: {error}; 'manyhands doctor' checks memory, disk and ports", field="ray"
             ) from error
-        self._warm_up()
+        # Beside everything else: a run that comes before it is through waits for what is left of it.
+        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
     def fit(self, config: Mapping[str, Any], *, folder: Path, max_failures: int) -> None:
         """Runs worker.run_worker(config) in every worker; one that dies restarts all, at most max_failures times.
@@ -114,6 +116,7 @@ class RayCluster:
     def _warm_up(self) -> None:
         """Importing torch takes seconds: done now, in processes that the run's workers then take over."""
         import ray
+        import ray.train.torch
 
         @ray.remote(num_cpus=1)
         def import_everything() -> int:
@@ -123,8 +126,10 @@ class RayCluster:
 
             return os.getpid()
 
-        ray.get([import_everything.remote() for _ in range(self._num_workers)])
-        import ray.train.torch
+        try:
+            ray.get([import_everything.remote() for _ in range(self._num_workers)])
+        except Exception as error:  # Ended meanwhile, or a run will meet the same error and say it.
+            logger.debug("warming up: %s", error)
 
 
 def sweep_leftovers(temporary: Path) -> None:
