@@ -66,7 +66,7 @@ export function renderLatency() {
   body.replaceChildren(...parts);
 }
 
-const pair = (one) => `${ms(one.p50_ms)} / ${ms(one.p99_ms)}`;
+const pair = (one) => `${ms(one.p50_ms).replace(" ms", "")} / ${ms(one.p99_ms)}`;
 const same = (a, b) => a && b && a.model === b.model && a.number === b.number && a.digest === b.digest;
 
 export function renderVersions() {
