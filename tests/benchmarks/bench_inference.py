@@ -337,8 +337,8 @@ def busy_machine(load: float) -> list[str]:
     if load <= cores / 2:
         return []
     return [
-        f"**The machine ran other jobs (load {load:.1f} on {cores} cores).** The p99 and the differences from the floors are mostly "
-        "theirs; run it again on a quiet machine.",
+        f"**The machine ran other jobs (load {load:.1f} on {cores} cores).** The p99 and the differences from the "
+        "floors are mostly theirs; run it again on a quiet machine.",
         "",
     ]
 
