@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from chromium import running_chromium
-from peers import ScriptedActor, ScriptedLearner, serve_actor, serve_learner
 from playwright.sync_api import Browser, Page
 
 from deploy.local import Topology
 from manyhands.actor.v1 import actor_pb2
 from manyhands.learner.v1 import learner_pb2
+from tests.browser.chromium import running_chromium
+from tests.browser.peers import ScriptedActor, ScriptedLearner, serve_actor, serve_learner
 from tests.support.system import DATASET, MODEL, ArmSystem, teleoperated_run
 
 NUM_EPISODES = 2

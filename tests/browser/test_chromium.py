@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from chromium import find_chromium, running_chromium
+
+from tests.browser.chromium import find_chromium, running_chromium
 
 
 def test_a_missing_browser_fails_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import Lab
-from peers import chunk, result, version
 from playwright.sync_api import Browser, Page, expect
 
 from manyhands.clients.inference import InferenceClient
@@ -21,6 +19,8 @@ from manyhands.clients.robot import RobotClient, RobotMode
 from manyhands.clients.weights import WeightsClient
 from manyhands.learner.v1 import learner_pb2
 from policies import checkpoint
+from tests.browser.conftest import Lab
+from tests.browser.peers import chunk, result, version
 from tests.support.system import DATASET, MODEL, policy_run, teleoperated_run
 from tests.support.waiting import wait_until
 

@@ -23,7 +23,7 @@ from manyhands.clients.inference import Chunk, Drain, InferenceClient, Refusal
 from manyhands.errors import AlreadyExists, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from policies.flow import FlowPolicy
-from tests.inference_lab import (
+from tests.support.inference_lab import (
     ENVIRONMENT,
     ask,
     local_chunk,
@@ -33,8 +33,8 @@ from tests.inference_lab import (
     next_reply,
     open_session,
     serve,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 METHODS = ("OpenSession", "CloseSession", "ListModels", "SwapWeights", "GetStatus")
 

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from actor_peers import (
+
+from manyhands import codec, errors
+from manyhands.actor.v1 import actor_pb2
+from manyhands.clients.actor import ActorClient, roll_out, teleoperate
+from manyhands.clients.robot import RobotClient, RobotMode
+from manyhands.dataset.v1 import dataset_pb2
+from manyhands.spec import Spec
+from tests.support.actor_peers import (
     MemoryStore,
     Process,
     ScriptedPolicy,
@@ -19,15 +26,8 @@ from actor_peers import (
     serve_store,
     start_actor,
     start_robot,
-    wait_until,
 )
-
-from manyhands import codec, errors
-from manyhands.actor.v1 import actor_pb2
-from manyhands.clients.actor import ActorClient, roll_out, teleoperate
-from manyhands.clients.robot import RobotClient, RobotMode
-from manyhands.dataset.v1 import dataset_pb2
-from manyhands.spec import Spec
+from tests.support.waiting import wait_until
 
 RATE_HZ = 60
 

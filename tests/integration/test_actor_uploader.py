@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 import pytest
-from actor_peers import MemoryStore, Server, abort, wait_until
 
 from actor.recorder import Recorder
 from actor.spool import EpisodeMeta, Spool
@@ -16,6 +15,8 @@ from actor.uploader import Uploader
 from manyhands import errors
 from manyhands.clients.dataset import DatasetClient
 from manyhands.dataset.v1 import dataset_pb2, dataset_pb2_grpc
+from tests.support.actor_peers import MemoryStore, Server, abort
+from tests.support.waiting import wait_until
 
 UUIDS = [f"{number:08d}-0000-4000-8000-000000000000" for number in range(3)]
 FRAMES = 4

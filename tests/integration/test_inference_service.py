@@ -17,7 +17,7 @@ from manyhands.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Ov
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import Spec
 from services.inference.service import DRAIN_S
-from tests.inference_lab import (
+from tests.support.inference_lab import (
     ACTION_SIZE,
     CAMERA_SIZE,
     CAMERAS,
@@ -35,8 +35,8 @@ from tests.inference_lab import (
     next_refusal,
     next_reply,
     open_session,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import NotFound, Refused
 from policies import checkpoint
 from policies.flow import FlowPolicy
-from tests.inference_lab import (
+from tests.support.inference_lab import (
     ENVIRONMENT,
     SPEC,
     ask,
@@ -34,8 +34,8 @@ from tests.inference_lab import (
     next_reply,
     open_session,
     serve,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.errors import Conflict, Corrupt, InvalidInput, Overloaded, Refused
 from manyhands.spec import Feature, FeatureKind, Spec
-from tests.store_lab import check_contents, episode_uuid, lab_frame, lab_spec
+from tests.support.store_lab import check_contents, episode_uuid, lab_frame, lab_spec
 from tests.unit.dataset_store.test_publishing import DATASET, NEVER, SPEC, ingest, open_store
 
 Request = dataset_pb2.AppendEpisodeRequest

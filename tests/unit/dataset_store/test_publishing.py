@@ -18,7 +18,7 @@ from dataset_store.verify import verify
 from dataset_store.video import Pixels, VideoWriter
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.errors import Cancelled
-from tests.store_lab import check_contents, episode_uuid, lab_frame, lab_spec, number_in
+from tests.support.store_lab import check_contents, episode_uuid, lab_frame, lab_spec, number_in
 
 SPEC = lab_spec()
 NEVER = StoreLimits(publish_delay_s=1e9, min_free_mib=0)

@@ -19,7 +19,7 @@ from dataset_store.reader import DatasetReader
 from dataset_store.verify import verify
 from dataset_store.view import TrainingView
 from manyhands.errors import Corrupt, InvalidInput, NotFound
-from tests.store_lab import number_in
+from tests.support.store_lab import number_in
 from tests.unit.dataset_store.test_publishing import DATASET, ingest, open_store
 
 VIDEO = "videos/observation.images.top/chunk-000/file-000.mp4"
