@@ -9,8 +9,8 @@ import pytest
 from manyhands.clients.learner import LearnerClient
 from manyhands.clients.weights import WeightsClient
 from manyhands.learner.v1 import learner_pb2
-from tests import learner_lab
-from tests.learner_lab import DATASET
+from tests.support import learner_lab
+from tests.support.learner_lab import DATASET
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -19,8 +19,8 @@ from manyhands.errors import AlreadyExists, InvalidInput, Refused
 from manyhands.learner.v1 import learner_pb2
 from policies import checkpoint
 from policies.policy import Sample
-from tests import learner_lab
-from tests.learner_lab import DATASET
+from tests.support import learner_lab
+from tests.support.learner_lab import DATASET
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -32,12 +32,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(folder):
-    store = learner_lab.start_store(folder)
-    weights = learner_lab.start_weights(folder).wait_ready()
-    learner = learner_lab.start_learner(folder, store.address, weights.address).wait_ready()
-    yield learner, weights.address
-    for process in (learner, weights, store):
-        process.stop()
+    started = [learner_lab.start_store(folder)]
+    try:
+        started.append(learner_lab.start_weights(folder).wait_ready())
+        started.append(learner_lab.start_learner(folder, started[0].address, started[1].address))
+        yield started[2].wait_ready(), started[1].address
+    finally:
+        for process in reversed(started):
+            process.stop()
 
 
 @pytest.fixture

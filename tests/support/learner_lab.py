@@ -18,7 +18,7 @@ from manyhands.clients.dataset import DatasetClient, EpisodeDigest
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.spec import Feature, FeatureKind, Spec
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATASET = "numbers"
 SPEC = Spec(
     observation=(Feature(name="observation.state", kind=FeatureKind.STATE, dtype="float32", shape=(4,)),),
