@@ -17,7 +17,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_OFFLINE := 1
-export RAY_AUTH_MODE ?= disabled
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test setup setup-dev lint types proto proto-check unit benchmarks clean

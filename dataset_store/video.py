@@ -201,6 +201,8 @@ class ReaderCache:
     def get(self, path: Path) -> VideoReader:
         readers: collections.OrderedDict[Path, VideoReader] | None = getattr(self._local, "readers", None)
         if readers is None or self._local.pid != os.getpid():
+            # What a fork inherited is kept and never used: closing it would wait for threads that only the parent has.
+            self._local.inherited = (readers, getattr(self._local, "inherited", None))
             readers = self._local.readers = collections.OrderedDict()
             self._local.pid = os.getpid()
         reader = readers.get(path)

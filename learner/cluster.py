@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -28,9 +29,8 @@ logger = logging.getLogger(__name__)
 # Unix socket paths end at 107 bytes and Ray appends about 70: its folder cannot be below a run's output.
 _PREFIX = "mh-ray-"
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
-# Quiet, offline, no tokens: a local cluster listens on loopback and belongs to this process. Set before Ray is imported.
+# Quiet and offline. Set before Ray is imported.
 _ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -55,6 +55,9 @@ class RayCluster:
     def start(self) -> None:
         if not self._address:
             os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+            # Ray listens on every interface, whatever node address it is given, and runs what its clients send: only who
+            # has this token is one. Its processes inherit it; nothing is written to the home folder.
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         import ray
 
         try:

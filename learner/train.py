@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dataset_store.sampler import Sampler
-from manyhands.errors import ManyhandsError
+from manyhands.errors import Refused
 from policies.policy import Policy
 
 from . import checkpoint, schedule
@@ -28,7 +28,7 @@ from .run_folder import RunFolder
 Metrics = dict[str, float]
 
 
-class TrainingDiverged(ManyhandsError):
+class TrainingDiverged(Refused):
     """The loss is not a number any more."""
 
 

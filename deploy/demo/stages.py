@@ -27,7 +27,6 @@ ENVIRONMENT = {
     "MUJOCO_GL": "egl",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "RAY_AUTH_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
 }
 # The slowest expert needs about 100 ticks.

@@ -35,8 +35,9 @@ def find_chromium() -> str:
 
 @contextlib.contextmanager
 def running_chromium() -> Iterator[Browser]:
+    path = find_chromium()  # Before playwright: leaving it by an error can hang.
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
         try:
             yield browser
         finally:

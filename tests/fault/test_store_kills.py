@@ -137,7 +137,10 @@ def test_full_disk_refuses_clearly_and_goes_on_when_there_is_space(small_disk: P
         ballast.write_bytes(bytes(psutil.disk_usage(str(small_disk)).free - 300_000))
         acknowledged = fill(client, episode=2, num_frames=2000)
         assert 5 < acknowledged < 1999
-        assert fill(client, episode=2, num_frames=2000) == acknowledged, "still full, and still there"
+        # The torn tail that was cut off leaves room for a few more.
+        again = fill(client, episode=2, num_frames=2000)
+        assert acknowledged <= again < 1999, "still full, and still there"
+        acknowledged = again
         ballast.unlink()
         with client.open_append() as stream:
             assert record(stream, DATASET, 2, acknowledged + 20, spec=SPEC) > acknowledged

@@ -25,7 +25,7 @@ SPEC = Spec(
     action=(Feature(name="action", kind=FeatureKind.ACTION, dtype="float32", shape=(2,)),),
     control_rate_hz=20.0,
 )
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class Process:
