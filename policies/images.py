@@ -44,9 +44,7 @@ class Pictures:
 def to_unit_range(picture: npt.NDArray[np.generic], *, field: str) -> torch.Tensor:
     """(h, w, 3) uint8 RGB to (1, 3, h, w) float32 in [0, 1]; InvalidInput for anything else."""
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-        raise InvalidInput(
-            f"is {picture.shape} {picture.dtype.name}, a camera is (height, width, 3) uint8 RGB", field=field
-        )
+        raise InvalidInput(f"is {picture.shape} {picture.dtype.name}, a camera is (height, width, 3) uint8 RGB", field=field)
     return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255.0
 
 

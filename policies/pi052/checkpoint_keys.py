@@ -3,7 +3,7 @@
     lerobot, live        model.paligemma_with_expert.paligemma.model.vision_tower.vision_model.encoder.layers.0. ...
     pi05_base            the same without "model.", and without language_model.embed_tokens.weight (lm_head carries it)
     newer transformers   without the level "vision_model."
-    pi0-style leftovers  action_time_mlp_{in,out} for time_mlp_{in,out}; state_proj.* and plain norms of the expert are dropped
+    left over from pi0   action_time_mlp_{in,out} for time_mlp_{in,out}; state_proj.* and plain expert norms, dropped
 
 We write the first form. Old files may also hold buffers of a normaliser (normalize_inputs.*, unnormalize_outputs.*); those
 live in processor files now and are dropped here.

@@ -103,7 +103,8 @@ class NetworkConfig:
         for name in ("image_height", "image_width"):
             if getattr(self, name) % self.vision.patch:
                 raise InvalidInput(
-                    f"is {getattr(self, name)}, must be a multiple of the patch ({self.vision.patch})", field=f"network.{name}"
+                    f"is {getattr(self, name)}, must be a multiple of the patch ({self.vision.patch})",
+                    field=f"network.{name}",
                 )
         if self.vision.width % self.vision.heads:
             raise InvalidInput(f"must divide width ({self.vision.width})", field="network.vision.heads")
@@ -134,7 +135,8 @@ class Pi052Config:
         fast_skip_tokens: FAST codes lie so far below the end of the vocabulary.
         trained_prefix_max_delay: Training keeps up to so many first actions clean, for ChunkMode.TRAINED.
         train_expert_only, freeze_vision: What does not train.
-        language_lr_scale, expert_lr_scale, head_lr_scale: Factors on the learning rate; head is text head and token table.
+        backbone_lr_scale, expert_lr_scale, head_lr_scale: Factors on the learning rate of vision and language
+        tower; of the expert with the action and time projections; of text head and token table.
     """
 
     __pydantic_config__ = _STRICT
@@ -158,7 +160,7 @@ class Pi052Config:
     trained_prefix_max_delay: Annotated[int, Field(ge=0)] = 0
     train_expert_only: bool = False
     freeze_vision: bool = False
-    language_lr_scale: NonNegative = 1.0
+    backbone_lr_scale: NonNegative = 1.0
     expert_lr_scale: NonNegative = 1.0
     head_lr_scale: NonNegative = 1.0
     chunk_mode: ChunkMode = ChunkMode.GUIDED
@@ -174,7 +176,9 @@ class Pi052Config:
         if self.chunk_mode is ChunkMode.TRAINED and not self.trained_prefix_max_delay:
             raise InvalidInput("'trained' needs trained_prefix_max_delay > 0; use 'guided'", field="chunk_mode")
         if self.train_expert_only and (self.text_weight > 0 or self.fast_weight > 0):
-            raise InvalidInput("needs text_weight and fast_weight 0: both train the language tower", field="train_expert_only")
+            raise InvalidInput(
+                "needs text_weight and fast_weight 0: both train the language tower", field="train_expert_only"
+            )
 
 
 def pi05_config(**changes: Any) -> Pi052Config:

@@ -127,7 +127,7 @@ class GemmaLayer(nn.Module):
         return _residual(x_BSD, self.down(hidden), mlp_gate), (k, v)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class GemmaTower(nn.Module):

@@ -22,7 +22,9 @@ class Term:
     per_sample: torch.Tensor
 
 
-def flow_term(errors: torch.Tensor, predicts: torch.Tensor, *, action_size: int, counted: torch.Tensor | None = None) -> Term:
+def flow_term(
+    errors: torch.Tensor, predicts: torch.Tensor, *, action_size: int, counted: torch.Tensor | None = None
+) -> Term:
     """Mean squared error of the velocity over the samples that predict actions.
 
     Steps beyond an episode's end count like all others, as in lerobot's pi05.

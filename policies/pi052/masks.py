@@ -8,8 +8,8 @@ The prefix is [pictures, language, FAST action tokens]; the suffix is the noisy 
     FAST             yes                yes            up to itself    no
     actions          yes                yes            never           own repeat
 
-A token opens a new block where its mark is set; a query sees every key of its own and of earlier blocks. Actions stand at the
-positions that follow the prefix without FAST, as if FAST were not there: it is not, when the robot acts.
+A token opens a new block where its mark is set; a query sees every key of its own and of earlier blocks. Actions stand at
+the positions that follow the prefix without FAST, as if FAST were not there: it is not, when the robot acts.
 
 Shapes: B rows, S prefix tokens, K repeats, T horizon.
 """

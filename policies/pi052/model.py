@@ -102,7 +102,7 @@ class Pi052Network(nn.Module):
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, I, 3, height, width) in [-1, 1] to (B, I*P, D): a picture does not depend on its neighbours."""
         features = self.projector(self.vision(pictures.flatten(0, 1)))
-        tokens: torch.Tensor = features.unflatten(0, pictures.shape[:2]).flatten(1, 2)
+        tokens: torch.Tensor = features.view(pictures.shape[0], -1, features.shape[-1])
         return tokens
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -196,7 +196,7 @@ class Pi052Network(nn.Module):
             condition_BGC=self.condition(time.flatten(1)),
         )
         velocity: torch.Tensor = self.action_out(hidden.float())
-        return velocity.unflatten(1, (repeats, horizon))
+        return velocity.view_as(x)
 
     # -- text ----------------------------------------------------------------------------------------------------------
 

@@ -31,12 +31,14 @@ class SiglipLayer(nn.Module):
     def forward(self, x_NPD: torch.Tensor) -> torch.Tensor:
         normed_NPD = self.norm_1(x_NPD)
         q, k, v = (
-            project(normed_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
+            project(normed_NPD).view(*x_NPD.shape[:2], self.heads, -1).transpose(1, 2)
+            for project in (self.q, self.k, self.v)
         )
         mixed_NPD = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x_NPD = x_NPD + self.o(mixed_NPD)
         hidden_NPM = functional.gelu(self.up(self.norm_2(x_NPD)), approximate="tanh")
-        return x_NPD + self.down(hidden_NPM)
+        mlp_NPD: torch.Tensor = self.down(hidden_NPM)
+        return x_NPD + mlp_NPD
 
 
 class Siglip(nn.Module):

@@ -28,7 +28,7 @@ class Decoding:
     suppress_locations: No <locNNNN>.
     fast_skip_tokens: Where FAST codes lie; text never holds one.
     temperature: 0 takes the likeliest token.
-    top_p: Draws from the likeliest tokens that together have this much probability; 0 or 1 is all.
+    top_p: Draws from the likeliest tokens that together have at most this probability; 0 or 1 is all.
     """
 
     max_new_tokens: int = 128
@@ -46,10 +46,11 @@ def allowed_logits(logits: torch.Tensor, rules: Decoding, num_generated: int) ->
     logits = logits.clone()
     if num_generated < rules.min_new_tokens:
         logits[:, [*rules.special_tokens, rules.end_token]] = -math.inf
-    first_code = logits.shape[1] - rules.fast_skip_tokens - NUM_FAST_CODES
-    logits[:, first_code:FIRST_LOCATION] = -math.inf
-    if rules.suppress_locations:
-        logits[:, FIRST_LOCATION:END_LOCATION] = -math.inf
+    if logits.shape[1] > FIRST_LOCATION:  # PaliGemma's vocabulary, with locations and room for codes below them.
+        first_code = logits.shape[1] - rules.fast_skip_tokens - NUM_FAST_CODES
+        logits[:, first_code:FIRST_LOCATION] = -math.inf
+        if rules.suppress_locations:
+            logits[:, FIRST_LOCATION:END_LOCATION] = -math.inf
     return logits
 
 
@@ -63,7 +64,7 @@ def choose(
     probabilities = torch.softmax(logits / temperature, dim=-1)
     if 0 < top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        # A token stays while those before it have not reached top_p or it does not pass it; the first always does.
+        # The token that crosses top_p is out, as in lerobot; the likeliest always stays.
         beyond = ordered.cumsum(dim=-1) > top_p
         beyond[:, 0] = False
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
