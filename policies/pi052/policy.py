@@ -286,7 +286,14 @@ class Pi052Policy(Policy[Pi052Inputs]):
         return self.loss_of(inputs, draws.to(inputs.tokens.device))
 
     def loss_of(self, inputs: Pi052Inputs, draws: flow.Draws) -> Losses:
-        """loss() with the draws given.
+        """loss() with the draws given."""
+        terms = self.loss_terms(inputs, draws)
+        weights = self.loss_weights()
+        total = torch.stack([weights[name] * term.mean for name, term in terms.items()]).sum()
+        return Losses(total=total, terms={name: term.per_sample for name, term in terms.items()})
+
+    def loss_terms(self, inputs: Pi052Inputs, draws: flow.Draws) -> dict[str, losses.Term]:
+        """Those of flow, text and fast that the inputs and the configuration ask for.
 
         Which parts of the network run depends on which inputs there are and on the configuration, never on their values: all
         ranks of a training run the same, whatever their samples hold.
@@ -322,9 +329,7 @@ class Pi052Policy(Policy[Pi052Inputs]):
                 state.hidden, network.text_logits, text=text_targets, fast=fast_targets, z_weight=config.z_weight
             )
             terms |= {name: term for name, term in (("text", of_text), ("fast", of_fast)) if term is not None}
-        weights = self.loss_weights()
-        total = torch.stack([weights[name] * term.mean for name, term in terms.items()]).sum()
-        return Losses(total=total, terms={name: term.per_sample for name, term in terms.items()})
+        return terms
 
     def loss_weights(self) -> dict[str, float]:
         """By term: how much of each is in the total."""

@@ -6,6 +6,7 @@ from their names and checked against the recorded hashes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -59,14 +60,17 @@ class Golden:
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
         """Every weight under lerobot's name, float32."""
-        drawn = {}
-        for name, shape, kind, digest in self.meta["params"]:
-            value = draw_weight(name, tuple(shape), kind)
-            assert hashlib.sha256(value.tobytes()).hexdigest()[:16] == digest, (
-                f"{name} came out differently: this numpy ({np.__version__}) has another random stream, nothing can match"
-            )
-            drawn[name] = torch.from_numpy(value)
-        return drawn
+        return {name: _weight(name, tuple(shape), kind, digest) for name, shape, kind, digest in self.meta["params"]}
+
+
+@functools.cache
+def _weight(name: str, shape: tuple[int, ...], kind: str, digest: str) -> torch.Tensor:
+    """Fixtures share weights of the same name and shape: drawn once."""
+    value = draw_weight(name, shape, kind)
+    assert hashlib.sha256(value.tobytes()).hexdigest()[:16] == digest, (
+        f"{name} came out differently: this numpy ({np.__version__}) has another random stream, nothing can match"
+    )
+    return torch.from_numpy(value)
 
 
 def draw_weight(name: str, shape: tuple[int, ...], kind: str) -> np.ndarray[Any, np.dtype[np.float32]]:
