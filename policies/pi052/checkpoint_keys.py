@@ -12,7 +12,7 @@ live in processor files now and are dropped here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,7 @@ _DROPPED = re.compile(
     + r"\.(layers\.\d+\.(input|post_attention)_layernorm|norm)\.weight$"
 )
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+_CHECKED_AT_ONCE = 1 << 24
 
 
 def to_lerobot(name: str) -> str:
@@ -138,10 +139,24 @@ def plan(keys: Iterable[str], expected: Iterable[str]) -> KeyPlan:
     return KeyPlan(source=source, dropped=tuple(dropped))
 
 
-def load(network: Pi052Network, tensors: Mapping[str, torch.Tensor]) -> KeyPlan:
-    """Puts tensors of any key form in place, each cast to the precision its place has; works on a meta-device network too.
+def load(
+    network: Pi052Network,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> KeyPlan:
+    """Puts tensors of any key form in place, each cast to the precision its place has.
 
-    Corrupt names the tensor that is missing, unknown, misshapen or not finite; the network is then as it was.
+    A network on the meta device and a mapping that reads a tensor when asked for it need no more memory than the weights and
+    the largest tensor of the file. Corrupt names the tensor that is missing, unknown, misshapen or not finite; the network
+    is then as it was.
+
+    Args:
+        network: On any device; its parameters are replaced.
+        tensors: By key of the file.
+        device: Where they go; None: where they are.
+        progress: Called with each key and the bytes it took in its place.
     """
     places = dict(network.named_parameters())
     fitted = plan(tensors, places)
@@ -151,10 +166,14 @@ def load(network: Pi052Network, tensors: Mapping[str, torch.Tensor]) -> KeyPlan:
         tensor, place = tensors[key], places[name]
         if tensor.shape != place.shape:
             raise Corrupt(f"tensor {key!r} is {tuple(tensor.shape)}, the model has {tuple(place.shape)}", field=key)
-        if not tensor.isfinite().all():
+        placed = tensor.to(device=device, dtype=place.dtype, copy=key in taken)
+        # In parts: the check makes copies, and a vocabulary's table is large.
+        if not all(bool(part.isfinite().all()) for part in placed.flatten().split(_CHECKED_AT_ONCE)):
             raise Corrupt(f"tensor {key!r} holds numbers that are not finite", field=key)
-        state[name] = tensor.to(place.dtype, copy=key in taken)
+        state[name] = placed
         taken.add(key)
+        if progress is not None:
+            progress(key, placed.numel() * placed.element_size())
     network.load_state_dict(state, strict=True, assign=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(places[name].requires_grad)
