@@ -168,7 +168,7 @@ def load(
             raise Corrupt(f"tensor {key!r} is {tuple(tensor.shape)}, the model has {tuple(place.shape)}", field=key)
         placed = tensor.to(device=device, dtype=place.dtype, copy=key in taken)
         # In parts: the check makes copies, and a vocabulary's table is large.
-        if not all(bool(part.isfinite().all()) for part in placed.flatten().split(_CHECKED_AT_ONCE)):
+        if not all(bool(part.isfinite().all()) for part in torch.split(placed.flatten(), _CHECKED_AT_ONCE)):
             raise Corrupt(f"tensor {key!r} holds numbers that are not finite", field=key)
         state[name] = placed
         taken.add(key)

@@ -380,9 +380,10 @@ class Pi052Policy(Policy[Pi052Inputs]):
 
     def anchored(self, committed: CommittedPrefix, inputs: Pi052Inputs) -> CommittedPrefix:
         """What carried() gave, in the model space of inputs: zero beyond its length and beyond the robot's numbers."""
-        actions = committed.actions
+        actions = committed.actions[..., : self.robot_action_size]
         if self.config.relative_actions:
-            actions = self._pad_actions(self._to_model_space(actions[..., : self.robot_action_size], inputs.state))
+            actions = self._to_model_space(actions, inputs.state)
+        actions = self._pad_actions(actions)
         step = torch.arange(actions.shape[1], device=actions.device)
         given = (step[None, :] < committed.length[:, None])[:, :, None]
         return CommittedPrefix(

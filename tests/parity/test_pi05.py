@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from policies import rows
 from policies.pi052 import flow, losses, sampling
 from policies.pi052 import model as pi052_model
 from policies.pi052.policy import Pi052Policy
@@ -15,8 +16,6 @@ from policies.rtc import PrefixSchedule
 
 from . import pi
 from .golden import Golden, relative_error
-
-CASES = ["all", "missing0", "missing1"]
 
 
 def test_prepared_pictures(pi05_golden: Golden) -> None:
@@ -32,17 +31,24 @@ def test_the_missing_camera_comes_last_black_and_masked(pi05_golden: Golden) -> 
     assert not pictures.valid[-1].any()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_prefix(pi05: Pi052Policy, pi05_golden: Golden, case: str) -> None:
-    errors = pi.measure_prefix(pi05, pi05_golden, f"{case}.")
-    assert max(errors.values()) <= pi.AIM, errors
+def _cases(golden: Golden) -> list[str]:
+    """All cameras, and each one missing."""
+    cases = golden.cases(".prefix.emb")
+    assert set(cases) == {"all", *golden.meta["missing_camera"]}
+    return cases
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_flow_tensor(pi05: Pi052Policy, pi05_golden: Golden, case: str) -> None:
-    errors = pi.measure_flow_tensor(pi05, pi05_golden, case)
-    assert len(errors) == len(pi05_golden["in.time"])
-    assert max(errors.values()) <= pi.AIM, errors
+def test_prefix(pi05: Pi052Policy, pi05_golden: Golden) -> None:
+    for case in _cases(pi05_golden):
+        errors = pi.measure_prefix(pi05, pi05_golden, f"{case}.")
+        assert max(errors.values()) <= pi.AIM, (case, errors)
+
+
+def test_flow_tensor(pi05: Pi052Policy, pi05_golden: Golden) -> None:
+    for case in _cases(pi05_golden):
+        errors = pi.measure_flow_tensor(pi05, pi05_golden, case)
+        assert len(errors) == len(pi05_golden["in.time"])
+        assert max(errors.values()) <= pi.AIM, (case, errors)
 
 
 def test_time_embedding_and_condition(pi05: Pi052Policy, pi05_golden: Golden) -> None:
@@ -59,11 +65,11 @@ def test_time_embedding_against_float64() -> None:
     assert relative_error(pi052_model.embed_time(time, 1024, 4e-3, 4.0), exact) < 1e-7
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_chunks(pi05: Pi052Policy, pi05_golden: Golden, case: str) -> None:
-    errors = pi.measure_chunks(pi05, pi05_golden, case)
-    assert f"{case}.chunk.4" in errors
-    assert max(errors.values()) <= pi.AIM, errors
+def test_chunks(pi05: Pi052Policy, pi05_golden: Golden) -> None:
+    for case in _cases(pi05_golden):
+        errors = pi.measure_chunks(pi05, pi05_golden, case)
+        assert f"{case}.chunk.4" in errors
+        assert max(errors.values()) <= pi.AIM, (case, errors)
 
 
 def test_guided_real_time_chunking(pi05: Pi052Policy, pi05_golden: Golden) -> None:
@@ -83,14 +89,9 @@ def test_training_loss_is_the_mean_over_the_robots_own_numbers(pi05: Pi052Policy
 # -- a delay per row -------------------------------------------------------------------------------------------------
 
 
-def _row(committed: CommittedPrefix, row: int) -> CommittedPrefix:
-    at = slice(row, row + 1)
-    return CommittedPrefix(
-        actions=committed.actions[at],
-        length=committed.length[at],
-        delay_steps=committed.delay_steps[at],
-        execution_horizon=committed.execution_horizon[at],
-    )
+def _three_rows(golden: Golden) -> torch.Tensor:
+    """Of the fixture's; some twice if it has fewer."""
+    return torch.arange(3) % golden["in.action"].shape[0]
 
 
 @pytest.mark.parametrize("schedule", list(PrefixSchedule))
@@ -98,52 +99,60 @@ def _row(committed: CommittedPrefix, row: int) -> CommittedPrefix:
 def test_guidance_has_a_delay_per_row(pi05: Pi052Policy, pi05_golden: Golden, schedule: PrefixSchedule) -> None:
     """One batch: a row as in the fixture, one without a previous chunk, one with a delay and a horizon of its own."""
     golden = pi05_golden
-    case = next(c for c in golden.meta["rtc"] if c["key"] == f"rtc.a.{schedule.name}")
-    committed = pi.committed_of(golden, [case["inference_delay"], 2, 3], [case["execution_horizon"], 4, 10])
-    committed = replace(committed, length=torch.tensor([committed.length[0], 0, 3]))
-    inputs = pi.acting(pi.inputs_of(golden))
+    case = next(c for c in golden.meta["rtc"] if c["schedule"] == schedule.name and c["steps"] == 4)
+    delay, execution_horizon = case["inference_delay"], case["execution_horizon"]
+    of_fixture = _three_rows(golden)
+    count = golden["in.action"].shape[0]
+    whole = pi.committed_of(golden, [0] * count, [0] * count)
+    length = int(whole.length[0])
+    committed = CommittedPrefix(
+        actions=whole.actions[of_fixture],
+        length=torch.tensor([length, 0, length - 1]),
+        delay_steps=torch.tensor([delay, 2, delay + 1]),
+        execution_horizon=torch.tensor([execution_horizon, execution_horizon, execution_horizon + 1]),
+    )
+    inputs = rows.select(pi.acting(pi.inputs_of(golden)), of_fixture)
+    noise = golden["in.noise"][of_fixture]
 
-    def chunk(rows: slice, prefix: CommittedPrefix) -> torch.Tensor:
-        of_rows = replace(
-            inputs,
-            pictures=inputs.pictures[rows],
-            picture_valid=inputs.picture_valid[rows],
-            tokens=inputs.tokens[rows],
-            token_valid=inputs.token_valid[rows],
-            state=inputs.state[rows],
-        )
-        prefix = pi05.anchored(prefix, of_rows)
+    def chunk(index: torch.Tensor) -> torch.Tensor:
+        of_index = rows.select(inputs, index)
         return sampling.guided_chunk(
-            sampling.velocity_of(pi05.network, pi05.prefix_state(of_rows, hidden=False)),
-            golden["in.noise"][rows],
+            sampling.velocity_of(pi05.network, pi05.prefix_state(of_index, hidden=False)),
+            noise[index],
             case["steps"],
-            committed=prefix,
+            committed=pi05.anchored(rows.select(committed, index), of_index),
             schedule=schedule,
             max_guidance_weight=case["max_guidance_weight"],
         )
 
-    together = chunk(slice(None), committed)
-    assert relative_error(together[0], golden[case["key"]][0]) <= pi.AIM
-    assert relative_error(together[1], golden["all.chunk.4"][1]) <= pi.AIM
-    assert relative_error(together[2], chunk(slice(2, 3), _row(committed, 2))[0]) <= pi.AIM
-    assert relative_error(together[2], golden[case["key"]][2]) > 1e-3, "row 2 should differ from the fixture's delay"
+    together = chunk(torch.arange(3))
+    as_in_fixture = golden[case["key"]][of_fixture]
+    assert relative_error(together[0], as_in_fixture[0]) <= pi.AIM
+    assert relative_error(together[1], golden["all.chunk.4"][of_fixture[1]]) <= pi.AIM
+    assert relative_error(together[2], chunk(torch.tensor([2]))[0]) <= pi.AIM
+    assert relative_error(together[2], as_in_fixture[2]) > 1e-3, "row 2 should differ from the fixture's delay"
 
 
 @torch.no_grad()
 def test_trained_prefix_per_row(pi05_golden: Golden) -> None:
     """Against a loop over single rows that knows nothing of batches."""
     golden = pi05_golden
-    policy = pi.build(golden, trained_prefix_max_delay=3)
-    inputs = pi.acting(pi.inputs_of(golden))
-    delays = [0, 2, 9]  # The last is more than training ever kept.
-    committed = policy.anchored(pi.committed_of(golden, delays, [5, 5, 5]), inputs)
+    limit = golden.config["chunk_size"] - 2
+    policy = pi.build(golden, trained_prefix_max_delay=limit)
+    of_fixture = _three_rows(golden)
+    count = golden["in.action"].shape[0]
+    committed = rows.select(pi.committed_of(golden, [0] * count, [0] * count), of_fixture)
+    # The last asks for more than training ever kept.
+    committed = replace(committed, delay_steps=torch.tensor([0, 2, 99]))
+    inputs, noise = rows.select(pi.acting(pi.inputs_of(golden)), of_fixture), golden["in.noise"][of_fixture]
+    committed = policy.anchored(committed, inputs)
     state = policy.prefix_state(inputs, hidden=False)
     velocity = sampling.velocity_of(policy.network, state)
-    together = sampling.trained_chunk(velocity, golden["in.noise"], 4, committed=committed, max_delay=3)
+    together = sampling.trained_chunk(velocity, noise, 4, committed=committed, max_delay=limit)
 
-    for row, kept in enumerate([0, 2, 3]):
+    for row, kept in enumerate([0, 2, limit]):
         assert torch.equal(together[row, :kept], committed.actions[row, :kept])
-        x = golden["in.noise"].clone()
+        x = noise.clone()
         for step in range(4):
             x[row, :kept] = committed.actions[row, :kept]
             time = torch.full(x.shape[:2], 1 - step / 4)
@@ -151,8 +160,9 @@ def test_trained_prefix_per_row(pi05_golden: Golden) -> None:
             x = x - 0.25 * policy.network.expert_step(state, x[:, None], time[:, None])[:, 0]
         x[row, :kept] = committed.actions[row, :kept]
         assert relative_error(together[row], x[row]) <= pi.AIM
-    assert relative_error(together[0], golden["all.chunk.4"][0]) <= pi.AIM
-    assert relative_error(together[1, 2:], golden["all.chunk.4"][1, 2:]) > 1e-3, "the kept actions should be seen"
+    free = golden["all.chunk.4"][of_fixture]
+    assert relative_error(together[0], free[0]) <= pi.AIM
+    assert relative_error(together[1, 2:], free[1, 2:]) > 1e-3, "the kept actions should be seen"
 
 
 @torch.no_grad()
@@ -168,7 +178,8 @@ def test_training_with_a_clean_prefix(pi05_golden: Golden) -> None:
     """The kept actions reach the network clean, at time 0, and the loss is the mean over all others of the batch."""
     golden = pi05_golden
     policy = pi.build(golden, trained_prefix_max_delay=3)
-    inputs, kept = pi.inputs_of(golden), [0, 1, 3]
+    inputs = pi.inputs_of(golden)
+    kept = [(0, 1, 3)[row % 3] for row in range(inputs.tokens.shape[0])]
     assert inputs.actions is not None
     time = golden["in.time"][0]
     draws = flow.Draws(noise=golden["in.noise"], time=time, clean=torch.tensor(kept))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from policies import rows
 from policies.pi052 import checkpoint_keys, losses, text
 from policies.pi052 import model as pi052_model
 from policies.pi052.policy import Pi052Inputs, Pi052Policy
 
 from . import pi
-from .golden import Golden, relative_error
+from .golden import Golden, folder, relative_error
 
 LOSS_CASES = ["K1_ki1", "K1_ki0", "K5_ki1", "K5_ki0", "K1_flow_only", "K5_flow_only", "text_only"]
 GRADIENT_CASES = ["K1_ki1", "K1_ki0", "K5_ki1", "K5_ki0"]
@@ -176,6 +178,26 @@ def test_padding_does_not_matter(pi052: Pi052Policy, pi052_golden: Golden) -> No
     assert relative_error(pi052.act(padded, noise, num_steps=4), expected) <= pi.AIM
 
 
+def test_learning_rate_groups(pi052_golden: Golden) -> None:
+    wanted = json.loads((folder() / "misc.json").read_text())["lr_groups"]
+    scales = wanted["scales"]
+    policy = pi.build(
+        pi052_golden,
+        head_lr_scale=scales["lm_head_lr_scale"],
+        backbone_lr_scale=scales["backbone_lr_scale"],
+        expert_lr_scale=scales["action_expert_lr_scale"],
+    )
+    names = {id(p): checkpoint_keys.to_lerobot(name) for name, p in policy.network.named_parameters()}
+    groups = {group.name: group for group in policy.parameter_groups()}
+    assert list(groups) == [group["name"] for group in wanted["groups"]]
+    for group in wanted["groups"]:
+        found = groups[group["name"]]
+        # The expert's head computes nothing and does not train here.
+        expected = {name for name in group["params"] if "gemma_expert.lm_head" not in name}
+        assert {names[id(p)] for p in found.parameters} == expected
+        assert found.lr_scale * wanted["optimizer_lr"] == pytest.approx(group["lr"], rel=1e-9)
+
+
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
@@ -209,42 +231,54 @@ def test_ids_without_a_cache_are_the_same(pi052: Pi052Policy, pi052_golden: Gold
         assert ids == case["ids"]
 
 
+def _one_batch(prompts: list[Pi052Inputs]) -> Pi052Inputs:
+    """Prompts of any length, padded on the right."""
+    longest = max(prompt.tokens.shape[1] for prompt in prompts)
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]))
+
+    return rows.join([replace(p, tokens=padded(p.tokens), token_valid=padded(p.token_valid)) for p in prompts])
+
+
+def _shortened(prompt: Pi052Inputs, by: int) -> Pi052Inputs:
+    return replace(prompt, tokens=prompt.tokens[:, :-by], token_valid=prompt.token_valid[:, :-by])
+
+
 @torch.no_grad()
 def test_padded_rows_decode_as_if_alone(pi052: Pi052Policy, pi052_golden: Golden) -> None:
-    """Two prompts of different length in one batch; the shorter is padded on the right."""
-    cases = [pi052_golden.meta["select"][index] for index in (0, 2)]
-    prompts = [pi.prompt_of(pi052_golden, case["tokens"]) for case in cases]
-    short = replace(prompts[1], tokens=prompts[1].tokens[:, :6], token_valid=prompts[1].token_valid[:, :6])
-    rules = pi.rules_of(pi052_golden, cases[0])
-    alone = [
-        text.generate_ids(pi052.network, pi052.prefix_state(prompt, hidden=True), rules)[0] for prompt in (prompts[0], short)
-    ]
-    longest = prompts[0].tokens.shape[1]
-    batch = replace(
-        prompts[0],
-        pictures=prompts[0].pictures.repeat(2, 1, 1, 1, 1),
-        picture_valid=prompts[0].picture_valid.repeat(2, 1),
-        state=prompts[0].state.repeat(2, 1),
-        tokens=torch.cat([prompts[0].tokens, torch.nn.functional.pad(short.tokens, (0, longest - 6))]),
-        token_valid=torch.cat([prompts[0].token_valid, torch.nn.functional.pad(short.token_valid, (0, longest - 6))]),
-    )
-    assert text.generate_ids(pi052.network, pi052.prefix_state(batch, hidden=True), rules) == alone
+    """Prompts of different lengths in one batch, one of which ends early."""
+    case = pi052_golden.meta["select"][0]
+    prompt = pi.prompt_of(pi052_golden, case["tokens"])
+    prompts = [prompt, _shortened(prompt, 1), _shortened(prompt, 3)]
+    rules = replace(pi.rules_of(pi052_golden, case), end_token=case["ids"][2], special_tokens=())
+
+    def decode(inputs: Pi052Inputs) -> list[list[int]]:
+        return text.generate_ids(pi052.network, pi052.prefix_state(inputs, hidden=True), rules)
+
+    alone = [decode(prompt)[0] for prompt in prompts]
+    assert alone[0] == case["ids"][:3]
+    assert len({len(ids) for ids in alone}) > 1, "all rows ended together: nothing was tried"
+    assert decode(_one_batch(prompts)) == alone
 
 
 @torch.no_grad()
-def test_a_row_that_ended_stays_ended(pi052: Pi052Policy, pi052_golden: Golden) -> None:
-    first, second = pi052_golden.meta["select"][0], pi052_golden.meta["select"][2]
-    prompts = [pi.prompt_of(pi052_golden, case["tokens"]) for case in (first, second)]
-    batch = replace(
-        prompts[0],
-        pictures=prompts[0].pictures.repeat(2, 1, 1, 1, 1),
-        picture_valid=prompts[0].picture_valid.repeat(2, 1),
-        tokens=torch.cat([prompt.tokens for prompt in prompts]),
-        token_valid=torch.cat([prompt.token_valid for prompt in prompts]),
+def test_actions_may_follow_generated_text(pi052: Pi052Policy, pi052_golden: Golden) -> None:
+    """Joint mode in one pass: the cache after decoding is the prefix with the subtask given and causal."""
+    case = pi052_golden.meta["select"][0]
+    prompt = pi.prompt_of(pi052_golden, case["tokens"])
+    ids = torch.tensor([case["ids"][:3]])
+    decoded = pi052.prefix_state(prompt, hidden=True)
+    for index in range(ids.shape[1]):
+        _, decoded = pi052.network.text_step(decoded, ids[:, index])
+    tokens = torch.cat([prompt.tokens, ids], dim=1)
+    marks = torch.arange(tokens.shape[1])[None, :] >= prompt.tokens.shape[1]
+    given = pi052.prefix_state(
+        replace(prompt, tokens=tokens, token_valid=torch.ones_like(marks), token_marks=marks), hidden=False
     )
-    rules = replace(pi.rules_of(pi052_golden, first), end_token=first["ids"][2], special_tokens=())
-    found = text.generate_ids(pi052.network, pi052.prefix_state(batch, hidden=True), rules)
-    assert found == [first["ids"][:3], second["ids"]]
+    noise, time = pi052_golden["in.noise"][:1, None], torch.tensor([[0.7]])
+    velocity, expected = (pi052.network.expert_step(state, noise, time) for state in (decoded, given))
+    assert relative_error(velocity, expected) <= pi.AIM
 
 
 def test_logits_of_a_cached_step_are_those_of_the_whole(pi052: Pi052Policy, pi052_golden: Golden) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -18,8 +16,8 @@ LIMIT = 1e-2
 
 
 @pytest.fixture(scope="module")
-def half(pi052_golden: Golden) -> Iterator[Pi052Policy]:
-    yield pi.build(pi052_golden, network_precision=Precision.BFLOAT16)
+def half(pi052_golden: Golden) -> Pi052Policy:
+    return pi.build(pi052_golden, network_precision=Precision.BFLOAT16)
 
 
 @torch.no_grad()

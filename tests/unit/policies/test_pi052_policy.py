@@ -16,6 +16,7 @@ from policies import registry, rows
 from policies.pi052 import config as configs
 from policies.pi052 import losses
 from policies.pi052.config import ChunkMode, NetworkConfig, Pi052Config, TowerSize, VisionSize
+from policies.pi052.gemma import AdaptiveRmsNorm
 from policies.pi052.policy import Pi05Policy, Pi052Policy, Prompt
 from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
 
@@ -94,10 +95,10 @@ class Letters:
 
 def _policy(cls: type[Pi052Policy] = Pi052Policy, **changes: Any) -> Pi052Policy:
     torch.manual_seed(0)
-    settings = {"network": NETWORK, "horizon": 4, "num_steps": 3, "prompt_length": 8, "flow_repeats": 2} | changes
-    policy = cls(Pi052Config(**settings), SPEC, Letters())
+    settings: dict[str, Any] = {"network": NETWORK, "horizon": 4, "num_steps": 3, "prompt_length": 8, "flow_repeats": 2}
+    policy = cls(Pi052Config(**(settings | changes)), SPEC, Letters())
     for norm in policy.network.expert.modules():  # Fresh gates are nearly shut: open them, so that everything counts.
-        if hasattr(norm, "modulation"):
+        if isinstance(norm, AdaptiveRmsNorm):
             torch.nn.init.normal_(norm.modulation.weight, std=0.3)
     policy.set_statistics(STATISTICS)
     return policy.eval()
@@ -325,7 +326,9 @@ def test_robot_space_and_back() -> None:
     policy = _policy()
     inputs = policy.preprocess([_sample(0, actions=True)], CPU)
     assert inputs.actions is not None
-    np.testing.assert_allclose(policy.postprocess(inputs.actions, inputs)[0], _sample(0, actions=True).actions, atol=1e-5)
+    given = _sample(0, actions=True).actions
+    assert given is not None
+    np.testing.assert_allclose(policy.postprocess(inputs.actions, inputs)[0], given, atol=1e-5)
 
 
 def test_relative_actions_leave_grippers_absolute() -> None:
@@ -334,7 +337,9 @@ def test_relative_actions_leave_grippers_absolute() -> None:
     np.testing.assert_array_equal(policy.relative_action_mask(), [True, True, False])
     inputs = policy.preprocess([_sample(0, actions=True)], CPU)
     assert inputs.actions is not None
-    np.testing.assert_allclose(policy.postprocess(inputs.actions, inputs)[0], _sample(0, actions=True).actions, atol=1e-5)
+    given = _sample(0, actions=True).actions
+    assert given is not None
+    np.testing.assert_allclose(policy.postprocess(inputs.actions, inputs)[0], given, atol=1e-5)
 
 
 @pytest.mark.parametrize("relative", [False, True])
