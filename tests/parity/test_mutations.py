@@ -1,4 +1,8 @@
-"""Tests of the tests: each likely mistake, made on purpose, must be seen by the parity check that is there for it."""
+"""Tests of the tests: each likely mistake, made on purpose, must be seen by the parity check that is there for it.
+
+The fixtures must hold what their README promises: prompts that would begin with a location or a code, a minimum of tokens,
+samples with different numbers of codes.
+"""
 
 from __future__ import annotations
 
