@@ -1,16 +1,16 @@
 """Processes of a topology on one machine: started in order, watched, and ended together whatever happens.
 
 Every process is the one command `manyhands` with its own log file; it says "READY host:port" when it serves. Stopping goes
-in reverse order, politely first. Should the supervisor itself be killed, the kernel ends its children (PR_SET_PDEATHSIG), so
+wave by wave, politely first. Should the supervisor itself be killed, the kernel ends its children (PR_SET_PDEATHSIG), so
 nothing is left holding ports or GPUs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +22,6 @@ from types import TracebackType
 
 from manyhands.errors import Refused, TooLate
 
-_PR_SET_PDEATHSIG = 1
 _READY_PREFIX = "READY "
 _POLL_INTERVAL_S = 0.05
 _NUM_LOG_LINES_SHOWN = 15
@@ -38,6 +37,7 @@ class Service:
         address: "host:port" that it said it serves on.
         process: The process itself.
         log_path: Everything it printed.
+        wave: Services of a higher wave are ended before those of a lower one: whoever writes before whoever keeps.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Service:
     address: str
     process: subprocess.Popen[bytes]
     log_path: Path
+    wave: int = 0
 
 
 class Topology:
@@ -70,7 +71,7 @@ class Topology:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def launch(self, name: str, command: Sequence[str]) -> Service:
+    def launch(self, name: str, command: Sequence[str], *, wave: int = 0) -> Service:
         """Starts one process and returns at once; wait_ready() completes it. Names may be reused once the old one ended."""
         old = self.services.get(name)
         if old is not None and old.process.poll() is None:
@@ -80,16 +81,15 @@ class Topology:
         offset = log_path.stat().st_size if log_path.exists() else 0
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "manyhands", *command],
+                [*_end_with_parent(), sys.executable, "-m", "manyhands", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
                 # A group of its own: Ctrl-C in the terminal reaches the supervisor alone, which ends the rest in order.
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
-        service = Service(name=name, command=tuple(command), address="", process=process, log_path=log_path)
+        service = Service(name=name, command=tuple(command), address="", process=process, log_path=log_path, wave=wave)
         self.services[name] = service
         self._log_offsets[name] = offset
         return service
@@ -115,9 +115,27 @@ class Topology:
             time.sleep(_POLL_INTERVAL_S)
         raise TooLate(f"{name} did not become ready within {timeout_s:.0f} s{_tail(service.log_path)}", field=name)
 
-    def start(self, name: str, command: Sequence[str], *, timeout_s: float = 60.0) -> Service:
-        self.launch(name, command)
+    def start(self, name: str, command: Sequence[str], *, wave: int = 0, timeout_s: float = 60.0) -> Service:
+        self.launch(name, command, wave=wave)
         return self.wait_ready(name, timeout_s=timeout_s)
+
+    def run(self, name: str, command: Sequence[str], *, timeout_s: float = 120.0) -> None:
+        """Runs a command to its end, printing into the same folder of logs; Refused unless it exits with 0."""
+        log_path = self.log_dir / f"{name}.log"
+        with log_path.open("ab") as log:
+            try:
+                code = subprocess.run(
+                    [*_end_with_parent(), sys.executable, "-m", "manyhands", *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    timeout=timeout_s,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                raise TooLate(f"{name} took longer than {timeout_s:.0f} s{_tail(log_path)}", field=name) from None
+        if code:
+            raise Refused(f"{name} ended with exit code {code}{_tail(log_path)}", field=name)
 
     def check(self, *names: str) -> None:
         """Raises Refused if one of the processes (all, if none is named) has ended."""
@@ -128,12 +146,16 @@ class Topology:
                 raise Refused(f"{name} ended with exit code {code}{_tail(service.log_path)}", field=name)
 
     def stop(self, *names: str) -> None:
-        """Ends the named processes (all, if none is named) in reverse order of starting. Safe to call twice."""
-        chosen = [self.services[name] for name in reversed(self.services) if not names or name in names]
-        for service in chosen:
+        """Ends the named processes (all, if none is named), wave by wave from the highest. Safe to call twice."""
+        chosen = [service for name, service in self.services.items() if not names or name in names]
+        for wave in sorted({service.wave for service in chosen}, reverse=True):
+            self._stop_together([service for service in chosen if service.wave == wave])
+
+    def _stop_together(self, services: Sequence[Service]) -> None:
+        for service in services:
             _signal_group(service.process, signal.SIGTERM)
         deadline = time.monotonic() + self._stop_timeout_s
-        for service in chosen:
+        for service in services:
             try:
                 service.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -149,8 +171,13 @@ class Topology:
         process.wait()
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with_parent() -> list[str]:
+    """Words before a command that have the kernel end it with its parent; none where there is no setpriv (util-linux).
+
+    Not a preexec_fn: that makes Python fork instead of vfork, and a fork under gRPC's threads kills the child at times.
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals, *, also_if_ended: bool = False) -> None:

@@ -45,6 +45,8 @@ COMMANDS: dict[str, Command] = {
         summary="robot PC: drive one robot through episodes, by policy or person",
         extra="robot",
     ),
+    "record": Command(module="actor.record", summary="record a teleoperator's episodes on a running actor", extra="robot"),
+    "rollout": Command(module="actor.rollout", summary="let a served policy act on a running actor", extra="robot"),
     "serve": Command(
         module="services.inference.main",
         summary="GPU host: run policies for many robots",
@@ -116,7 +118,17 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: the command's own; 2 when what the user asked for cannot be, 1 for another failure, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in "| head"; Python would complain once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview({name: command.summary for name, command in COMMANDS.items()}))
         return 0 if words else USAGE_ERROR
@@ -140,10 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(name, missing_module_advice(name, missing), USAGE_ERROR)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone, as in "| head"; Python would complain once more while closing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
 
 
 def missing_module_advice(command: str, module: str) -> str:

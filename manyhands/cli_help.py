@@ -40,11 +40,12 @@ def command_help(name: str, summary: str, description: str, settings: type[Setti
         if len(knob.path) > 1:
             groups.setdefault(knob.path[0], []).append(knob)
     positionals = [knob for knob in own if knob.positional]
-    arguments = "".join(f" {knob.metavar}{'...' if knob.kind is KnobKind.LIST else ''}" for knob in positionals)
+    words = [knob.metavar + ("..." if knob.kind is KnobKind.LIST else "") for knob in positionals]
+    arguments = "".join(f" {word}" if knob.required else f" [{word}]" for word, knob in zip(words, positionals, strict=True))
     lines = [f"usage: manyhands {name}{arguments} [flags]", "", f"{summary[:1].upper()}{summary[1:]}.", ""]
     for paragraph in textwrap.dedent(description).strip().split("\n\n"):
-        # A paragraph with an indented line is laid out by hand: a listing, a drawing.
-        laid_out = any(line.startswith(" ") for line in paragraph.splitlines())
+        # Laid out by hand where a line is indented or a command: a listing, a drawing.
+        laid_out = any(line.startswith((" ", "manyhands ")) for line in paragraph.splitlines())
         lines += [*(paragraph.splitlines() if laid_out else textwrap.wrap(" ".join(paragraph.split()), _width())), ""]
     sections = [("arguments", positionals), ("settings", flat), *groups.items()]
     for title, members in sections:
@@ -73,6 +74,8 @@ def _knob_lines(knob: Knob) -> list[str]:
     else:
         head = f"{knob.flag} {knob.metavar}"
     facts = []
+    if knob.positional and knob.choices:
+        facts.append(f"one of {', '.join(knob.choices)}")
     if knob.kind in (KnobKind.LIST, KnobKind.MAP):
         facts.append("may be repeated")
     if knob.limits_text:
@@ -84,7 +87,12 @@ def _knob_lines(knob: Knob) -> list[str]:
     elif knob.kind is KnobKind.SWITCH:
         facts.append("default: off")
     text = (knob.info.description or "") + (f" [{'; '.join(facts)}]" if facts else "")
-    return [f"  {head}", *textwrap.wrap(text, _width(), initial_indent="      ", subsequent_indent="      ")]
+    # Never inside a flag or a path: they are there to be copied.
+    indent = " " * 6
+    wrapped = textwrap.wrap(
+        text, _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
+    return [f"  {head}", *wrapped]
 
 
 def _example(knobs: list[Knob]) -> str:

@@ -18,6 +18,8 @@ from .errors import InvalidInput
 
 # 64 MiB: a 4K RGB picture is 25 MiB; nothing a robot sends in one value is larger.
 MAX_VALUE_BYTES = 64 * 1024 * 1024
+# Of all values of one message once decoded: a megabyte of well-packed pictures must not become a hundred gigabytes.
+MAX_DECODED_BYTES = 4 * MAX_VALUE_BYTES
 DEFAULT_JPEG_QUALITY = 95
 
 _TO_NUMPY: dict[int, np.dtype[np.generic]] = {
@@ -66,7 +68,11 @@ def encode_tensor(array: npt.ArrayLike) -> common_pb2.Tensor:
     """Any numeric array of at most MAX_VALUE_BYTES. Objects and strings are refused."""
     values = np.asarray(array)
     data_type = data_type_of(values.dtype.name)
-    little_endian = np.ascontiguousarray(values, dtype=_TO_NUMPY[data_type])
+    if values.nbytes > MAX_VALUE_BYTES:
+        raise InvalidInput(
+            f"shape {values.shape} needs {values.nbytes} bytes, over the limit of {MAX_VALUE_BYTES}", field="tensor"
+        )
+    little_endian = np.asarray(values, dtype=_TO_NUMPY[data_type])
     return common_pb2.Tensor(dtype=data_type, shape=values.shape, data=little_endian.tobytes())
 
 
@@ -90,7 +96,11 @@ def decode_tensor(
         raise InvalidInput(
             f"{len(data)} bytes do not fit shape {shape} of {dtype.name}, which needs {num_bytes}", field=f"{field}.data"
         )
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
+    array = np.frombuffer(data, dtype=dtype).reshape(shape)
+    # numpy would carry any other byte along as a truth value that is neither True nor False.
+    if dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
+        raise InvalidInput("a BOOL element is 0 or 1", field=f"{field}.data")
+    return array
 
 
 def encode_image(
@@ -130,35 +140,57 @@ def decode_image(image: common_pb2.Image, *, field: str = "image") -> npt.NDArra
             raise InvalidInput(f"{len(data)} bytes are not {height}x{width}x3", field=field)
         return np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
     if image.encoding == common_pb2.IMAGE_ENCODING_JPEG:
-        known = data[:3] == b"\xff\xd8\xff"
+        encoded_size, is_whole = _jpeg_size(data), data.rstrip(b"\0").endswith(b"\xff\xd9")
     elif image.encoding == common_pb2.IMAGE_ENCODING_PNG:
-        known = data[:8] == b"\x89PNG\r\n\x1a\n"
+        encoded_size, is_whole = _png_size(data), data.endswith(b"\0\0\0\0IEND\xaeB`\x82")
     else:
         raise InvalidInput(f"encoding {image.encoding} is not one this reader knows", field=f"{field}.encoding")
+    if encoded_size is None:
+        raise InvalidInput(f"{len(data)} bytes are not a picture in the declared encoding", field=field)
     # The declared size was checked; the picture's own header must agree with it before its pixels are allocated.
-    if known and _encoded_size(data) != (height, width):
-        raise InvalidInput(f"the picture is {_encoded_size(data)} (height, width), declared {height}x{width}", field=field)
-    decoded = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR) if known else None
-    if decoded is None:
+    if encoded_size != (height, width):
+        raise InvalidInput(
+            f"the picture is {encoded_size[0]}x{encoded_size[1]} (height x width), declared {height}x{width}", field=field
+        )
+    # Decoders fill what is missing with grey, which a policy would take for the world.
+    if not is_whole:
+        raise InvalidInput(f"the picture is cut off after {len(data)} bytes", field=field)
+    # Pictures are in the spec's orientation; a tag inside them must not turn them.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    decoded = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+    if decoded is None or decoded.shape != (height, width, 3):
         raise InvalidInput(f"{len(data)} bytes are not a picture in the declared encoding", field=field)
     return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
 
 
-def _encoded_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from a PNG's or JPEG's header; None where there is none."""
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return (int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")) if len(data) >= 24 else None
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from a PNG's first chunk, which must be its header; None where it is not."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 24:
+        return None
+    return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from a JPEG's first frame header; None where there is none.
+
+    Only markers that carry a length are passed over. Decoders also accept markers without one, and rubbish in between; a
+    picture with those could show one frame header here and another one there, so it is refused.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
     position = 2
     while position + 9 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == 0xFF:  # Fill byte.
             position += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # Start of frame.
-            return int.from_bytes(data[position + 5 : position + 7], "big"), int.from_bytes(
-                data[position + 7 : position + 9], "big"
-            )
+            height = int.from_bytes(data[position + 5 : position + 7], "big")
+            return height, int.from_bytes(data[position + 7 : position + 9], "big")
+        elif (marker == 0xC4 or 0xDB <= marker <= 0xFE) and marker != 0xDA and length >= 2:
+            position += 2 + length
         else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+            return None
     return None
 
 
@@ -188,11 +220,18 @@ def decode_value(value: common_pb2.NamedValue) -> npt.NDArray[np.generic]:
     raise InvalidInput("neither tensor nor image is set", field=value.name)
 
 
-def decode_values(values: Iterable[common_pb2.NamedValue]) -> dict[str, npt.NDArray[np.generic]]:
-    """Arrays by name, in order. A name that comes twice is refused."""
+def decode_values(
+    values: Iterable[common_pb2.NamedValue], *, max_bytes: int = MAX_DECODED_BYTES
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Arrays by name, in order. A name that comes twice is refused, and more than max_bytes in all."""
     arrays: dict[str, npt.NDArray[np.generic]] = {}
+    left_bytes = max_bytes
     for value in values:
         if value.name in arrays:
             raise InvalidInput("comes twice", field=value.name)
+        # A tensor's bytes are here already; a picture's pixels are not.
+        left_bytes -= value.image.height * value.image.width * 3 if value.HasField("image") else len(value.tensor.data)
+        if left_bytes < 0:
+            raise InvalidInput(f"brings the message over {max_bytes} bytes once decoded", field=value.name)
         arrays[value.name] = decode_value(value)
     return arrays

@@ -200,10 +200,10 @@ def read_file(settings_class: type[Settings], path: Path) -> dict[str, Any]:
     """The TOML file's tables; keys that no field has are refused by name."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read {path}: {error}", field="--config") from None
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"{path} is not TOML: {error}", field="--config") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have.
+        raise InvalidInput(f"cannot read {path}: {error}", field="--config") from None
     _refuse_unknown(values, settings_class, path, ())
     return values
 

@@ -33,6 +33,10 @@ from google.rpc import error_details_pb2, status_pb2
 DOMAIN = "manyhands"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
+# Status travels in HTTP/2 headers, of which gRPC takes 8 KiB, and each message goes there three times, once escaped.
+_MAX_MESSAGE_BYTES = 1000
+_MAX_FIELD_BYTES = 200
+
 
 class ManyhandsError(Exception):
     """Base of every error the library raises on purpose.
@@ -132,13 +136,20 @@ def to_status(error: ManyhandsError) -> status_pb2.Status:
 
     add(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN))
     if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_shortened(error.field, _MAX_FIELD_BYTES), description=_shortened(error.message, _MAX_MESSAGE_BYTES)
+        )
         add(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         add(error_details_pb2.RetryInfo(retry_delay=delay))
-    return status_pb2.Status(code=error.code.value[0], message=str(error), details=details)
+    return status_pb2.Status(code=error.code.value[0], message=_shortened(str(error), _MAX_MESSAGE_BYTES), details=details)
+
+
+def _shortened(text: str, max_bytes: int) -> str:
+    encoded = text.encode("utf-8", "replace")  # File names can hold what UTF-8, and so the wire, cannot.
+    return encoded.decode() if len(encoded) <= max_bytes else encoded[: max_bytes - 3].decode("utf-8", "ignore") + "..."
 
 
 def from_status(status: status_pb2.Status) -> ManyhandsError:

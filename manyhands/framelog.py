@@ -43,6 +43,8 @@ class LogWriter:
                     self.size_bytes += HEADER_BYTES + length
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._broken = False
+        # What was there at opening counts as durable only after the first sync.
+        self._durable_bytes = 0
         try:
             os.ftruncate(self._fd, self.size_bytes)
             os.lseek(self._fd, self.size_bytes, os.SEEK_SET)
@@ -85,15 +87,20 @@ class LogWriter:
         """Returns when every record appended before the call is on disk (fdatasync).
 
         Raises:
-            OSError: It failed; the kernel may have dropped the pages, so this writer takes nothing more.
+            OSError: It failed. The kernel may have dropped the pages and still show them to readers, so the file is cut back
+                to what an earlier sync of this writer made durable, and this writer takes nothing more.
             Corrupt: An earlier failure left the file in an unknown state; open it again.
         """
         self._check_usable()
+        size_bytes = self.size_bytes
         try:
             os.fdatasync(self._fd)
         except OSError:
             self._broken = True
+            if self._durable_bytes:
+                os.ftruncate(self._fd, self._durable_bytes)
             raise
+        self._durable_bytes = size_bytes
 
     def close(self) -> None:
         """Closes the file without syncing; harmless when closed already."""

@@ -63,12 +63,17 @@ class Knob:
 
     @property
     def flag(self) -> str:
-        return "--" + ".".join(self.path).replace("_", "-")
+        return "--" + ".".join([*self.path[:-1], self._flag_name]).replace("_", "-")
 
     @property
     def negated_flag(self) -> str:
-        *parents, name = self.path
-        return "--" + ".".join([*parents, f"no-{name}"]).replace("_", "-")
+        return "--" + ".".join([*self.path[:-1], f"no-{self._flag_name}"]).replace("_", "-")
+
+    @property
+    def _flag_name(self) -> str:
+        # json_schema_extra={"flag": "json"} is for names that a pydantic model cannot have as fields.
+        extra = self.info.json_schema_extra
+        return str(extra.get("flag", self.path[-1])) if isinstance(extra, dict) else self.path[-1]
 
     @property
     def variable(self) -> str:

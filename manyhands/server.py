@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from . import errors, security
 from .interceptors import Guard, GuardInterceptor
+from .metrics import metrics_interceptor
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    # gRPC's own waits between attempts to connect grow to two minutes; a robot that holds must not wait that long.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 SERVER_OPTIONS: list[tuple[str, int]] = [
     *CHANNEL_OPTIONS,
@@ -46,16 +51,21 @@ class GrpcServer:
 
     Args:
         address: "host:port"; port 0 takes a free one. Loopback may be plain; any other host needs security (rule 8).
-        security: Certificates and tokens, or None.
+        security_settings: Certificates and tokens, or None.
+
+    Raises:
+        Refused: The port is taken, or the address needs TLS and has none.
+        InvalidInput: A file of security_settings cannot be read.
     """
 
     def __init__(self, address: str, *, security_settings: security.SecuritySettings | None = None) -> None:
         settings = security_settings or security.SecuritySettings()
         security.check_address(address, settings)
-        self.server = grpc.aio.server(
-            interceptors=[error_interceptor(), *security.server_interceptors(settings)], options=SERVER_OPTIONS
-        )
         credentials = security.server_credentials(settings)
+        self.server = grpc.aio.server(
+            interceptors=[metrics_interceptor(), error_interceptor(), *security.server_interceptors(settings)],
+            options=SERVER_OPTIONS,
+        )
         host = address.rpartition(":")[0]
         try:
             if credentials is None:
@@ -91,8 +101,11 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
 
-    async def run_until_signalled(self, *, drain: Callable[[], Awaitable[None]] | None = None, grace_s: float = 5.0) -> None:
-        """start(), then serve until SIGTERM or SIGINT; drain (tell clients, flush) runs before stop()."""
+    async def run_until_signalled(self, *, drain: Callable[[], Awaitable[None]] | None = None, grace_s: float = 2.0) -> None:
+        """start(), then serve until SIGTERM or SIGINT; drain (tell clients, flush) runs before stop().
+
+        A process ends within 5 s of the signal: grace_s, which streams that nobody ends take whole, is part of it.
+        """
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

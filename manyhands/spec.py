@@ -196,7 +196,10 @@ def decode_in_order(
         for name in sent:
             if name not in expected:
                 raise InvalidInput(f"is not expected; expected in this order: {', '.join(expected)}", field=name)
-        wrong = next(s for s, e in zip(sent, expected, strict=False) if s != e)
+        for name in expected:
+            if sent.count(name) > 1:
+                raise InvalidInput("comes twice", field=name)
+        wrong = next(s for s, e in zip(sent, expected, strict=True) if s != e)
         raise InvalidInput(f"is out of order: got {', '.join(sent)}, expected {', '.join(expected)}", field=wrong)
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for value, feature in zip(values, features, strict=True):

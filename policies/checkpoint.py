@@ -9,11 +9,12 @@ and dtype, finite, and none besides.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +43,30 @@ def build(policy_type: str, config: Mapping[str, Any], spec: Spec) -> Policy[Any
     return registry.policy_class(policy_type).from_config(config, spec)
 
 
-def save(policy: Policy[Any], folder: Path, *, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Writes the folder whole or not at all; what stood there before is replaced.
+def save(policy: Policy[Any], folder: Path) -> None:
+    """Writes the folder whole or not at all; what stood there before is replaced."""
+    with whole_folder(folder) as unfinished:
+        write(policy, unfinished)
 
-    tensors: Instead of the policy's own, for averaged weights.
-    """
+
+def write(policy: Policy[Any], folder: Path, *, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Writes the two files into an existing folder. tensors: Instead of the policy's own, for averaged weights."""
+    state = policy.state_dict() if tensors is None else tensors
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(whole, folder / TENSORS_FILE, metadata={"format": "pt"})
+    description = {"type": policy.type_name, "config": policy.config_dict(), "spec": spec_to_json(policy.spec)}
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes its name when everything in it is on disk; on an exception nothing is left."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
     unfinished.mkdir()
     try:
-        state = policy.state_dict() if tensors is None else tensors
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(whole, unfinished / TENSORS_FILE, metadata={"format": "pt"})
-        description = {"type": policy.type_name, "config": policy.config_dict(), "spec": spec_to_json(policy.spec)}
-        (unfinished / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        for path in (unfinished / TENSORS_FILE, unfinished / CONFIG_FILE, unfinished):
+        yield unfinished
+        for path in (*unfinished.iterdir(), unfinished):
             _sync(path)
         if folder.exists():
             replaced = unfinished.with_suffix(".replaced")
@@ -80,7 +90,7 @@ def load(folder: Path, device: torch.device | None = None) -> Policy[Any]:
     """
     policy_type, config, spec = read_config(folder)
     policy = build(policy_type, config, spec)
-    load_tensors(policy, _read_tensors(folder / TENSORS_FILE))
+    load_tensors(policy, read_tensors(folder))
     return policy.to(device or torch.device("cpu")).eval()
 
 
@@ -119,6 +129,11 @@ def load_tensors(policy: Policy[Any], tensors: Mapping[str, torch.Tensor]) -> No
     policy.load_state_dict(dict(tensors), strict=True)
 
 
+def config_json(policy: Policy[Any]) -> str:
+    """The configuration as it stands in a weights manifest."""
+    return json.dumps(policy.config_dict(), sort_keys=True)
+
+
 def to_wire(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor]:
     """Tensors as WeightsClient.publish() takes them: the bytes are copied, so training may go on."""
     return {name: _raw_tensor(tensor.detach().cpu().contiguous(), name) for name, tensor in sorted(tensors.items())}
@@ -155,7 +170,14 @@ def _raw_tensor(tensor: torch.Tensor, name: str) -> RawTensor:
     return RawTensor(dtype=dtype, shape=raw.shape, data=bytes(raw.data))
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, unchecked against any policy.
+
+    Raises:
+        NotFound: It has none.
+        Corrupt: The file is cut off, naming the tensor, or unreadable.
+    """
+    path = folder / TENSORS_FILE
     if not path.is_file():
         raise NotFound(f"{path.parent} is not a checkpoint: it has no {TENSORS_FILE}", field="checkpoint")
     _check_extent(path)

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import cv2
 import numpy as np
@@ -56,7 +56,7 @@ class FlowConfig:
     num_steps: Euler steps.
     state_noise: Standard deviation of what training adds to normalised numbers.
     min_std_fraction: A number's standard deviation counts at least this share of the largest one: what hardly moved in
-        the demonstrations must not be magnified.
+        the demonstrations must not be magnified. Numbers of one unit share one (their root mean square).
     max_guidance_weight: Of real-time chunking.
     """
 
@@ -67,12 +67,12 @@ class FlowConfig:
     picture_size: Annotated[int, Field(ge=16, le=256, multiple_of=8)] = 32
     picture_features: PositiveInt = 32
     picture_dropout: Fraction = 0.75
-    width: PositiveInt = 512
+    width: PositiveInt = 256
     num_blocks: PositiveInt = 3
     text_buckets: PositiveInt = 512
     text_size: PositiveInt = 64
     num_steps: PositiveInt = 10
-    state_noise: Annotated[float, Field(ge=0.0)] = 0.02
+    state_noise: Annotated[float, Field(ge=0.0)] = 0.05
     min_std_fraction: Fraction = 0.01
     state_normalization: Normalization = Normalization.MEAN_STD
     action_normalization: Normalization = Normalization.MEAN_STD
@@ -105,6 +105,7 @@ class FlowPolicy(Policy[FlowInputs]):
     """See the module's text. Policy's docstrings say what each method promises."""
 
     type_name: ClassVar[str] = "flow"
+    masks_missing_cameras: ClassVar[bool] = True
 
     def __init__(self, config: FlowConfig, spec: Spec) -> None:
         super().__init__()
@@ -121,9 +122,9 @@ class FlowPolicy(Policy[FlowInputs]):
 
         chunk_size = config.horizon * self.model_action_size
         self.state_in = nn.Linear(self.state_size, config.width)
-        self.text_in = nn.Sequential(
-            nn.Linear(config.text_buckets, config.text_size, bias=False), nn.Linear(config.text_size, config.width)
-        )
+        # The instruction scales and shifts what the state says: each task has a linear map of its own.
+        self.text_in = nn.Linear(config.text_buckets, config.text_size, bias=False)
+        self.text_out = nn.Linear(config.text_size, 2 * config.width)
         self.encoders = nn.ModuleList(_picture_encoder(config.picture_features) for _ in self.cameras)
         self.picture_in = (
             nn.Linear(config.picture_features * len(self.cameras), config.width, bias=False) if self.cameras else None
@@ -131,7 +132,7 @@ class FlowPolicy(Policy[FlowInputs]):
         self.chunk_in = nn.Linear(chunk_size, config.width)
         self.time_in = nn.Linear(2 * TIME_FREQUENCIES, config.width)
         self.blocks = nn.ModuleList(_Block(config.width) for _ in range(config.num_blocks))
-        self.chunk_out = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, chunk_size))
+        self.chunk_out = nn.Linear(config.width, chunk_size)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> FlowPolicy:
@@ -145,6 +146,10 @@ class FlowPolicy(Policy[FlowInputs]):
             raise InvalidInput(f"is not JSON: {error}", field="config") from None
         return cls(parsed, spec)
 
+    @classmethod
+    def tiny_config(cls) -> Mapping[str, Any]:
+        return {"width": 32, "num_blocks": 1, "horizon": 8, "num_steps": 4}
+
     def config_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(_CONFIG.dump_json(self.config))
         return values
@@ -152,9 +157,13 @@ class FlowPolicy(Policy[FlowInputs]):
     def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
         state = _joined(statistics, self.spec.states)
         if self.config.state_normalization is Normalization.MEAN_STD:
-            state["std"] = np.maximum(state["std"], self.config.min_std_fraction * state["std"].max())
+            shared = _shared_by_unit(state["std"], self.spec.states)
+            state["std"] = np.maximum(shared, self.config.min_std_fraction * shared.max())
         self.state_normalizer.set(state, field="observation")
         self.action_normalizer.set(_joined(statistics, self.spec.action), field="action")
+
+    def used_observations(self) -> frozenset[str]:
+        return frozenset(feature.name for feature in (*self.spec.states, *self.cameras))
 
     def preprocess(self, samples: Sequence[Sample], device: torch.device) -> FlowInputs:
         state = np.stack([_numbers(sample.observation, self.spec.states) for sample in samples])
@@ -227,12 +236,12 @@ class FlowPolicy(Policy[FlowInputs]):
 
     def _context(self, inputs: FlowInputs, state: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """(B, D). seen (B,) bool: rows whose pictures count; None when acting, where all do."""
-        context: torch.Tensor = self.state_in(state) + self.text_in(inputs.text)
+        scale, shift = self.text_out(self.text_in(inputs.text)).chunk(2, dim=1)
+        context: torch.Tensor = self.state_in(state) * (1.0 + scale) + shift
         if self.picture_in is None:
             return context
         if seen is None:
-            context = context + self.picture_in(self._look(inputs))
-            return context
+            return context + cast(torch.Tensor, self.picture_in(self._look(inputs)))
         looking = seen.nonzero().squeeze(1)
         if len(looking):  # Only the rows that look pay for the encoders.
             context = context.index_add(0, looking, self.picture_in(self._look(rows.select(inputs, looking))))
@@ -269,14 +278,21 @@ class FlowPolicy(Policy[FlowInputs]):
 
 
 class _Block(nn.Module):
+    """A residual block that starts as nothing.
+
+    Without normalisation layers and with these zeros the network begins as a linear map and bends only where data ask for
+    it: ten demonstrations of a task then reach further than they do with LayerNorm (docs/design/0010-policy-interface.md).
+    """
+
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width)
         self.down = nn.Linear(width, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = hidden + self.down(functional.silu(self.up(self.norm(hidden))))
+        out: torch.Tensor = hidden + self.down(functional.silu(self.up(hidden)))
         return out
 
 
@@ -350,3 +366,16 @@ def _joined(statistics: Mapping[str, Statistics], features: Sequence[Feature]) -
         name: np.concatenate([np.asarray(statistics[f.name][name], dtype=np.float64).reshape(-1) for f in features])
         for name in sorted(names)
     }
+
+
+def _shared_by_unit(std: npt.NDArray[np.float64], features: Sequence[Feature]) -> npt.NDArray[np.float64]:
+    """(S,) the root mean square over the numbers of the same unit; those without a unit keep their own.
+
+    The distance of two positions is what most tasks are about: it must not depend on which of the two moved more.
+    """
+    units = [unit for feature in features for unit in (feature.element_units or ("",) * feature.shape[0])]
+    shared = std.copy()
+    for unit in set(units) - {""}:
+        same = np.array([other == unit for other in units])
+        shared[same] = np.sqrt(np.mean(np.square(std[same])))
+    return shared

@@ -131,10 +131,12 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
         horizon: Actions in a chunk, H.
         model_action_size: A; at least the robot's R, the rest is padding.
         has_text_head: generate() works.
+        masks_missing_cameras: preprocess() takes samples that lack some of the spec's cameras.
     """
 
     type_name: ClassVar[str]
     has_text_head: ClassVar[bool] = False
+    masks_missing_cameras: ClassVar[bool] = False
     spec: Spec
     horizon: int
     model_action_size: int
@@ -143,6 +145,11 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
     @abc.abstractmethod
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> Policy[InputsT]:
         """Builds the module with fresh weights; unknown keys, wrong types and impossible values are InvalidInput."""
+
+    @classmethod
+    def tiny_config(cls) -> Mapping[str, Any]:
+        """A configuration that builds in a moment, for tests of what all policies promise."""
+        return {}
 
     @abc.abstractmethod
     def config_dict(self) -> dict[str, Any]:
@@ -207,6 +214,10 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
             for seed in seeds
         ]
         return torch.stack(rows)
+
+    def used_observations(self) -> frozenset[str]:
+        """Names of the spec's observation features that preprocess() reads: what a robot has to send."""
+        return frozenset(feature.name for feature in self.spec.observation)
 
     def generate(self, samples: Sequence[Sample], request: TextRequest, device: torch.device) -> Iterator[str]:
         """Text from the language head, a piece per token."""

@@ -53,7 +53,7 @@ def prefix_weights(
 
 
 def guidance_weight(time: torch.Tensor, max_weight: float) -> torch.Tensor:
-    """(B,) weight at flow time (B,): t/tau * (t^2 + tau^2) / t^2 with tau = 1 - t, at most max_weight (and that at tau = 0)."""
+    """(B,) weight at flow time (B,): t/tau * (t^2 + tau^2) / t^2 with tau = 1 - t, at most max_weight, also at tau = 0."""
     tau = 1.0 - time
     squared = time * time
     unbounded = (time / tau) * ((squared + tau * tau) / squared)

@@ -159,9 +159,9 @@ def draw_plot(findings: Findings, path: Path) -> None:
             low, high = wilson_interval(success.num_successes, success.num_episodes)
             position = index + (offset - 0.5) * 0.36
             success_axes.bar(position, success.rate, width=0.34, color=colour, label=label if index == 0 else None)
-            success_axes.errorbar(
-                position, success.rate, [[success.rate - low], [high - success.rate]], color="black", capsize=3
-            )
+            # Rounding may put a bound on the wrong side of a rate of 0 or 1.
+            bars = [[max(0.0, success.rate - low)], [max(0.0, high - success.rate)]]
+            success_axes.errorbar(position, success.rate, bars, color="black", capsize=3)
     success_axes.set_xticks(range(len(tasks)), [task.replace(" ", "\n", 1) for task in tasks], fontsize=8)
     success_axes.set(ylabel="success rate", ylim=(0, 1.05), title="Closed loop, 95 % intervals")
     success_axes.legend(loc="center left", fontsize=8)

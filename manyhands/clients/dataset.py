@@ -1,6 +1,6 @@
 """What a recorder, a trainer or a viewer says to the dataset store. Blocking.
 
-with DatasetClient("127.0.0.1:50052") as store:
+with DatasetClient("127.0.0.1:50051") as store:
     store.create_dataset("reach", spec)
     with store.open_append() as stream:
         next_sequence = stream.begin("reach", episode_uuid, robot_id="left", spec_digest=spec.digest)
@@ -29,7 +29,7 @@ import grpc
 
 from .. import channel
 from ..dataset.v1 import dataset_pb2, dataset_pb2_grpc
-from ..errors import Conflict, Corrupt, InvalidInput, Overloaded, TooLate, Unreachable
+from ..errors import Conflict, Corrupt, InvalidInput, TooLate, Unreachable
 from ..security import SecuritySettings
 from ..spec import Spec
 from .append_stream import AppendStream
@@ -116,7 +116,10 @@ class DatasetClient:
         return self._retried(lambda: self._stub.GetDataset(request, timeout=self._timeout_s)).dataset
 
     def publish(self, name: str, *, timeout_s: float = 300.0) -> dataset_pb2.DatasetInfo:
-        """Returns when readers see every episode that was sealed before the call."""
+        """Returns when readers see every episode that was sealed before the call.
+
+        Raises Overloaded while the store's disk is full; it goes on by itself when there is space.
+        """
         request = dataset_pb2.PublishRequest(dataset=name)
         return self._retried(lambda: self._stub.Publish(request, timeout=timeout_s)).dataset
 
@@ -180,10 +183,10 @@ class DatasetClient:
             try:
                 with channel.translated_errors():
                     return call()
-            except (Unreachable, Overloaded) as error:
+            except Unreachable:
                 if delay_s is None:
                     raise
-                time.sleep(max(delay_s, error.retry_after_s or 0.0))
+                time.sleep(delay_s)
         raise AssertionError("the last attempt returns or raises")
 
 

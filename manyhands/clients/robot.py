@@ -1,6 +1,6 @@
 """What a control loop, a viewer or an operator's tool says to a robot agent. Blocking; arrays in, arrays out.
 
-with RobotClient("127.0.0.1:50051") as robot:
+with RobotClient("127.0.0.1:50061") as robot:
     robot.acquire("actor/left")
     robot.reset(seed=7)
     while robot.get_observation().outcome is EpisodeOutcome.RUNNING:

@@ -143,7 +143,9 @@ class DatasetServiceServicer:
 
     def ReadShard(self, request, context):
         """A range of bytes of one published file, in pieces of at most 1 MiB, in order. path is one of the snapshot's; anything
-        else is NOT_FOUND. Files never change once published, so any range may be asked again.
+        else is NOT_FOUND. Published files never change, so any range may be asked again; only meta/info.json, meta/stats.json
+        and meta/tasks.parquet are replaced by each publishing: read those first, and take the snapshot again where a digest
+        differs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,7 +59,9 @@ class DatasetServiceStub:
     """The published files, with digests: what a reader copies or reads. Idempotent."""
     ReadShard: _grpc.UnaryStreamMultiCallable[_dataset_pb2.ReadShardRequest, _dataset_pb2.ReadShardResponse]
     """A range of bytes of one published file, in pieces of at most 1 MiB, in order. path is one of the snapshot's; anything
-    else is NOT_FOUND. Files never change once published, so any range may be asked again.
+    else is NOT_FOUND. Published files never change, so any range may be asked again; only meta/info.json, meta/stats.json
+    and meta/tasks.parquet are replaced by each publishing: read those first, and take the snapshot again where a digest
+    differs.
     """
     Sample: _grpc.UnaryStreamMultiCallable[_dataset_pb2.SampleRequest, _dataset_pb2.SampleResponse]
     """Training samples in the order of the sampler, a pure function of (seed, epoch, position, rank, world size); position says
@@ -95,7 +97,9 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     """The published files, with digests: what a reader copies or reads. Idempotent."""
     ReadShard: _aio.UnaryStreamMultiCallable[_dataset_pb2.ReadShardRequest, _dataset_pb2.ReadShardResponse]  # type: ignore[assignment]
     """A range of bytes of one published file, in pieces of at most 1 MiB, in order. path is one of the snapshot's; anything
-    else is NOT_FOUND. Files never change once published, so any range may be asked again.
+    else is NOT_FOUND. Published files never change, so any range may be asked again; only meta/info.json, meta/stats.json
+    and meta/tasks.parquet are replaced by each publishing: read those first, and take the snapshot again where a digest
+    differs.
     """
     Sample: _aio.UnaryStreamMultiCallable[_dataset_pb2.SampleRequest, _dataset_pb2.SampleResponse]  # type: ignore[assignment]
     """Training samples in the order of the sampler, a pure function of (seed, epoch, position, rank, world size); position says
@@ -176,7 +180,9 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_dataset_pb2.ReadShardResponse], _abc.AsyncIterator[_dataset_pb2.ReadShardResponse]]:
         """A range of bytes of one published file, in pieces of at most 1 MiB, in order. path is one of the snapshot's; anything
-        else is NOT_FOUND. Files never change once published, so any range may be asked again.
+        else is NOT_FOUND. Published files never change, so any range may be asked again; only meta/info.json, meta/stats.json
+        and meta/tasks.parquet are replaced by each publishing: read those first, and take the snapshot again where a digest
+        differs.
         """
 
     @_abc_1.abstractmethod

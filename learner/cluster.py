@@ -1,0 +1,130 @@
+"""Ray, as light as it goes: started once when the learner starts, so that a run does not wait for it.
+
+Everything Ray starts here dies with the process that started it, also by kill -9: Ray asks the kernel for that (its head's
+processes are children with a parent-death signal, and workers end with their raylet). What a killed learner leaves is a
+folder in /tmp, swept at the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from manyhands.errors import Refused
+
+from .worker import run_worker
+
+logger = logging.getLogger(__name__)
+
+# Unix socket paths end at 107 bytes and Ray appends about 70: its folder cannot be below a run's output.
+_PREFIX = "mh-ray-"
+_OBJECT_STORE_BYTES = 100 * 1024 * 1024
+# Quiet, offline, no tokens: a local cluster listens on loopback and belongs to this process. Set before Ray is imported.
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+}
+
+
+class RayCluster:
+    """A local Ray, or a connection to one that runs already.
+
+    start() belongs into the main thread: the kernel's parent-death signal follows the thread that forked.
+
+    Args:
+        address: Of a running cluster ("ray-head:6379"); empty starts a local one.
+        num_workers: Training workers that must fit.
+    """
+
+    def __init__(self, address: str, *, num_workers: int) -> None:
+        self._address = address
+        self._num_workers = num_workers
+        self._folder: Path | None = None
+
+    def start(self) -> None:
+        if not self._address:
+            os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+        import ray
+
+        try:
+            if self._address:
+                ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING)
+                return
+            sweep_leftovers(Path(tempfile.gettempdir()))
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+            ray.init(
+                address="local",
+                # One for Ray Train's controller; workers are told their threads, Ray's CPUs are only seats.
+                num_cpus=self._num_workers + 1,
+                num_gpus=None,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _temp_dir=str(self._folder),
+            )
+        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+            raise Refused(
+                f"Ray does not start: {error}; 'manyhands doctor' checks memory, disk and ports", field="ray"
+            ) from error
+        self._warm_up()
+
+    def fit(self, config: Mapping[str, Any], *, folder: Path, max_failures: int) -> None:
+        """Runs worker.run_worker(config) in every worker; one that dies restarts all, at most max_failures times.
+
+        Raises:
+            Exception: What the workers raised, or Ray's own.
+        """
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        gpus = bool(config.get("use_gpu", False))
+        trainer = TorchTrainer(
+            run_worker,
+            train_loop_config=dict(config),
+            scaling_config=ScalingConfig(num_workers=self._num_workers, use_gpu=gpus, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(
+                name="ray", storage_path=str(folder), failure_config=FailureConfig(max_failures=max_failures)
+            ),
+        )
+        trainer.fit()
+
+    def stop(self) -> None:
+        import ray
+
+        ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _warm_up(self) -> None:
+        """Importing torch takes seconds: done now, in processes that the run's workers then take over."""
+        import ray
+
+        @ray.remote(num_cpus=1)
+        def import_everything() -> int:
+            import ray.train.torch  # noqa: F401
+
+            import learner.worker  # noqa: F401
+
+            return os.getpid()
+
+        ray.get([import_everything.remote() for _ in range(self._num_workers)])
+        import ray.train.torch
+
+
+def sweep_leftovers(temporary: Path) -> None:
+    """Removes folders of learners that are not alive any more."""
+    for folder in temporary.glob(f"{_PREFIX}*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            logger.info("removing %s, left by a learner that was killed", folder)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,21 @@
+"""The recipes there are: name -> module with a function recipe() -> Recipe. Closed: a peer names one, it brings none."""
+
+from __future__ import annotations
+
+import importlib
+
+from manyhands.errors import InvalidInput
+
+from ..recipe import Recipe
+
+RECIPES: dict[str, str] = {
+    "flow_metaworld": "learner.recipes.flow_metaworld",
+}
+
+
+def build_recipe(name: str) -> Recipe:
+    """InvalidInput lists the recipes there are."""
+    if name not in RECIPES:
+        raise InvalidInput(f"recipe {name!r} is not one of {', '.join(sorted(RECIPES))}", field="run.recipe")
+    recipe: Recipe = importlib.import_module(RECIPES[name]).recipe()
+    return recipe

@@ -1,0 +1,1 @@
+"""The dashboard: one local page that shows the fleet, and moves nothing."""

@@ -1,0 +1,1 @@
+"""The inference service: one policy process serving many robots."""

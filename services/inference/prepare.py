@@ -1,0 +1,144 @@
+"""A request's bytes to a row that the model can run. Everything is checked here, before it can meet another robot's row.
+
+Runs in worker threads: decoding and resizing pictures release the GIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from manyhands import codec, stamps
+from manyhands.common.v1 import common_pb2
+from manyhands.errors import InvalidInput
+from manyhands.inference.v1 import inference_pb2
+from manyhands.spec import Feature, FeatureKind, Spec, decode_in_order
+from policies.policy import Sample
+
+from .sessions import Fit
+
+MAX_DEADLINE_S = 60.0
+MAX_TASK_CHARACTERS = 4096
+PREFIX_FIELD: Final = "committed_prefix"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One robot's inputs.
+
+    Attributes:
+        prefix: (steps, A) float32, model space, steps in 1..H; None without a previous chunk.
+        seed: All randomness of the chunk.
+    """
+
+    sample: Sample
+    prefix: npt.NDArray[np.float32] | None
+    delay_steps: int
+    execution_horizon: int
+    seed: int
+
+
+def deadline_s(request: inference_pb2.ActRequest) -> float:
+    """Seconds the robot gives, checked."""
+    seconds = stamps.to_seconds(request.deadline) if request.HasField("deadline") else 0.0
+    if not 0.0 < seconds <= MAX_DEADLINE_S:
+        raise InvalidInput(f"is {seconds:g} s; it must be > 0 and at most {MAX_DEADLINE_S:g} s", field="deadline")
+    return seconds
+
+
+def prepare_row(
+    request: inference_pb2.ActRequest,
+    *,
+    robot_fit: Fit,
+    model_spec: Spec,
+    horizon: int,
+    model_action_size: int,
+    default_execution_horizon: int,
+) -> Row:
+    """Decodes and checks one request.
+
+    Raises:
+        InvalidInput: Names the field or feature, its value, the limit.
+    """
+    for field, value in (("delay_steps", request.delay_steps), ("execution_horizon", request.execution_horizon)):
+        if not 0 <= value <= horizon:
+            raise InvalidInput(f"is {value}; it must be 0 to {horizon}, the chunk's horizon", field=field)
+    if request.current_index < 0:
+        raise InvalidInput(f"is {request.current_index}; it must not be negative", field="current_index")
+    return Row(
+        sample=prepare_sample(request.observation.values, request.task, robot_fit=robot_fit, model_spec=model_spec),
+        prefix=_prefix(request, horizon, model_action_size),
+        delay_steps=request.delay_steps,
+        execution_horizon=request.execution_horizon or default_execution_horizon,
+        seed=request.noise_seed,
+    )
+
+
+def prepare_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_fit: Fit, model_spec: Spec) -> Sample:
+    """The observation as the model's spec has it: pictures resized, vectors padded; cameras the robot lacks are absent."""
+    if len(task) > MAX_TASK_CHARACTERS:
+        raise InvalidInput(f"has {len(task)} characters, at most {MAX_TASK_CHARACTERS}", field="task")
+    wanted = {feature.name: feature for feature in model_spec.observation}
+    expected = _as_sent(values, robot_fit.required, wanted)
+    arrays = decode_in_order(values, expected)
+    return Sample(observation={name: _adapt(array, wanted[name]) for name, array in arrays.items()}, task=task)
+
+
+def _as_sent(
+    values: Sequence[common_pb2.NamedValue], required: Sequence[Feature], wanted: Mapping[str, Feature]
+) -> list[Feature]:
+    """The required features; a camera that the robot already resized to the model's size is expected in that size."""
+    if len(values) != len(required):
+        return list(required)  # decode_in_order names what is wrong.
+    expected: list[Feature] = []
+    for value, feature in zip(values, required, strict=True):
+        models = wanted[feature.name]
+        resized = feature.kind is FeatureKind.IMAGE and (value.image.height, value.image.width) == models.shape[:2]
+        expected.append(models if resized else feature)
+    return expected
+
+
+def _adapt(array: npt.NDArray[np.generic], wanted: Feature) -> npt.NDArray[np.generic]:
+    if array.shape == wanted.shape:
+        return array
+    if wanted.kind is FeatureKind.IMAGE:
+        return letterbox(array.view(np.uint8), wanted.shape[0], wanted.shape[1])
+    padded = np.zeros(wanted.shape, dtype=array.dtype)
+    padded[: array.shape[0]] = array
+    return padded
+
+
+def letterbox(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """(height, width, 3): pixels scaled with its ratio kept, centred on black; an odd pixel goes to the bottom or right."""
+    ratio = max(pixels.shape[0] / height, pixels.shape[1] / width)
+    inner_height = min(height, max(1, int(pixels.shape[0] / ratio)))
+    inner_width = min(width, max(1, int(pixels.shape[1] / ratio)))
+    # Averaging over areas when shrinking: no aliasing.
+    how = cv2.INTER_AREA if ratio > 1 else cv2.INTER_LINEAR
+    resized = cv2.resize(pixels, (inner_width, inner_height), interpolation=how)
+    canvas = np.zeros((height, width, 3), dtype=np.uint8)
+    top, left = (height - inner_height) // 2, (width - inner_width) // 2
+    canvas[top : top + inner_height, left : left + inner_width] = resized
+    return canvas
+
+
+def _prefix(request: inference_pb2.ActRequest, horizon: int, model_action_size: int) -> npt.NDArray[np.float32] | None:
+    if not request.HasField(PREFIX_FIELD) or 0 in request.committed_prefix.shape:
+        return None
+    shape = tuple(request.committed_prefix.shape)
+    dtype = request.committed_prefix.dtype
+    if len(shape) != 2 or shape[0] > horizon or shape[1] != model_action_size or dtype != common_pb2.DATA_TYPE_FLOAT32:
+        raise InvalidInput(
+            f"has shape {shape} and data type {dtype}; it must be (1 to {horizon}, {model_action_size}) float32: the last "
+            "chunk's model_actions from current_index on",
+            field=PREFIX_FIELD,
+        )
+    prefix = codec.decode_tensor(request.committed_prefix, field=PREFIX_FIELD).astype(np.float32, copy=False)
+    if not np.isfinite(prefix).all():
+        raise InvalidInput("holds values that are not finite", field=PREFIX_FIELD)
+    return prefix

@@ -1,0 +1,318 @@
+"""The RPCs of the inference service, and its going away without losing a chunk that was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from manyhands import stamps
+from manyhands.clients.inference import SESSION_KEY
+from manyhands.errors import InvalidInput, NotFound, Overloaded, Refused, Unreachable
+from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
+from manyhands.spec import FeatureKind, Spec
+
+from . import capacity, text
+from .engine import Engine
+from .models import ServedModel
+from .prepare import MAX_TASK_CHARACTERS
+from .sessions import AdaptationKind, Session, Sessions, fit
+from .stats import StageStats, p50_p99
+from .stream import RobotStream
+from .weights_follower import WeightsFollower
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+EXPIRY_PERIOD_S = 0.25
+# Clients that were told to leave get this long to go by themselves; then their streams are ended.
+DRAIN_S = 1.5
+RECONNECT_AFTER_S = 1.0
+# Room for names, stamps and protobuf around the arrays.
+MESSAGE_OVERHEAD_BYTES = 64 * 1024
+
+_KINDS = {
+    AdaptationKind.IGNORED: inference_pb2.ADAPTATION_KIND_IGNORED,
+    AdaptationKind.RESIZED: inference_pb2.ADAPTATION_KIND_RESIZED,
+    AdaptationKind.PADDED: inference_pb2.ADAPTATION_KIND_PADDED,
+    AdaptationKind.MASKED: inference_pb2.ADAPTATION_KIND_MASKED,
+}
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Serves an engine's models.
+
+    Args:
+        engine: Started.
+        follower: Brings new weights; None where no weights service is configured.
+        max_sessions: Robots at once.
+        idle_timeout_s: A session without a stream for this long is closed.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        engine: Engine,
+        *,
+        follower: WeightsFollower | None = None,
+        max_sessions: int = 64,
+        idle_timeout_s: float = 4.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.models = models
+        self.engine = engine
+        self.sessions = Sessions(max_sessions=max_sessions, idle_timeout_s=idle_timeout_s)
+        self.stats = StageStats()
+        self.decoders = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1), thread_name_prefix="decode")
+        self._writers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
+        self._follower = follower
+        self._clock = clock
+        self._started_s = clock()
+        self._streams: set[RobotStream] = set()
+        self._no_stream = asyncio.Event()
+        self._draining = False
+        self._expiry: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """On the server's loop."""
+        self._expiry = asyncio.get_running_loop().create_task(self._expire())
+
+    async def drain(self) -> None:
+        """Tells every robot to leave, answers what was asked, ends the streams; new sessions are refused meanwhile."""
+        self._draining = True
+        for stream in self._streams:
+            stream.drain(RECONNECT_AFTER_S, "the server goes away")
+        if self._streams:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_S):
+                    await self._no_stream.wait()
+        await asyncio.gather(*(stream.finish(DRAIN_S) for stream in tuple(self._streams)))
+        if self._expiry is not None:
+            self._expiry.cancel()
+
+    def close(self) -> None:
+        """After the server stopped: ends the worker threads."""
+        self.decoders.shutdown(wait=False, cancel_futures=True)
+        self._writers.shutdown(wait=False, cancel_futures=True)
+
+    async def OpenSession(  # noqa: N802
+        self, request: inference_pb2.OpenSessionRequest, context: Any
+    ) -> inference_pb2.OpenSessionResponse:
+        if self._draining:
+            raise Unreachable("the server goes away; open a session again", retry_after_s=RECONNECT_AFTER_S)
+        served = self._served(request.model)
+        robot_spec = Spec.from_proto(request.spec)
+        horizon = served.policy.horizon
+        if not 0 <= request.replan_interval_steps <= horizon:
+            raise InvalidInput(
+                f"is {request.replan_interval_steps}; it must be 0 (the server's choice) to {horizon}, the chunk's horizon",
+                field="replan_interval_steps",
+            )
+        robot_fit = fit(robot_spec, served.used_spec, masks_cameras=served.policy.masks_missing_cameras)
+        asked_steps = request.replan_interval_steps or max(1, horizon // 2)
+        self._check_capacity(request, robot_spec.control_rate_hz, horizon)
+        session, older = self.sessions.open(
+            robot_id=request.robot_id,
+            client_id=request.client_id,
+            model=served.name,
+            robot_fit=robot_fit,
+            asked_interval_steps=asked_steps,
+            control_rate_hz=robot_spec.control_rate_hz,
+            now_s=self._clock(),
+        )
+        if older is not None:
+            self._end(older, "the same client opened a new session")
+        logger.info("session %s: %s on %s", session.session_id[:8], session.robot_id, served.name)
+        return inference_pb2.OpenSessionResponse(
+            session_id=session.session_id,
+            model_spec=served.policy.spec.to_proto(),
+            version=served.version,
+            adaptations=[
+                inference_pb2.Adaptation(feature=item.feature, kind=_KINDS[item.kind], detail=item.detail)
+                for item in robot_fit.adaptations
+            ],
+            chunk_horizon=horizon,
+            has_text_head=served.policy.has_text_head,
+            replan_interval_steps=self.replan_interval_steps(session),
+            idle_timeout=stamps.to_duration(self.sessions.idle_timeout_s),
+            max_request_bytes=self.max_request_bytes(session),
+            required_observations=[feature.name for feature in robot_fit.required],
+        )
+
+    async def Act(  # noqa: N802
+        self, request_iterator: AsyncIterator[inference_pb2.ActRequest], context: Any
+    ) -> AsyncIterator[inference_pb2.ActResponse]:
+        metadata = dict(context.invocation_metadata() or ())
+        session_id = metadata.get(SESSION_KEY, "")
+        stream = RobotStream(self, session_id if isinstance(session_id, str) else "", self._clock)
+        self._streams.add(stream)
+        self._no_stream.clear()
+        if self._draining:
+            stream.drain(RECONNECT_AFTER_S, "the server goes away")
+        responses = stream.responses(request_iterator)
+        try:
+            async for response in responses:
+                yield response
+        finally:
+            self._streams.discard(stream)
+            if not self._streams:
+                self._no_stream.set()
+            await responses.aclose()  # type: ignore[attr-defined]
+
+    async def Generate(  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        session = self.sessions.get(request.session_id)
+        self.sessions.touch(session, self._clock())
+        if request.ByteSize() > self.max_request_bytes(session):
+            raise InvalidInput(
+                f"has {request.ByteSize()} bytes, this session's limit is {self.max_request_bytes(session)}",
+                field="observation",
+            )
+        async for response in text.generate(request, self._served(session.model), session, self._writers):
+            self.sessions.touch(session, self._clock())
+            yield response
+
+    async def CloseSession(  # noqa: N802
+        self, request: inference_pb2.CloseSessionRequest, context: Any
+    ) -> inference_pb2.CloseSessionResponse:
+        session = self.sessions.close(request.session_id)
+        if session is not None:
+            self._end(session, "the session was closed")
+        return inference_pb2.CloseSessionResponse()
+
+    async def ListModels(  # noqa: N802
+        self, request: inference_pb2.ListModelsRequest, context: Any
+    ) -> inference_pb2.ListModelsResponse:
+        return inference_pb2.ListModelsResponse(models=self._models())
+
+    async def SwapWeights(  # noqa: N802
+        self, request: inference_pb2.SwapWeightsRequest, context: Any
+    ) -> inference_pb2.SwapWeightsResponse:
+        self._served(request.model)
+        if self._follower is None:
+            raise Refused("no weights service is configured; start 'manyhands serve' with --weights HOST:PORT")
+        result = await asyncio.wrap_future(self._follower.swap(request.model, request.number))
+        return inference_pb2.SwapWeightsResponse(
+            previous=result.previous, current=result.current, pause=stamps.to_duration(result.pause_s)
+        )
+
+    async def GetStatus(  # noqa: N802
+        self, request: inference_pb2.GetStatusRequest, context: Any
+    ) -> inference_pb2.GetStatusResponse:
+        now_s = self._clock()
+        swaps = self._follower.swaps() if self._follower is not None else []
+        return inference_pb2.GetStatusResponse(
+            sessions=[_session_status(session) for session in self.sessions],
+            stages=[
+                inference_pb2.StageLatency(stage=stage, p50=stamps.to_duration(p50), p99=stamps.to_duration(p99))
+                for stage, (p50, p99) in self.stats.percentiles().items()
+            ],
+            swaps=[
+                inference_pb2.SwapRecord(
+                    version=swap.version,
+                    accepted=swap.accepted,
+                    reason=swap.reason,
+                    pause=stamps.to_duration(swap.pause_s),
+                    ago=stamps.to_duration(max(0.0, now_s - swap.at_s)),
+                )
+                for swap in swaps
+            ],
+            models=self._models(),
+            uptime=stamps.to_duration(now_s - self._started_s),
+            chunk_count=self.stats.chunk_count,
+            refused_count=self.stats.refused_count,
+        )
+
+    def max_request_bytes(self, session: Session) -> int:
+        """What the session's own observation and prefix can need: pictures uncompressed."""
+        served = self.models[session.model]
+        values = 0
+        for feature in session.fit.required:
+            size = 1 if feature.kind is FeatureKind.IMAGE else 8
+            for extent in feature.shape:
+                size *= extent
+            values += size
+        prefix = 4 * served.policy.horizon * served.policy.model_action_size
+        return values + prefix + 4 * MAX_TASK_CHARACTERS + MESSAGE_OVERHEAD_BYTES
+
+    def replan_interval_steps(self, session: Session) -> int:
+        """What the session asked for, longer while the model cannot keep up with everybody."""
+        demands = [self._demand(other) for other in self.sessions if other.model == session.model]
+        factor = capacity.stretch(demands, self.engine.chunks_per_s(session.model))
+        return capacity.interval_steps(self._demand(session), factor)
+
+    def _demand(self, session: Session) -> capacity.Demand:
+        return capacity.Demand(
+            rate_hz=session.control_rate_hz,
+            interval_steps=session.asked_interval_steps,
+            horizon=self.models[session.model].policy.horizon,
+        )
+
+    def _check_capacity(self, request: inference_pb2.OpenSessionRequest, rate_hz: float, horizon: int) -> None:
+        others = [
+            self._demand(session)
+            for session in self.sessions
+            if session.model == request.model and session.robot_id != request.robot_id
+        ]
+        chunks_per_s = self.engine.chunks_per_s(request.model)
+        wanted = capacity.Demand(rate_hz=rate_hz, interval_steps=horizon, horizon=horizon)
+        if not capacity.fits([*others, wanted], chunks_per_s):
+            raise Overloaded(
+                f"{len(others)} robots use what {request.model!r} can do here, {chunks_per_s:.1f} chunks/s; serve this one "
+                "elsewhere or close a session",
+                field="model",
+                retry_after_s=self.sessions.idle_timeout_s,
+            )
+
+    def _served(self, name: str) -> ServedModel:
+        if name not in self.models:
+            raise NotFound(f"{name!r} is not served; there are {', '.join(self.models)}", field="model")
+        return self.models[name]
+
+    def _models(self) -> list[inference_pb2.Model]:
+        return [
+            inference_pb2.Model(
+                name=served.name,
+                policy_type=served.policy.type_name,
+                version=served.version,
+                spec=served.policy.spec.to_proto(),
+                chunk_horizon=served.policy.horizon,
+                has_text_head=served.policy.has_text_head,
+                parameter_count=served.parameter_count,
+            )
+            for served in self.models.values()
+        ]
+
+    def _end(self, session: Session, reason: str) -> None:
+        self.engine.withdraw(session.session_id)
+        if isinstance(session.stream, RobotStream):
+            session.stream.end(NotFound(f"{reason}; open a new one", field="session_id"))
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_PERIOD_S)
+            for session in self.sessions.expire(self._clock()):
+                logger.info("session %s of %s expired", session.session_id[:8], session.robot_id)
+                self.engine.withdraw(session.session_id)
+
+
+def _session_status(session: Session) -> inference_pb2.SessionStatus:
+    p50_s, p99_s = p50_p99(session.latencies_s)
+    return inference_pb2.SessionStatus(
+        session_id=session.session_id,
+        robot_id=session.robot_id,
+        model=session.model,
+        chunk_count=session.chunk_count,
+        refused_count=session.refused_count,
+        missed_deadline_count=session.missed_deadline_count,
+        latency_p50=stamps.to_duration(p50_s),
+        latency_p99=stamps.to_duration(p99_s),
+        last_refusal=session.last_refusal,
+        connected=session.stream is not None,
+    )

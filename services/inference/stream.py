@@ -1,0 +1,328 @@
+"""One robot's stream: requests in, chunks out. Lives on the event loop; decoding and the model run on other threads.
+
+Of one robot at most three observations are in memory: the newest that waits, one being decoded, one in the engine's line. A
+request that is refused leaves the stream open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+from manyhands import codec, stamps
+from manyhands.common.v1 import common_pb2
+from manyhands.errors import Conflict, InternalError, InvalidInput, ManyhandsError, NotFound, TooLate, Unreachable
+from manyhands.inference.v1 import inference_pb2
+
+from .engine import Answer, Engine, Job, Outcome, Superseded
+from .models import ServedModel
+from .prepare import Row, deadline_s, prepare_row
+from .sessions import Session, Sessions
+from .stats import StageStats
+
+logger = logging.getLogger(__name__)
+
+# Answers a client may leave unread before its next requests are left unread too.
+MAX_UNREAD = 32
+
+_REASONS: dict[type[ManyhandsError], inference_pb2.RefusalReason.ValueType] = {
+    InvalidInput: inference_pb2.REFUSAL_REASON_INVALID,
+    TooLate: inference_pb2.REFUSAL_REASON_DEADLINE,
+    NotFound: inference_pb2.REFUSAL_REASON_UNKNOWN_SESSION,
+    Conflict: inference_pb2.REFUSAL_REASON_REPLAYED,
+    Unreachable: inference_pb2.REFUSAL_REASON_OVERLOADED,
+}
+
+
+class Desk(Protocol):
+    """What streams share."""
+
+    sessions: Sessions
+    engine: Engine
+    models: Mapping[str, ServedModel]
+    stats: StageStats
+
+    @property
+    def decoders(self) -> Executor: ...
+
+    def max_request_bytes(self, session: Session) -> int: ...
+
+    def replan_interval_steps(self, session: Session) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    session: Session
+    request: inference_pb2.ActRequest
+    received_s: float
+    deadline_s: float
+
+
+class RobotStream:
+    """Serves one Act call.
+
+    Args:
+        session_id: From the call's metadata, when the client said which session this stream is for; else the first request
+            says it.
+    """
+
+    def __init__(self, desk: Desk, session_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._desk = desk
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._session: Session | None = None
+        self._outbox: asyncio.Queue[inference_pb2.ActResponse | None] = asyncio.Queue()
+        self._read_by_client = asyncio.Event()
+        self._next: _Asked | None = None
+        self._has_next = asyncio.Event()
+        self._in_flight: dict[int, _Asked] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ending: ManyhandsError | None = None
+        if session_id:
+            try:
+                self._attach(desk.sessions.get(session_id))
+            except NotFound:
+                pass  # The first request is answered with it, by its id.
+
+    @property
+    def idle(self) -> bool:
+        """No request waits for its answer."""
+        return not self._in_flight
+
+    async def responses(self, requests: AsyncIterator[inference_pb2.ActRequest]) -> AsyncIterator[inference_pb2.ActResponse]:
+        """Answers until the client has ended its side and nothing is in flight, or finish() or end() says so."""
+        reading = asyncio.create_task(self._read(requests))
+        preparing = asyncio.create_task(self._prepare())
+        try:
+            while (response := await self._outbox.get()) is not None:
+                self._read_by_client.set()
+                yield response
+            if self._ending is not None:
+                raise self._ending
+        finally:
+            reading.cancel()
+            preparing.cancel()
+            await asyncio.gather(reading, preparing, return_exceptions=True)
+            if self._session is not None:
+                self._desk.sessions.detach(self._session, self, self._clock())
+                self._desk.engine.withdraw(self._session.session_id)
+
+    def drain(self, reconnect_after_s: float, reason: str) -> None:
+        """Tells the client to go elsewhere."""
+        drain = inference_pb2.Drain(reconnect_after=stamps.to_duration(reconnect_after_s), reason=reason)
+        session_id = self._session.session_id if self._session else ""
+        self._outbox.put_nowait(inference_pb2.ActResponse(session_id=session_id, drain=drain))
+
+    async def finish(self, timeout_s: float) -> None:
+        """Ends the stream when nothing is in flight, or after timeout_s."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            pass
+        self._outbox.put_nowait(None)
+
+    def end(self, error: ManyhandsError | None) -> None:
+        """Ends the stream now, with error or well."""
+        self._ending = error
+        self._outbox.put_nowait(None)
+
+    async def _read(self, requests: AsyncIterator[inference_pb2.ActRequest]) -> None:
+        try:
+            async for request in requests:
+                while self._outbox.qsize() >= MAX_UNREAD:
+                    self._read_by_client.clear()
+                    await self._read_by_client.wait()
+                received_s = self._clock()
+                try:
+                    asked = self._take(request, received_s)
+                except ManyhandsError as error:
+                    self._refuse(request, error)
+                    continue
+                if self._next is not None:
+                    self._settle(self._next, Superseded(), 0.0)
+                self._next = asked
+                self._has_next.set()
+            await self._idle.wait()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            # A stream that is gone cancels this task; what raises here is bytes that are no request.
+            logger.info("a stream ends on bytes that cannot be read: %s", error)
+            self._ending = InvalidInput("a message is no ActRequest", field="act_request")
+        self._outbox.put_nowait(None)
+
+    def _take(self, request: inference_pb2.ActRequest, received_s: float) -> _Asked:
+        """Checks that need no decoding."""
+        session = self._session
+        if session is None or session.session_id != request.session_id:
+            asked_for = self._desk.sessions.get(request.session_id)
+            if session is not None:
+                raise InvalidInput("this stream is another session's; open a stream for each", field="session_id")
+            self._attach(asked_for)
+            session = asked_for
+        else:
+            self._desk.sessions.get(request.session_id)  # It may have been closed under the stream.
+        if request.request_id <= session.last_request_id:
+            raise Conflict(
+                f"is {request.request_id}; ids grow, the last one was {session.last_request_id}", field="request_id"
+            )
+        session.last_request_id = request.request_id
+        limit = self._desk.max_request_bytes(session)
+        if request.ByteSize() > limit:
+            raise InvalidInput(
+                f"has {request.ByteSize()} bytes, this session's limit is {limit}; send only required_observations, in the "
+                "robot's own or the model's size",
+                field="observation",
+            )
+        asked = _Asked(session=session, request=request, received_s=received_s, deadline_s=received_s + deadline_s(request))
+        self._in_flight[request.request_id] = asked
+        self._idle.clear()
+        return asked
+
+    def _attach(self, session: Session) -> None:
+        self._session = session
+        older = self._desk.sessions.attach(session, self)
+        if isinstance(older, RobotStream):
+            older.end(Conflict("another stream of this session took over", field="session_id"))
+
+    async def _prepare(self) -> None:
+        while True:
+            await self._has_next.wait()
+            asked, self._next = self._next, None
+            self._has_next.clear()
+            if asked is None:
+                continue
+            started_s = self._clock()
+            try:
+                row = await self._decode(asked)
+            except InvalidInput as error:
+                self._settle(asked, error, self._clock() - started_s)
+                continue
+            except Exception:
+                logger.exception("request %d of %s failed", asked.request.request_id, asked.session.robot_id)
+                self._settle(asked, InternalError("the server failed on this request"), self._clock() - started_s)
+                continue
+            decode_s = self._clock() - started_s
+            if self._next is not None:
+                self._settle(asked, Superseded(), decode_s)
+                continue
+            self._submit(asked, row, decode_s)
+
+    async def _decode(self, asked: _Asked) -> Row:
+        session = asked.session
+        served = self._desk.models[session.model]
+
+        def decode() -> Row:
+            return prepare_row(
+                asked.request,
+                robot_fit=session.fit,
+                model_spec=served.used_spec,
+                horizon=served.policy.horizon,
+                model_action_size=served.policy.model_action_size,
+                # The session's own, not what load makes of it: a chunk depends on nothing but its request.
+                default_execution_horizon=session.asked_interval_steps,
+            )
+
+        if any(value.WhichOneof("value") == "image" for value in asked.request.observation.values):
+            return await self._loop.run_in_executor(self._desk.decoders, decode)
+        return decode()
+
+    def _submit(self, asked: _Asked, row: Row, decode_s: float) -> None:
+        def done(outcome: Outcome) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._settle, asked, outcome, decode_s)
+            except RuntimeError:  # The loop is closed: nobody listens any more.
+                logger.debug("request %d has no listener", asked.request.request_id)
+
+        self._desk.engine.submit(
+            owner=asked.session.session_id,
+            request_id=asked.request.request_id,
+            arrived_s=self._clock(),
+            deadline_s=asked.deadline_s,
+            job=Job(model=asked.session.model, row=row, done=done),
+        )
+
+    def _settle(self, asked: _Asked, outcome: Outcome, decode_s: float) -> None:
+        """Answers a request, once."""
+        if self._in_flight.pop(asked.request.request_id, None) is None:
+            return
+        if isinstance(outcome, Answer):
+            self._answer(asked, outcome, decode_s)
+        else:
+            self._refuse(asked.request, outcome)
+        if not self._in_flight:
+            self._idle.set()
+
+    def _answer(self, asked: _Asked, answer: Answer, decode_s: float) -> None:
+        session = asked.session
+        now_s = self._clock()
+        stage_s = {
+            "decode": decode_s,
+            "queue": answer.queue_s,
+            "prefix": answer.prefix_s,
+            "sample": answer.sample_s,
+            "postprocess": answer.postprocess_s,
+            "total": now_s - asked.received_s,
+        }
+        self._desk.stats.chunk(stage_s)
+        session.chunk_count += 1
+        session.latencies_s.append(stage_s["total"])
+        if now_s > asked.deadline_s:
+            # Sent all the same: it costs nothing any more, and the robot judges its age.
+            session.missed_deadline_count += 1
+        times = {stage: stamps.to_duration(seconds) for stage, seconds in stage_s.items()}
+        chunk = inference_pb2.Chunk(
+            actions=codec.encode_tensor(answer.actions[:, : session.fit.action_size]),
+            model_actions=codec.encode_tensor(answer.model_actions),
+            replan_interval_steps=self._desk.replan_interval_steps(session),
+        )
+        self._outbox.put_nowait(
+            inference_pb2.ActResponse(
+                session_id=session.session_id,
+                request_id=asked.request.request_id,
+                version=answer.version,
+                request_sent=asked.request.sent,
+                times=inference_pb2.StageTimes(**times, batch_size=answer.batch_size),
+                chunk=chunk,
+            )
+        )
+
+    def _refuse(self, request: inference_pb2.ActRequest, why: ManyhandsError | Superseded) -> None:
+        if isinstance(why, Superseded):
+            refusal = inference_pb2.Refusal(
+                reason=inference_pb2.REFUSAL_REASON_SUPERSEDED, message="a newer observation of this robot came first"
+            )
+        else:
+            refusal = inference_pb2.Refusal(
+                reason=_REASONS.get(type(why), inference_pb2.REFUSAL_REASON_INTERNAL),
+                field=why.field,
+                message=str(why),
+                retry_after=stamps.to_duration(why.retry_after_s) if why.retry_after_s is not None else None,
+            )
+        self._desk.stats.refusal()
+        version: common_pb2.PolicyVersion | None = None
+        session = self._session
+        if session is not None:
+            version = self._desk.models[session.model].version
+            session.refused_count += 1
+            if isinstance(why, TooLate):
+                session.missed_deadline_count += 1
+            if not isinstance(why, Superseded):
+                session.last_refusal = str(why)
+                logger.info("request %d of %s is refused: %s", request.request_id, session.robot_id, why)
+        self._outbox.put_nowait(
+            inference_pb2.ActResponse(
+                session_id=request.session_id,
+                request_id=request.request_id,
+                version=version,
+                request_sent=request.sent,
+                refusal=refusal,
+            )
+        )

@@ -1,0 +1,280 @@
+"""New weights under live control: fetched, checked and staged beside the serving model, swapped in between two passes.
+
+All staging runs on one low-priority thread. What the serving copy already has is copied, not fetched. A version that does
+not fit, or whose canary chunk is not finite, is refused and the old one keeps serving.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+
+import torch
+
+from manyhands import weights_manifest
+from manyhands.clients.weights import VersionWatch, WeightsClient
+from manyhands.common.v1 import common_pb2
+from manyhands.errors import Cancelled, Corrupt, InvalidInput, ManyhandsError, NotFound, Refused, Unreachable
+from manyhands.security import SecuritySettings
+from manyhands.weights.v1 import weights_pb2
+from policies import checkpoint
+
+from .engine import Answer, Engine, canary_row, compute
+from .models import AnyPolicy, ServedModel, check_fits, copy_tensor, make_spare
+
+logger = logging.getLogger(__name__)
+
+SWAPS_KEPT = 100
+# Below live inference: on a busy CPU the kernel gives the engine's thread its time first.
+STAGING_NICENESS = 10
+RETRY_S = 1.0
+VERSIONS_TRIED_AT_START = 5
+BORROWED_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap:
+    """What became of a version; at_s on the monotonic clock."""
+
+    version: common_pb2.PolicyVersion
+    accepted: bool
+    reason: str
+    pause_s: float
+    at_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapResult:
+    previous: common_pb2.PolicyVersion
+    current: common_pb2.PolicyVersion
+    pause_s: float
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    """One model's staging: the spare module and what its tensors hold."""
+
+    served: ServedModel
+    spare: AnyPolicy | None = None
+    spare_digests: dict[str, bytes] = field(default_factory=dict)
+    newest_number: int = 0
+    pinned: bool = False
+
+
+class WeightsFollower:
+    """Brings versions of the weights service into an engine's models.
+
+    Args:
+        address: Of the weights service.
+        follow: Swap to every new version as it is published; without it only swap() does.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        models: Mapping[str, ServedModel],
+        engine: Engine,
+        *,
+        follow: bool,
+        security_settings: SecuritySettings | None = None,
+    ) -> None:
+        self._client = WeightsClient(address, security_settings=security_settings)
+        self._engine = engine
+        self._follow = follow
+        self._slots = {name: _Slot(served=served) for name, served in models.items()}
+        self._swaps: deque[Swap] = deque(maxlen=SWAPS_KEPT)
+        self._stopping = threading.Event()
+        self._staging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="staging", initializer=_yield_to_others)
+        self._watches: list[VersionWatch] = []
+        self._threads: list[threading.Thread] = []
+
+    def start(self, *, catch_up_s: float = 0.0) -> None:
+        """Starts watching, having waited up to catch_up_s for the newest good versions: a restarted server should not
+        serve its robots older weights than they had."""
+        if not self._follow:
+            return
+        swaps = [self._staging.submit(self._take_newest_good, slot) for slot in self._slots.values()]
+        until_s = time.monotonic() + catch_up_s
+        for name, swap in zip(self._slots, swaps, strict=True):
+            try:
+                swap.result(max(0.0, until_s - time.monotonic()))
+            except (ManyhandsError, FutureTimeoutError) as error:
+                logger.info("%s starts with its checkpoint: %s", name, error or "the newest version is not in yet")
+        for name in self._slots:
+            watch = self._client.watch(name, after_number=self._slots[name].newest_number)
+            thread = threading.Thread(target=self._watch, args=(name, watch), name=f"watch-{name}", daemon=True)
+            self._watches.append(watch)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends watching and staging; a swap that runs ends with Cancelled and changes nothing."""
+        self._stopping.set()
+        for watch in self._watches:
+            watch.close()
+        self._staging.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+        for thread in self._threads:
+            thread.join(2.0)
+
+    def swaps(self) -> list[Swap]:
+        """Newest last."""
+        return list(self._swaps)
+
+    def swap(self, model: str, number: int) -> Future[SwapResult]:
+        """Swaps to a version, 0 being the newest. Going back to an older one holds the model there until swap(model, 0).
+
+        The future raises NotFound, Refused, Unreachable or Cancelled.
+        """
+        if model not in self._slots:
+            raise NotFound(f"{model!r} is not served; there are {', '.join(self._slots)}", field="model")
+        if number < 0:
+            raise InvalidInput(f"is {number}; versions count from 1, 0 is the newest", field="number")
+        return self._staging.submit(self._swap_asked, self._slots[model], number)
+
+    def _swap_asked(self, slot: _Slot, number: int) -> SwapResult:
+        result = self._stage(slot, number)
+        slot.newest_number = max(slot.newest_number, result.current.number)
+        slot.pinned = 0 < number < slot.newest_number
+        return result
+
+    def _take_newest_good(self, slot: _Slot) -> None:
+        published = self._client.list_versions(slot.served.name)
+        for candidate in reversed(published[-VERSIONS_TRIED_AT_START:]):
+            slot.newest_number = max(slot.newest_number, candidate.version.number)
+            try:
+                self._stage(slot, candidate.version.number)
+                return
+            except (Refused, NotFound) as error:
+                logger.warning("version %d of %s: %s", candidate.version.number, slot.served.name, error)
+
+    def _watch(self, model: str, watch: VersionWatch) -> None:
+        slot = self._slots[model]
+        try:
+            for published in watch:
+                slot.newest_number = max(slot.newest_number, published.version.number)
+                if not self._stopping.is_set():
+                    self._staging.submit(self._catch_up, slot, published.version.number)
+        except ManyhandsError:
+            if not self._stopping.is_set():
+                logger.exception("no longer following the weights of %s", model)
+        except RuntimeError:  # The executor is shut down: stopping.
+            pass
+
+    def _catch_up(self, slot: _Slot, number: int) -> None:
+        """Swaps to the newest version; older ones that queued up meanwhile are skipped."""
+        while not self._stopping.is_set():
+            if number != slot.newest_number or slot.pinned:
+                return
+            try:
+                self._stage(slot, number)
+            except Unreachable as error:
+                logger.warning("version %d of %s: %s; trying again", number, slot.served.name, error)
+                self._stopping.wait(RETRY_S)
+                continue
+            except ManyhandsError as error:
+                logger.warning("version %d of %s is refused: %s", number, slot.served.name, error)
+            except Exception:
+                logger.exception("version %d of %s could not be staged", number, slot.served.name)
+            return
+
+    def _stage(self, slot: _Slot, number: int) -> SwapResult:
+        served = slot.served
+        manifest = self._client.get_manifest(served.name, number)
+        version = weights_manifest.version_of(manifest)
+        if version == served.version:
+            return SwapResult(previous=version, current=version, pause_s=0.0)
+        try:
+            self._fill_spare(slot, manifest)
+            spare = slot.spare
+            assert spare is not None
+            _check_canary(spare, version)
+        except (Unreachable, Cancelled):
+            raise
+        except ManyhandsError as error:
+            self._record(version, accepted=False, reason=str(error))
+            if isinstance(error, (Refused, NotFound)):
+                raise
+            raise Refused(f"version {version.number} of {served.name}: {error}", field=error.field) from error
+        self._check_going_on()
+        previous = served.version
+
+        def flip() -> None:
+            free = served.replace(spare, version, slot.spare_digests)
+            slot.spare, slot.spare_digests = free, digests_before
+
+        digests_before = dict(served.digests)
+        pause_s = self._engine.between_passes(flip)
+        self._record(version, accepted=True, reason="", pause_s=pause_s)
+        logger.info("%s: version %d serves, pause %.3f ms", served.name, version.number, pause_s * 1e3)
+        return SwapResult(previous=previous, current=version, pause_s=pause_s)
+
+    def _fill_spare(self, slot: _Slot, manifest: weights_pb2.Manifest) -> None:
+        served = slot.served
+        check_fits(served, manifest)
+        if slot.spare is None:
+            slot.spare = make_spare(served.policy)
+            slot.spare_digests = dict(served.digests)
+        if not served.wait_until_returned(slot.spare, BORROWED_TIMEOUT_S):
+            raise Unreachable(f"a text answer still runs on the spare copy of {served.name}; try again")
+        targets = slot.spare.state_dict()
+        live = served.policy.state_dict()
+        live_by_digest = {digest: live[name] for name, digest in served.digests.items()}
+        wanted = {entry.name: entry.sha256 for entry in manifest.tensors}
+        to_do = {name for name, sha256 in wanted.items() if slot.spare_digests.get(name) != sha256}
+
+        def put(name: str, source: torch.Tensor) -> None:
+            self._check_going_on()
+            slot.spare_digests.pop(name, None)  # Half a tensor is neither the old one nor the new one.
+            copy_tensor(targets[name], source)
+            slot.spare_digests[name] = wanted[name]
+
+        for name in sorted(to_do):
+            source = live_by_digest.get(wanted[name])
+            if source is not None and source.shape == targets[name].shape and source.dtype == targets[name].dtype:
+                put(name, source)
+                to_do.discard(name)
+        missing = {wanted[name] for name in to_do}
+        have = set(wanted.values()) - missing
+        for name, raw in self._client.fetch_each(manifest, have):
+            if name in to_do:
+                tensor = checkpoint.from_wire({name: raw})[name]
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise Corrupt("holds values that are not finite", field=name)
+                put(name, tensor)
+
+    def _check_going_on(self) -> None:
+        if self._stopping.is_set():
+            raise Cancelled("the server is going away; nothing was changed")
+
+    def _record(self, version: common_pb2.PolicyVersion, *, accepted: bool, reason: str, pause_s: float = 0.0) -> None:
+        self._swaps.append(Swap(version=version, accepted=accepted, reason=reason, pause_s=pause_s, at_s=time.monotonic()))
+
+
+def _check_canary(policy: AnyPolicy, version: common_pb2.PolicyVersion) -> None:
+    try:
+        outcome = compute(policy, version, [canary_row(policy)], [0.0])[0]
+    except ManyhandsError:
+        raise
+    except Exception as error:
+        raise Refused(f"its canary chunk failed: {error}") from error
+    if not isinstance(outcome, Answer):
+        raise Refused(f"its canary chunk is refused: {outcome}")
+
+
+def _yield_to_others() -> None:
+    """Makes this thread, and only it, a low-priority one."""
+    torch.set_num_threads(1)
+    if hasattr(os, "PRIO_PROCESS"):
+        try:
+            # On Linux a thread's own id names just that thread here.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), STAGING_NICENESS)
+        except OSError:
+            logger.debug("cannot lower this thread's priority", exc_info=True)
