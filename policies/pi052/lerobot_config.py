@@ -1,7 +1,7 @@
 """lerobot's config.json of pi05 and pi052, read and written.
 
 A field is ours under another name, belongs to somebody else (prompts, the optimiser, the caller of the policy), or is noted
-and left. A field that we do not know is noted where it is off and refused where it is on: it may change what the weights mean.
+and left. A field that we do not know is noted where it is off and refused where it is on: it may change what weights mean.
 """
 
 from __future__ import annotations
