@@ -5,6 +5,7 @@ Shapes: B rows, I cameras, L prompt tokens, F FAST tokens, T horizon, A action s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -379,19 +380,11 @@ class Pi052Policy(Policy[Pi052Inputs]):
         )
 
     def anchored(self, committed: CommittedPrefix, inputs: Pi052Inputs) -> CommittedPrefix:
-        """What carried() gave, in the model space of inputs: zero beyond its length and beyond the robot's numbers."""
+        """What carried() gave, in the model space of inputs; zero beyond the robot's numbers, anything beyond its length."""
         actions = committed.actions[..., : self.robot_action_size]
         if self.config.relative_actions:
             actions = self._to_model_space(actions, inputs.state)
-        actions = self._pad_actions(actions)
-        step = torch.arange(actions.shape[1], device=actions.device)
-        given = (step[None, :] < committed.length[:, None])[:, :, None]
-        return CommittedPrefix(
-            actions=torch.where(given, actions, torch.zeros_like(actions)),
-            length=committed.length,
-            delay_steps=committed.delay_steps,
-            execution_horizon=committed.execution_horizon,
-        )
+        return dataclasses.replace(committed, actions=self._pad_actions(actions))
 
     @torch.no_grad()
     def postprocess(self, chunk: torch.Tensor, inputs: Pi052Inputs) -> npt.NDArray[np.float32]:

@@ -14,7 +14,7 @@ from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies import registry, rows
 from policies.pi052 import config as configs
-from policies.pi052 import losses
+from policies.pi052 import losses, text
 from policies.pi052.config import ChunkMode, NetworkConfig, Pi052Config, TowerSize, VisionSize
 from policies.pi052.gemma import AdaptiveRmsNorm
 from policies.pi052.policy import Pi05Policy, Pi052Policy, Prompt
@@ -342,6 +342,14 @@ def test_relative_actions_leave_grippers_absolute() -> None:
     np.testing.assert_allclose(policy.postprocess(inputs.actions, inputs)[0], given, atol=1e-5)
 
 
+def test_actions_without_a_state_of_their_own_are_absolute() -> None:
+    short = Feature(name="observation.state", kind=FeatureKind.STATE, dtype="float32", shape=(1,))
+    spec = replace(SPEC, observation=(*SPEC.images, short))
+    policy = Pi052Policy(Pi052Config(network=NETWORK, horizon=4, relative_actions=True), spec)
+    assert policy.relative_action_mask() is not None
+    np.testing.assert_array_equal(policy.relative_action_mask(), [True, False, False])
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_what_is_carried_is_anchored_at_the_new_state(relative: bool) -> None:
     """The same place in the robot's units, whatever the state has become."""
@@ -390,6 +398,21 @@ def test_text_comes_in_pieces_and_a_seed_repeats_it() -> None:
     assert "".join(policy.generate([_sample(0)], request, CPU)) == "".join(pieces)
     texts = {"".join(policy.generate([_sample(0)], replace(request, seed=seed), CPU)) for seed in range(5)}
     assert len(texts) > 1
+
+
+def test_only_an_answer_about_a_picture_may_hold_locations(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def generate(network: object, state: object, rules: text.Decoding, generators: object) -> list[torch.Tensor]:
+        asked.append(rules)
+        return []
+
+    monkeypatch.setattr(text, "generate", generate)
+    for kind in TextKind:
+        assert not list(_policy().generate([_sample(0)], TextRequest(kind=kind), CPU))
+    suppressed = {kind: rules.suppress_locations for kind, rules in zip(TextKind, asked, strict=True)}
+    assert suppressed == {kind: kind is not TextKind.VISUAL_QUESTION for kind in TextKind}
+    assert {rules.max_new_tokens for rules in asked} == {128}
 
 
 def test_text_is_for_one_sample() -> None:
