@@ -22,8 +22,6 @@ def set_up(level: str = "info", *, process: str, as_json: bool = False) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # gRPC's core writes past us, a line for each connection that comes or goes; at debug it says why a TLS handshake failed.
-    os.environ.setdefault("GRPC_VERBOSITY", "INFO" if level == "debug" else "ERROR")
     # Their information is noise at our level: connection states, fonts, traces of every request.
     for chatty in ("asyncio", "matplotlib", "aiohttp.access", "urllib3"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))

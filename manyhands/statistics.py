@@ -9,7 +9,7 @@ _Z = 1.959963984540054
 
 
 def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a success rate, in [0, 1] (Wilson 1927; honest at 0 and at n of n, unlike the normal one)."""
+    """95 % confidence interval of a success rate, in [0, 1] (Wilson 1927); honest at 0 and at n of n."""
     if not 0 <= num_successes <= num_trials:
         raise ValueError(f"num_successes ({num_successes}) must be between 0 and num_trials ({num_trials})")
     if num_trials == 0:
