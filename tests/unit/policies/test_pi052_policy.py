@@ -17,7 +17,8 @@ from policies.pi052 import config as configs
 from policies.pi052 import losses, text
 from policies.pi052.config import ChunkMode, NetworkConfig, Pi052Config, TowerSize, VisionSize
 from policies.pi052.gemma import AdaptiveRmsNorm
-from policies.pi052.policy import Pi05Policy, Pi052Policy, Prompt
+from policies.pi052.policy import Pi05Policy, Pi052Policy
+from policies.pi052.prompt import Prompt
 from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
 
 CPU = torch.device("cpu")
@@ -307,6 +308,34 @@ def test_samples_that_do_not_predict_train_text_alone() -> None:
     assert terms["flow"][0] == terms["fast"][0] == 0
     assert terms["text"][0] > 0
     assert terms["flow"][1] > 0
+
+
+def test_which_terms_run_does_not_depend_on_what_the_samples_hold() -> None:
+    """Ranks with other samples would wait for this one's missing layers."""
+
+    class Silent(Letters):
+        def training(self, sample: Sample, state: np.ndarray, actions: np.ndarray) -> Prompt:
+            return Prompt(tokens=self._tokens(sample.task), predicts_actions=False)
+
+    policy = _policy()
+    policy.prompter = Silent()
+    inputs = policy.preprocess([_sample(0, actions=True)], CPU)
+    found = policy.loss(inputs, torch.Generator().manual_seed(0))
+    assert found.terms.keys() == {"flow", "text", "fast"}
+    assert found.total == 0
+    torch.autograd.backward(found.total)
+    for name, parameter in policy.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("cls", [Pi05Policy, Pi052Policy])
+def test_every_parameter_that_trains_gets_a_gradient(cls: type[Pi052Policy]) -> None:
+    """DDP waits for each of them."""
+    policy = cls.from_config(cls.tiny_config(), SPEC)
+    inputs = policy.preprocess([replace(_sample(0), actions=np.zeros((8, 3), dtype=np.float32))], CPU)
+    torch.autograd.backward(policy.loss(inputs, torch.Generator().manual_seed(0)).total)
+    found = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert found == {name for name, p in policy.named_parameters() if p.requires_grad}
 
 
 # -- acting ------------------------------------------------------------------------------------------------------------
