@@ -70,7 +70,7 @@ unit: setup-dev ## The fast tests alone
 	$(BIN)/python -m pytest tests/unit tests/contract
 
 benchmarks: setup-dev ## Every benchmark; results go to docs/benchmarks
-	set -e; for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file; done
+	set -e; for file in tests/benchmarks/bench_*.py; do $(BIN)/python -m tests.benchmarks.$$(basename $$file .py) --write; done
 
 clean:
 	rm -rf $(VENV) build demo-output

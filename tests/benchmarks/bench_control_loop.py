@@ -3,8 +3,8 @@
 The loop under test runs as in 'manyhands actor': its own process, the arm robot in another one, chunks from an inference
 service and frames to a store that this process plays over real sockets, two 224-pixel cameras in JPEG.
 
-python tests/benchmarks/bench_control_loop.py            prints the table
-python tests/benchmarks/bench_control_loop.py --write    also writes docs/benchmarks/<date>-control-loop.md
+python -m tests.benchmarks.bench_control_loop            prints the table
+python -m tests.benchmarks.bench_control_loop --write    also writes docs/benchmarks/<date>-control-loop.md
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def report(rows: list[Row], seconds: float, load: str) -> str:
     lines = [
         "# Control-loop jitter",
         "",
-        f"`python tests/benchmarks/bench_control_loop.py --write`: {datetime.date.today()}, commit {commit}, {processor()}, "
+        f"`python -m tests.benchmarks.bench_control_loop --write`: {datetime.date.today()}, commit {commit}, {processor()}, "
         f"Python {platform.python_version()}, {seconds:g} s a row. Load average before and after: {load}.",
         "",
         "Lateness of a tick is how long after its place on the absolute schedule it began. The floor is a process that "

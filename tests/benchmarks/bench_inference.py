@@ -1,6 +1,6 @@
 """From an observation in the robot's memory to its chunk, through real sockets and real processes, with 1, 3 and 16 robots.
 
-    python tests/benchmarks/bench_inference.py [--seconds 20] [--rate-hz 5] [--robots 1 3 16]
+    python -m tests.benchmarks.bench_inference [--seconds 20] [--rate-hz 5] [--robots 1 3 16]
 
 In the same run, as the floor: the policy called in process, and a bare gRPC stream that carries the same bytes both ways
 through a server that does nothing. Writes docs/benchmarks/2026-11-22-inference.md.
@@ -283,7 +283,7 @@ def report(
     lines = [
         "# Observation to chunk through the inference service",
         "",
-        f"`python tests/benchmarks/bench_inference.py` at {commit}: {os.cpu_count()} cores of {cpu}, Python "
+        f"`python -m tests.benchmarks.bench_inference` at {commit}: {os.cpu_count()} cores of {cpu}, Python "
         f"{platform.python_version()}; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end.",
         "",
         f"Each robot sends {STATE_SIZE} numbers and two {CAMERA_SIZE} px JPEG cameras (quality 95, {request_kib:.1f} KiB a "
@@ -354,6 +354,7 @@ def added_ms(times: Times, floor: Times, policy_s: list[float]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks/<date>-inference.md")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rate-hz", type=float, default=5.0)
     parser.add_argument("--robots", type=int, nargs="+", default=[1, 3, 16])
@@ -389,7 +390,8 @@ def main() -> int:
     text = report(results, floors, policy_s, load, options)
     print(text)
     REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(text)
+    if options.write:
+        REPORT.write_text(text)
     return 0
 
 

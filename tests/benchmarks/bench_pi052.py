@@ -1,7 +1,7 @@
 """One chunk and one subtask of pi052 through the plain path, part by part: vision, prefix, expert steps, text steps.
 
-python tests/benchmarks/bench_pi052.py                       tiny network on the CPU
-python tests/benchmarks/bench_pi052.py --size full --device cuda --write    also writes docs/benchmarks/<date>-pi052.md
+python -m tests.benchmarks.bench_pi052                       tiny network on the CPU
+python -m tests.benchmarks.bench_pi052 --size full --device cuda --write    also writes docs/benchmarks/<date>-pi052.md
 
 Weights are random, bfloat16 for the full size; batch 1, three cameras, 200 tokens, 50 actions, 10 steps, 20 tokens of text.
 """

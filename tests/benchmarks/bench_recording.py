@@ -1,6 +1,6 @@
 """How fast a store takes episodes over real sockets, what that costs, and how soon a frame is safe.
 
-    python tests/benchmarks/bench_recording.py [--frames 300] [--write]
+    python -m tests.benchmarks.bench_recording [--frames 300] [--write]
 
 Floor, in the same run: appending the same bytes to a file with an fdatasync for every 20 frames, no checks, no sockets.
 Rate: recorders that send as fast as they are let; what they wait for is the queue. Pace: three recorders at 20 Hz, as in the

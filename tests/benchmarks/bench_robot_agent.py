@@ -1,7 +1,7 @@
 """What a control period costs an actor: observation and command over loopback, against an empty call on the same server.
 
-python tests/benchmarks/bench_robot_agent.py            prints the table
-python tests/benchmarks/bench_robot_agent.py --write    also writes docs/benchmarks/<date>-robot-agent.md
+python -m tests.benchmarks.bench_robot_agent            prints the table
+python -m tests.benchmarks.bench_robot_agent --write    also writes docs/benchmarks/<date>-robot-agent.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A picture of a page, for docs/pictures: python tests/browser/screenshot.py URL FILE [--width 1600] [--dark]."""
+"""A picture of a page, for docs/pictures: python -m tests.browser.screenshot URL FILE [--width 1600] [--dark]."""
 
 from __future__ import annotations
 
