@@ -11,6 +11,8 @@ from .policy import Policy
 
 POLICIES: dict[str, str] = {
     "flow": "policies.flow:FlowPolicy",
+    "pi05": "policies.pi052.policy:Pi05Policy",
+    "pi052": "policies.pi052.policy:Pi052Policy",
 }
 
 

@@ -1,0 +1,214 @@
+"""Sizes and settings of pi052 and pi05.
+
+pi05 is the same network without a text head in use: no text loss, no FAST loss, no generated text.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from manyhands.errors import InvalidInput
+
+from ..normalization import Normalization
+from ..rtc import PrefixSchedule
+
+PositiveInt = Annotated[int, Field(gt=0, le=1 << 20)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Precision(enum.Enum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"  # Projections and tables; norms, vision, action and time projections stay float32.
+
+
+class ChunkMode(enum.Enum):
+    """What real-time chunking does with the committed prefix."""
+
+    GUIDED = "guided"  # Pulls every step towards it; works with any weights.
+    TRAINED = "trained"  # Keeps it as it is, at time 0; needs weights trained with trained_prefix_max_delay > 0.
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSize:
+    """SigLIP So400m/14 unless told otherwise."""
+
+    __pydantic_config__ = _STRICT
+
+    width: PositiveInt = 1152
+    depth: PositiveInt = 27
+    mlp: PositiveInt = 4304
+    heads: PositiveInt = 16
+    patch: PositiveInt = 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSize:
+    """One Gemma tower. Both towers of a model have the same depth, heads and head_dim: the expert reads the other's keys."""
+
+    __pydantic_config__ = _STRICT
+
+    width: PositiveInt
+    depth: PositiveInt
+    mlp: PositiveInt
+    heads: PositiveInt = 8
+    kv_heads: PositiveInt = 1
+    head_dim: PositiveInt = 256
+
+
+TOWERS = {
+    "gemma_2b": TowerSize(width=2048, depth=18, mlp=16384),
+    "gemma_300m": TowerSize(width=1024, depth=18, mlp=4096),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """What fixes the shapes of the weights, and their precision.
+
+    Attributes:
+        image_height, image_width: Pixels a camera is brought to; multiples of vision.patch.
+        action_size: Numbers of an action inside the model, A; the robot's are padded with zeros.
+        min_period, max_period: Of the sines that embed flow time.
+        gradient_checkpointing: Training recomputes each layer instead of keeping its activations.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    vision: VisionSize = VisionSize()
+    language: TowerSize = TOWERS["gemma_2b"]
+    expert: TowerSize = TOWERS["gemma_300m"]
+    vocabulary: PositiveInt = 257152
+    image_height: PositiveInt = 224
+    image_width: PositiveInt = 224
+    action_size: PositiveInt = 32
+    min_period: Positive = 4e-3
+    max_period: Positive = 4.0
+    precision: Precision = Precision.FLOAT32
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "heads", "kv_heads", "head_dim"):
+            ours, theirs = getattr(self.expert, name), getattr(self.language, name)
+            if ours != theirs:
+                raise InvalidInput(f"is {ours}, must equal language.{name} ({theirs})", field=f"network.expert.{name}")
+        for name in ("image_height", "image_width"):
+            if getattr(self, name) % self.vision.patch:
+                raise InvalidInput(
+                    f"is {getattr(self, name)}, must be a multiple of the patch ({self.vision.patch})",
+                    field=f"network.{name}",
+                )
+        if self.vision.width % self.vision.heads:
+            raise InvalidInput(f"must divide width ({self.vision.width})", field="network.vision.heads")
+        if self.language.heads % self.language.kv_heads:
+            raise InvalidInput(f"must be a multiple of kv_heads ({self.language.kv_heads})", field="network.language.heads")
+        if self.expert.width % 2:
+            raise InvalidInput(f"is {self.expert.width}, must be even for sines and cosines", field="network.expert.width")
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of one camera."""
+        return (self.image_height // self.vision.patch) * (self.image_width // self.vision.patch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pi052Config:
+    """Defaults are pi052's; pi05_config() has pi05's.
+
+    Attributes:
+        horizon: Actions in a chunk, T.
+        num_steps: Euler steps of a chunk.
+        prompt_length: Tokens a prompt is padded to in training.
+        num_empty_cameras: Cameras named observation.images.empty_camera_i that no robot has; always masked.
+        relative_actions: The model sees action minus state, but for actions whose name holds one of relative_exclude.
+        flow_repeats: Noises and times per sample and training step, K; they share one prefix.
+        flow_weight, text_weight, fast_weight, z_weight: Of the loss terms; fast_weight 0 leaves FAST tokens out altogether.
+        knowledge_insulation: The flow loss does not train what the expert reads.
+        fast_skip_tokens: FAST codes lie so far below the end of the vocabulary.
+        trained_prefix_max_delay: Training keeps up to so many first actions clean, for ChunkMode.TRAINED.
+        train_expert_only, freeze_vision: What does not train.
+        backbone_lr_scale, expert_lr_scale, head_lr_scale: Factors on the learning rate of vision and language
+        tower; of the expert with the action and time projections; of text head and token table.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    horizon: PositiveInt = 50
+    num_steps: PositiveInt = 10
+    prompt_length: PositiveInt = 200
+    num_empty_cameras: Annotated[int, Field(ge=0, le=16)] = 0
+    state_normalization: Normalization = Normalization.QUANTILES
+    action_normalization: Normalization = Normalization.QUANTILES
+    relative_actions: bool = False
+    relative_exclude: tuple[str, ...] = ("gripper",)
+    flow_repeats: PositiveInt = 5
+    flow_weight: NonNegative = 10.0
+    text_weight: NonNegative = 1.0
+    fast_weight: NonNegative = 1.0
+    z_weight: NonNegative = 1e-4
+    knowledge_insulation: bool = True
+    fast_skip_tokens: Annotated[int, Field(ge=0)] = 1152
+    trained_prefix_max_delay: Annotated[int, Field(ge=0)] = 0
+    train_expert_only: bool = False
+    freeze_vision: bool = False
+    backbone_lr_scale: NonNegative = 1.0
+    expert_lr_scale: NonNegative = 1.0
+    head_lr_scale: NonNegative = 1.0
+    chunk_mode: ChunkMode = ChunkMode.GUIDED
+    prefix_schedule: PrefixSchedule = PrefixSchedule.LINEAR
+    max_guidance_weight: NonNegative = 10.0
+    max_new_tokens: PositiveInt = 128
+
+    def __post_init__(self) -> None:
+        if self.trained_prefix_max_delay >= self.horizon:
+            raise InvalidInput(
+                f"is {self.trained_prefix_max_delay}, must be < horizon ({self.horizon})", field="trained_prefix_max_delay"
+            )
+        if self.chunk_mode is ChunkMode.TRAINED and not self.trained_prefix_max_delay:
+            raise InvalidInput("'trained' needs trained_prefix_max_delay > 0; use 'guided'", field="chunk_mode")
+        if self.train_expert_only and (self.text_weight > 0 or self.fast_weight > 0):
+            raise InvalidInput(
+                "needs text_weight and fast_weight 0: both train the language tower", field="train_expert_only"
+            )
+
+
+def pi05_config(**changes: Any) -> Pi052Config:
+    """pi05's defaults: flow matching alone, once per sample, its gradient free to reach every weight."""
+    defaults: dict[str, Any] = {
+        "flow_repeats": 1,
+        "flow_weight": 1.0,
+        "text_weight": 0.0,
+        "fast_weight": 0.0,
+        "z_weight": 0.0,
+        "knowledge_insulation": False,
+    }
+    return Pi052Config(**(defaults | changes))
+
+
+_CONFIG = TypeAdapter(Pi052Config)
+
+
+def parse(values: Mapping[str, Any]) -> Pi052Config:
+    """From the JSON-able form; InvalidInput names the key."""
+    try:
+        return _CONFIG.validate_json(json.dumps(dict(values)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(f"{first['msg']}; got {first['input']!r}", field=f"config.{name}") from None
+    except TypeError as error:
+        raise InvalidInput(f"is not JSON: {error}", field="config") from None
+
+
+def dump(config: Pi052Config) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(_CONFIG.dump_json(config))
+    return values

@@ -1,0 +1,240 @@
+"""lerobot's config.json of pi05 and pi052, read and written.
+
+A field is ours under another name, belongs to somebody else (prompts, the optimiser, the caller of the policy), or is noted
+and left. A field that we do not know is noted where it is off and refused where it is on: it may change what weights mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from manyhands.errors import InvalidInput
+from manyhands.spec import Spec
+
+from .. import vectors
+from ..normalization import Normalization
+from ..rtc import DEFAULT_MAX_GUIDANCE_WEIGHT, PrefixSchedule
+from . import config as configs
+from .config import TOWERS, ChunkMode, Pi052Config, Precision
+
+# Ours under another name: Pi052Config.
+_SAME = {
+    "chunk_size": "horizon",
+    "num_inference_steps": "num_steps",
+    "tokenizer_max_length": "prompt_length",
+    "empty_cameras": "num_empty_cameras",
+    "use_relative_actions": "relative_actions",
+    "rtc_training_max_delay": "trained_prefix_max_delay",
+    "train_expert_only": "train_expert_only",
+    "freeze_vision_encoder": "freeze_vision",
+}
+_SAME_PI052 = {
+    "flow_loss_weight": "flow_weight",
+    "text_loss_weight": "text_weight",
+    "text_ce_z_loss_weight": "z_weight",
+    "flow_num_repeats": "flow_repeats",
+    "knowledge_insulation": "knowledge_insulation",
+    "fast_skip_tokens": "fast_skip_tokens",
+    "backbone_lr_scale": "backbone_lr_scale",
+    "action_expert_lr_scale": "expert_lr_scale",
+    "lm_head_lr_scale": "head_lr_scale",
+}
+# And NetworkConfig.
+_SAME_NETWORK = {
+    "max_action_dim": "action_size",
+    "min_period": "min_period",
+    "max_period": "max_period",
+    "gradient_checkpointing": "gradient_checkpointing",
+}
+# Prompts, recipes and tokenizers; returned as they are.
+_PROMPTING = {
+    "recipe_path", "apply_chat_template", "plan_dropout_prob", "memory_dropout_prob", "subtask_dropout_prob",
+    "tokenizer_name", "action_tokenizer_name", "max_action_tokens", "subtask_replan_steps",
+    "joint_subtask_conditioning", "auto_fit_fast_tokenizer", "fast_tokenizer_cache_dir", "fast_tokenizer_fit_samples",
+    "fast_tokenizer_validation_samples", "fast_tokenizer_max_reconstruction_rmse", "fast_tokenizer_max_dim_rmse",
+}  # fmt: skip
+# Of the trainer, of the machine, or equal by definition whatever they say (kernels); nothing to tell about.
+_ELSEWHERE = {
+    "type", "n_obs_steps", "n_action_steps", "input_features", "output_features", "device", "use_amp", "use_peft",
+    "push_to_hub", "repo_id", "private", "tags", "license", "pretrained_path", "normalization_mapping", "rtc_config",
+    "paligemma_variant", "action_expert_variant", "dtype", "image_resolution", "max_state_dim", "action_feature_names",
+    "relative_exclude_joints", "enable_fast_action_loss", "fast_action_loss_weight", "compile_model", "compile_mode",
+    "unfreeze_lm_head", "optimizer_lr", "optimizer_betas", "optimizer_eps", "optimizer_weight_decay",
+    "optimizer_grad_clip_norm", "optimizer_foreach", "optimizer_fused", "scheduler_warmup_steps",
+    "scheduler_decay_steps", "scheduler_decay_lr", "use_flashrt_adarms", "use_compiled_text_ce", "use_compiled_vision",
+    "use_flex_attention", "use_manual_attention", "manual_attention_scope", "use_flashrt_fp8_mlp", "memory_frames",
+    "memory_stride", "memory_temporal_attention_every",
+}  # fmt: skip
+# Without meaning here; noted.
+_OLD = {"use_hf_kernels"}
+# Only this value is what we compute.
+_FIXED = {
+    "time_sampling_beta_alpha": 1.5,
+    "time_sampling_beta_beta": 1.0,
+    "time_sampling_scale": 0.999,
+    "time_sampling_offset": 0.001,
+    "use_visual_memory": False,
+    "use_proprioceptive_memory": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """Attributes:
+    type_name: "pi05" or "pi052".
+    config: What the network and its losses need.
+    cameras: (height, width) of each, in the order the model takes them; without empty cameras.
+    state_size, action_size: Numbers of the robot.
+    action_names: Or None.
+    prompting: Fields of recipes, prompts and tokenizers, as they stand.
+    notes: What was left out, for the user.
+    """
+
+    type_name: str
+    config: Pi052Config
+    cameras: Mapping[str, tuple[int, int]]
+    state_size: int
+    action_size: int
+    action_names: tuple[str, ...] | None
+    prompting: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def read(values: Mapping[str, Any]) -> Imported:
+    """Of a parsed config.json; InvalidInput names the field."""
+    type_name = values.get("type")
+    if type_name not in ("pi05", "pi052"):
+        raise InvalidInput(f"is {type_name!r}, must be 'pi05' or 'pi052'", field="type")
+    same = _SAME | (_SAME_PI052 if type_name == "pi052" else {})
+    notes = _notes(values, known={*same, *_SAME_NETWORK, *_PROMPTING, *_ELSEWHERE, *_FIXED})
+    for name, expected in _FIXED.items():
+        if values.get(name, expected) != expected:
+            raise InvalidInput(f"is {values[name]!r}; only {expected!r} is implemented", field=name)
+
+    settings: dict[str, Any] = {ours: values[theirs] for theirs, ours in same.items() if theirs in values}
+    if "relative_exclude_joints" in values:
+        settings["relative_exclude"] = list(values["relative_exclude_joints"])
+    if type_name == "pi052":
+        enabled = values.get("enable_fast_action_loss", True)
+        settings["fast_weight"] = values.get("fast_action_loss_weight", 1.0) if enabled else 0.0
+    mapping = values.get("normalization_mapping", {})
+    if mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
+        raise InvalidInput(f"VISUAL is {mapping['VISUAL']!r}; pictures are taken as they are", field="normalization_mapping")
+    settings["state_normalization"] = _normalization(mapping.get("STATE", "QUANTILES")).value
+    settings["action_normalization"] = _normalization(mapping.get("ACTION", "QUANTILES")).value
+    settings |= _chunking(values.get("rtc_config"))
+    settings["network"] = _network(values)
+    defaults = Pi052Config() if type_name == "pi052" else configs.pi05_config()
+    config = configs.parse(configs.dump(defaults) | settings)
+
+    inputs, outputs = values.get("input_features") or {}, values.get("output_features") or {}
+    cameras = {
+        name: (feature["shape"][1], feature["shape"][2])
+        for name, feature in inputs.items()
+        if feature["type"] == "VISUAL" and ".empty_camera_" not in name
+    }
+    names = values.get("action_feature_names")
+    return Imported(
+        type_name=type_name,
+        config=config,
+        cameras=cameras,
+        state_size=sum(feature["shape"][0] for feature in inputs.values() if feature["type"] == "STATE"),
+        action_size=sum(feature["shape"][0] for feature in outputs.values() if feature["type"] == "ACTION"),
+        action_names=None if names is None else tuple(names),
+        prompting={name: values[name] for name in sorted(_PROMPTING & values.keys())},
+        notes=tuple(notes),
+    )
+
+
+def write(type_name: str, config: Pi052Config, spec: Spec, prompting: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of config.json that we know; read() of it gives the same config. Not for tower sizes of our own."""
+    network = config.network
+    variants = {size: name for name, size in TOWERS.items()}
+    for name in ("language", "expert"):
+        if getattr(network, name) not in variants:
+            raise InvalidInput("is no size that lerobot has a name for", field=f"network.{name}")
+    dumped = configs.dump(config)
+    same = _SAME | (_SAME_PI052 if type_name == "pi052" else {})
+    cameras = {feature.name: feature.shape for feature in spec.images}
+    values: dict[str, Any] = {
+        "type": type_name,
+        "input_features": {
+            **{name: {"type": "VISUAL", "shape": [3, *shape[:2]]} for name, shape in cameras.items()},
+            "observation.state": {"type": "STATE", "shape": [vectors.size(spec.states)]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [vectors.size(spec.action)]}},
+        "action_feature_names": vectors.element_names(spec.action),
+        "normalization_mapping": {
+            "VISUAL": "IDENTITY",
+            "STATE": config.state_normalization.name,
+            "ACTION": config.action_normalization.name,
+        },
+        "dtype": network.precision.value,
+        "paligemma_variant": variants[network.language],
+        "action_expert_variant": variants[network.expert],
+        "image_resolution": [network.image_height, network.image_width],
+        "relative_exclude_joints": list(config.relative_exclude),
+        **{theirs: dumped[ours] for theirs, ours in same.items()},
+        **{theirs: dumped["network"][ours] for theirs, ours in _SAME_NETWORK.items()},
+        "rtc_config": {
+            "mode": config.chunk_mode.value,
+            "prefix_attention_schedule": config.prefix_schedule.name,
+            "max_guidance_weight": config.max_guidance_weight,
+        },
+    }
+    if type_name == "pi052":
+        values |= {"enable_fast_action_loss": config.fast_weight > 0, "fast_action_loss_weight": config.fast_weight or 1.0}
+    return values | dict(prompting or {})
+
+
+def _network(values: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {ours: values[theirs] for theirs, ours in _SAME_NETWORK.items() if theirs in values}
+    dumped = configs.dump(Pi052Config())["network"]
+    towers = (("paligemma_variant", "language", "gemma_2b"), ("action_expert_variant", "expert", "gemma_300m"))
+    for theirs, ours, usual in towers:
+        name = values.get(theirs, usual)
+        if name not in TOWERS:
+            raise InvalidInput(f"is {name!r}, must be one of {', '.join(TOWERS)}", field=theirs)
+        settings[ours] = dataclasses.asdict(TOWERS[name])
+    dtype = values.get("dtype", "float32")
+    if dtype not in {precision.value for precision in Precision}:
+        raise InvalidInput(f"is {dtype!r}, must be 'float32' or 'bfloat16'", field="dtype")
+    height, width = values.get("image_resolution", (224, 224))
+    settings |= {"precision": dtype, "image_height": height, "image_width": width}
+    return {**dumped, **settings}
+
+
+def _chunking(rtc: Mapping[str, Any] | None) -> dict[str, Any]:
+    if rtc is None:
+        return {}
+    schedule = str(rtc.get("prefix_attention_schedule", "LINEAR")).upper()
+    if schedule not in PrefixSchedule.__members__:
+        raise InvalidInput(f"is {schedule!r}, must be one of {', '.join(PrefixSchedule.__members__)}", field="rtc_config")
+    return {
+        "prefix_schedule": PrefixSchedule[schedule].value,
+        "max_guidance_weight": rtc.get("max_guidance_weight", DEFAULT_MAX_GUIDANCE_WEIGHT),
+        "chunk_mode": rtc.get("mode", ChunkMode.GUIDED.value),
+    }
+
+
+def _normalization(name: str) -> Normalization:
+    if name not in Normalization.__members__:
+        raise InvalidInput(f"{name!r} is not one of {', '.join(Normalization.__members__)}", field="normalization_mapping")
+    return Normalization[name]
+
+
+def _notes(values: Mapping[str, Any], known: set[str]) -> list[str]:
+    notes = []
+    for name in sorted(values.keys() - known):
+        if name in _OLD:
+            notes.append(f"{name} has no meaning any more and is ignored")
+        elif values[name]:
+            raise InvalidInput(
+                f"is {values[name]!r}; this field is not known and may change what the weights mean", field=name
+            )
+        else:
+            notes.append(f"{name} is not known; it is off, and ignored")
+    return notes

@@ -1,0 +1,1 @@
+"""Policies against golden fixtures computed with the references."""

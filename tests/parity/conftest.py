@@ -1,0 +1,42 @@
+"""The fixtures are read and the weights drawn once a run; parameters are shared, no test may change them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from policies.pi052.policy import Pi052Policy
+
+from . import pi
+from .golden import Golden
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small matrices: more threads only wait for each other on a shared machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pi05_golden() -> Golden:
+    return Golden("pi05")
+
+
+@pytest.fixture(scope="session")
+def pi052_golden() -> Golden:
+    return Golden("pi052")
+
+
+@pytest.fixture(scope="session")
+def pi05(pi05_golden: Golden) -> Pi052Policy:
+    return pi.build(pi05_golden)
+
+
+@pytest.fixture(scope="session")
+def pi052(pi052_golden: Golden) -> Pi052Policy:
+    return pi.build(pi052_golden)
