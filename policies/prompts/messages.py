@@ -1,0 +1,119 @@
+"""What is said in each kind of prompt, before a policy writes it down: the same for all of them.
+
+    subtask      user task                                                                    -> the subtask
+    low level    user subtask                                                                 -> (actions)
+    memory       user task; previous memory, if any; the subtask just completed, if any      -> the new memory
+    interjection user task; previous plan, if any; user text                                  -> what to say
+    question     user question                                                                -> the answer
+    joint        user task; assistant subtask                                                 -> (actions)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from manyhands.errors import InvalidInput
+
+from ..policy import Sample, TextKind, TextRequest
+from ..recipes.annotations import Annotations
+from ..recipes.recipe import Recipe
+from ..recipes.render import Message, Messages, PromptDropout, fallback, plain_text, render
+
+_NUM_STATE_BINS = 256
+
+
+def training(sample: Sample, recipe: Recipe | None, dropout: PromptDropout, *, vary_task: bool) -> Messages:
+    """Of a frame, as the recipe says; acting on the task where the recipe has nothing for it.
+
+    Args:
+        vary_task: Other wordings of the task, where the episode has some, take the task's place.
+
+    Raises:
+        InvalidInput: The recipe has nothing and there is no task: the frame cannot be trained on.
+    """
+    annotations = Annotations.of(sample.annotations)
+    task: str | None = sample.task or None
+    if vary_task and any(row.style == "task_aug" for row in annotations.persistent):
+        task = None
+    messages = None
+    if recipe is not None:
+        messages = render(recipe, annotations, time_s=sample.timestamp_s, index=sample.index, task=task)
+    messages = messages or fallback(sample.task)
+    if messages is None:
+        raise InvalidInput(
+            f"sample {sample.index} has neither a task nor annotations that its recipe uses; leave it out", field="task"
+        )
+    return dropout.apply(messages, sample.index)
+
+
+def acting(task: str) -> Messages:
+    return (Message(role="user", content=task, stream="low_level"),)
+
+
+def acting_jointly(task: str, subtask: str) -> Messages:
+    """The subtask is given; it stands where training had it as a target."""
+    return (
+        Message(role="user", content=task, stream="low_level"),
+        Message(role="assistant", content=subtask, stream="low_level", is_target=True),
+    )
+
+
+def asking(task: str, request: TextRequest) -> Messages:
+    """Ends before the assistant's answer."""
+
+    def user(text: str) -> Message:
+        return Message(role="user", content=text)
+
+    def assistant(text: str) -> Message:
+        return Message(role="assistant", content=text)
+
+    said, previous = request.user_text.strip(), request.previous_text.strip()
+    if request.kind in (TextKind.INTERJECTION, TextKind.VISUAL_QUESTION) and not said:
+        raise InvalidInput(f"is empty; {request.kind.value} needs what the user said", field="user_text")
+    if request.kind is TextKind.VISUAL_QUESTION:
+        return (user(said),)
+    parts = [user(task)]
+    if request.kind is TextKind.MEMORY:
+        parts += [assistant(f"Previous memory: {previous}")] if previous else []
+        parts += [user(f"Completed subtask: {said}")] if said else []
+    elif request.kind is TextKind.INTERJECTION:
+        parts += [assistant(f"Previous plan:\n{previous}")] if previous else []
+        parts += [user(said)]
+    return tuple(parts)
+
+
+def spoken_text(message: Message) -> str:
+    """Its text, and what its say() calls speak as <say>...</say> on a line of its own; other calls are left out."""
+    parts = [plain_text(message.content)]
+    parts += [f"<say>{text}</say>" for text in map(_said, message.tool_calls) if text is not None]
+    return "\n".join(part for part in parts if part)
+
+
+def _said(call: Mapping[str, Any]) -> str | None:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or function.get("name") != "say":
+        return None
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return None
+    text = arguments.get("text") if isinstance(arguments, Mapping) else None
+    return text if isinstance(text, str) else None
+
+
+def state_bins(state: npt.NDArray[np.float32]) -> str:
+    """Normalised numbers (S,) as bins of [-1, 1]: 0 to 255, -1 below, 255 above as well.
+
+    Raises InvalidInput for a number that is not finite.
+    """
+    if not np.isfinite(state).all():
+        raise InvalidInput(f"holds {state[~np.isfinite(state)][0]} at {int(np.argmin(np.isfinite(state)))}", field="state")
+    edges = np.linspace(-1, 1, _NUM_STATE_BINS + 1)[:-1]
+    return " ".join(str(index - 1) for index in np.digitize(state, edges))
