@@ -1,4 +1,4 @@
-"""FAST: an action chunk as a few tokens. Pertsch et al., "FAST: Efficient Action Tokenization for VLA Models" (arXiv 2501.09747).
+"""FAST: an action chunk as a few tokens (Pertsch et al., arXiv 2501.09747).
 
 Cosine transform over time, scale and round, one character per coefficient (time by time, dimension by dimension), byte-pair
 encoding. The tokenizer is trained on the robot's own chunks: fast_fitting.py does that for a data set.
@@ -60,6 +60,7 @@ class FastTokenizer:
     def __init__(self, bpe: Tokenizer, config: FastConfig) -> None:
         self.config = config
         self._bpe = bpe
+        self._num_codes = bpe.get_vocab_size()
 
     def encode(self, actions: Floats) -> list[int]:
         """Codes from 0 of one (T, D) chunk."""
@@ -80,13 +81,21 @@ class FastTokenizer:
         num_steps, size = time_horizon or self.config.time_horizon, action_dim or self.config.action_dim
         if num_steps is None or size is None:
             raise InvalidInput("must be given: the tokenizer is for chunks of any shape", field="time_horizon, action_dim")
-        text = self._bpe.decode(list(codes), skip_special_tokens=False) if min(codes, default=-1) >= 0 else ""
+        text = self._text(codes)
         if len(text) != num_steps * size:
             logger.debug("%d FAST codes give %d numbers, not %d x %d", len(codes), len(text), num_steps, size)
             return np.zeros((num_steps, size), dtype=np.float32)
         values = np.array([ord(character) for character in text], dtype=np.float64) + self.config.min_token
         coefficients = values.reshape(num_steps, size) / self.config.scale
         return (cosine_transform(num_steps).T @ coefficients).astype(np.float32)
+
+    def _text(self, codes: Sequence[int]) -> str:
+        """A character per coefficient, or nothing."""
+        if not all(0 <= code < self._num_codes for code in codes):
+            return ""
+        text: str = self._bpe.decode(list(codes), skip_special_tokens=False)
+        # Half a character would come out as this one: a huge coefficient.
+        return "" if "\ufffd" in text else text
 
     def save(self, folder: Path) -> None:
         """Two files into an existing folder, named as FAST tokenizers are published."""
@@ -127,8 +136,8 @@ def parse_config(values: Any) -> FastConfig:
         is_optional = name in ("time_horizon", "action_dim")
         if value is None and is_optional:
             continue
-        kinds: tuple[type, ...] = (int, float) if name == "scale" else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or (name != "min_token" and value <= 0):
+        is_number = isinstance(value, int | float if name == "scale" else int) and not isinstance(value, bool)
+        if not is_number or (name != "min_token" and value <= 0):
             raise InvalidInput(f"is {value!r}, must be a {'positive ' if name != 'min_token' else ''}number", field=name)
     return FastConfig(**given)
 
@@ -147,8 +156,8 @@ def fit(chunks: Floats, *, scale: float = 10.0, vocab_size: int = 1024) -> FastT
     lowest, highest = int(coefficients.min()), int(coefficients.max())
     if highest - lowest > MAX_COEFFICIENT_RANGE:
         raise InvalidInput(
-            f"have coefficients from {lowest} to {highest}, over {MAX_COEFFICIENT_RANGE} apart: some actions lie far outside "
-            "the normalised range; look at the statistics, or at outliers in the data",
+            f"have coefficients from {lowest} to {highest}, over {MAX_COEFFICIENT_RANGE} apart: some actions "
+            "lie far outside the normalised range; look at the statistics, or at outliers in the data",
             field="chunks",
         )
     texts = ["".join(map(chr, row.tolist())) for row in (coefficients - lowest).reshape(len(chunks), -1)]
@@ -188,7 +197,9 @@ def rounded_coefficients(actions: Floats, scale: float) -> npt.NDArray[np.int64]
 def cosine_transform(num_steps: int) -> npt.NDArray[np.float64]:
     """(T, T): the orthonormal DCT-II; its transpose goes back."""
     frequency = np.arange(num_steps)[:, None]
-    matrix = np.cos(math.pi / num_steps * (np.arange(num_steps) + 0.5) * frequency) * math.sqrt(2.0 / num_steps)
+    matrix: npt.NDArray[np.float64] = np.cos(math.pi / num_steps * (np.arange(num_steps) + 0.5) * frequency) * math.sqrt(
+        2.0 / num_steps
+    )
     matrix[0] /= math.sqrt(2.0)
     return matrix
 

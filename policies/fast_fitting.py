@@ -101,7 +101,7 @@ def fit(source: ChunkSource, horizon: int, to_model_space: ToModelSpace, setting
     num_validation = min(settings.num_validation, max(1, round(len(chunks) * share)))
     tokenizer = fast.fit(chunks[:-num_validation], scale=settings.scale, vocab_size=settings.vocab_size)
     found = reconstruction(tokenizer, chunks[-num_validation:])
-    logger.info("FAST fitted: rmse %.4f, worst dimension %.4f, %.1f codes", found.rmse, found.dim_rmse.max(), found.mean_codes)
+    logger.info("FAST: rmse %.4f, worst dimension %.4f, %.1f codes", found.rmse, found.dim_rmse.max(), found.mean_codes)
     worst = int(found.dim_rmse.argmax())
     if found.rmse > settings.max_rmse:
         raise InvalidInput(_refusal(f"rmse {found.rmse:.4f}", settings.max_rmse), field="max_rmse")
@@ -114,8 +114,8 @@ def fit(source: ChunkSource, horizon: int, to_model_space: ToModelSpace, setting
 
 def _refusal(what: str, limit: float) -> str:
     return (
-        f"the fitted FAST tokenizer has {what} on chunks it has not seen, the limit is {limit}; give it more samples, a larger "
-        "scale, or check the normalisation"
+        f"the fitted FAST tokenizer has {what} on chunks it has not seen, the limit is {limit}; give it more samples, "
+        "a larger scale, or check the normalisation"
     )
 
 

@@ -31,6 +31,8 @@ class Schedule:
 
     def multiplier(self, step: int, *, total_steps: int) -> float:
         """At step, from 0, of a run of total_steps."""
+        if total_steps <= 0:
+            raise InvalidInput(f"is {total_steps}, must be > 0", field="total_steps")
         warmup, decay = self.warmup_steps, self.decay_steps
         if total_steps < decay:
             warmup, decay = int(warmup * total_steps / decay), total_steps
@@ -53,9 +55,7 @@ class OptimizerPreset:
     epsilon: float = 1e-8
 
 
-_PI = OptimizerPreset(
-    learning_rate=2.5e-5, schedule=Schedule(final_share=0.1), weight_decay=0.01, max_grad_norm=1.0
-)
+_PI = OptimizerPreset(learning_rate=2.5e-5, schedule=Schedule(final_share=0.1), weight_decay=0.01, max_grad_norm=1.0)
 PRESETS = {
     "pi05": _PI,
     "pi052": _PI,

@@ -1,16 +1,17 @@
 """What is said in each kind of prompt, before a policy writes it down: the same for all of them.
 
-    subtask      user task                                                                    -> the subtask
-    low level    user subtask                                                                 -> (actions)
-    memory       user task; previous memory, if any; the subtask just completed, if any      -> the new memory
-    interjection user task; previous plan, if any; user text                                  -> what to say
-    question     user question                                                                -> the answer
-    joint        user task; assistant subtask                                                 -> (actions)
+subtask      user task                                                                    -> the subtask
+low level    user subtask                                                                 -> (actions)
+memory       user task; previous memory, if any; the subtask just completed, if any      -> the new memory
+interjection user task; previous plan, if any; user text                                  -> what to say
+question     user question                                                                -> the answer
+joint        user task; assistant subtask                                                 -> (actions)
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,9 +23,10 @@ from manyhands.errors import InvalidInput
 from ..policy import Sample, TextKind, TextRequest
 from ..recipes.annotations import Annotations
 from ..recipes.recipe import Recipe
-from ..recipes.render import Message, Messages, PromptDropout, fallback, plain_text, render
+from ..recipes.render import Message, Messages, PromptDropout, fallback, plain_text, render, task_variant
 
 _NUM_STATE_BINS = 256
+_SPOKEN = re.compile(r"<say>(.*?)</say>", re.DOTALL)
 
 
 def training(sample: Sample, recipe: Recipe | None, dropout: PromptDropout, *, vary_task: bool) -> Messages:
@@ -38,12 +40,12 @@ def training(sample: Sample, recipe: Recipe | None, dropout: PromptDropout, *, v
     """
     annotations = Annotations.of(sample.annotations)
     task: str | None = sample.task or None
-    if vary_task and any(row.style == "task_aug" for row in annotations.persistent):
+    if vary_task and task_variant(annotations, sample.index) is not None:
         task = None
     messages = None
     if recipe is not None:
         messages = render(recipe, annotations, time_s=sample.timestamp_s, index=sample.index, task=task)
-    messages = messages or fallback(sample.task)
+    messages = messages or fallback(task or task_variant(annotations, sample.index))
     if messages is None:
         raise InvalidInput(
             f"sample {sample.index} has neither a task nor annotations that its recipe uses; leave it out", field="task"
@@ -92,6 +94,11 @@ def spoken_text(message: Message) -> str:
     parts = [plain_text(message.content)]
     parts += [f"<say>{text}</say>" for text in map(_said, message.tool_calls) if text is not None]
     return "\n".join(part for part in parts if part)
+
+
+def parse_spoken(text: str) -> tuple[str, list[str]]:
+    """Of generated text: what is written and what is spoken."""
+    return _SPOKEN.sub("", text).strip(), [said.strip() for said in _SPOKEN.findall(text)]
 
 
 def _said(call: Mapping[str, Any]) -> str | None:

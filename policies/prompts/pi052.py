@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from .tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 BOS, EOS = "<bos>", "<eos>"
+_SPECIAL = ("<pad>", EOS, BOS, "<unk>")
 # The key of Sample.annotations under which joint mode finds the subtask in force.
 SUBTASK = "subtask"
 # No space: it belongs to the first token of the answer.
@@ -64,7 +65,7 @@ class Pi052PromptOptions:
     prompt_length: int = 200
     max_action_tokens: int = 256
     fast_skip_tokens: int = 1152
-    dropout: PromptDropout = PromptDropout()
+    dropout: PromptDropout = field(default_factory=PromptDropout)
     vary_task: bool = False
     joint: bool = False
 
@@ -81,7 +82,10 @@ class Pi052Prompter:
         self._fast = fast
         self._bos = tokenizer.id_of(BOS)
         self.eos_token = tokenizer.id_of(EOS)
-        self.special_tokens: Sequence[int] = tokenizer.special_tokens
+        self.special_tokens: Sequence[int] = tuple(tokenizer.id_of(token) for token in _SPECIAL)
+        lowest = tokenizer.vocabulary - options.fast_skip_tokens - (fast.config.vocab_size if fast else 0)
+        if lowest <= 0:
+            raise InvalidInput(f"leaves no room for FAST codes in {tokenizer.vocabulary} tokens", field="fast_skip_tokens")
         self._has_cut = False
 
     def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:

@@ -8,9 +8,10 @@ SmolVLA reads the task and a line end. SmolVLA2 writes SmolVLM's chat format:
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from .tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 START, END_OF_UTTERANCE, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
+_SPECIAL = ("<|endoftext|>", START, PAD, "<global-img>", "<fake_token_around_image>", "<image>", END_OF_UTTERANCE)
 _GENERATION_HEADER = "Assistant:"
 
 
@@ -43,7 +45,7 @@ class SmolVLA2PromptOptions:
 
     recipe: Recipe | None = None
     prompt_length: int = 48
-    dropout: PromptDropout = PromptDropout(ignore_case=True)
+    dropout: PromptDropout = field(default_factory=functools.partial(PromptDropout, ignore_case=True))
     vary_task: bool = False
 
 
@@ -56,7 +58,7 @@ class SmolVLA2Prompter:
         self._has_cut = False
         self.eos_token = tokenizer.id_of(END_OF_UTTERANCE)
         self.pad_token = tokenizer.id_of(PAD)
-        self.special_tokens: Sequence[int] = tokenizer.special_tokens
+        self.special_tokens: Sequence[int] = tuple(tokenizer.id_of(token) for token in _SPECIAL)
 
     def training(self, sample: Sample) -> Prompt:
         options = self._options

@@ -32,7 +32,6 @@ class Encoded:
 class Tokenizer:
     """Attributes:
     vocabulary: Entries of the base vocabulary, V; tokens added on top do not count.
-    special_tokens: Ids below V that are no text.
     """
 
     def __init__(self, raw: RawTokenizer, added: Sequence[str] = ()) -> None:
@@ -41,9 +40,6 @@ class Tokenizer:
         if added:
             raw.add_tokens(list(added))
         self.vocabulary = raw.get_vocab_size(with_added_tokens=False)
-        self.special_tokens = tuple(
-            sorted(i for i, token in raw.get_added_tokens_decoder().items() if token.special and i < self.vocabulary)
-        )
 
     @classmethod
     def load(cls, folder: Path, added: Sequence[str] = ()) -> Tokenizer:

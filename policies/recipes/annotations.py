@@ -1,7 +1,7 @@
 """Language rows of an episode, and the four ways a recipe picks one of them at a moment.
 
-A persistent row (a subtask, a memory) stands on every frame of its episode with the time it began. An event (an interjection,
-a question about a picture) stands only on the frame it happened at and has no time of its own.
+A persistent row (a subtask, a memory) stands on every frame of its episode with the time it began. An event (an
+interjection, a question about a picture) stands only on the frame it happened at and has no time of its own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Row:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
 
     def calls(self, tool_name: str) -> bool:
-        return any(call.get("function", {}).get("name") == tool_name for call in self.tool_calls)
+        return any(_called(call) == tool_name for call in self.tool_calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +76,12 @@ def _row(value: Mapping[str, Any], where: str, is_persistent: bool) -> Row:
         rule = "needs a camera" if camera is None else f"must not have a camera ({camera!r})"
         raise InvalidInput(f"style {style!r} {rule}", field=field_name)
     if is_persistent:
-        if style not in PERSISTENT_STYLES:
-            raise InvalidInput(f"style {style!r} is not one of {', '.join(sorted(PERSISTENT_STYLES))}", field=field_name)
-        if timestamp is None or not np.isfinite(timestamp):
+        if style in EVENT_STYLES:
+            raise InvalidInput(f"style {style!r} happens on single frames, it cannot be persistent", field=field_name)
+        if not isinstance(timestamp, int | float | np.floating) or not np.isfinite(timestamp):
             raise InvalidInput(f"timestamp is {timestamp!r}; a persistent row has one, in seconds", field=field_name)
     elif style in PERSISTENT_STYLES:
         raise InvalidInput(f"style {style!r} is persistent, it cannot be an event", field=field_name)
-    calls = [json.loads(call) if isinstance(call, str) else call for call in value.get("tool_calls") or ()]
     content = value.get("content")
     return Row(
         role=role,
@@ -90,8 +89,25 @@ def _row(value: Mapping[str, Any], where: str, is_persistent: bool) -> Row:
         style=style,
         timestamp_s=_stored_time(timestamp) if is_persistent else None,
         camera=camera,
-        tool_calls=tuple(calls),
+        tool_calls=tuple(_tool_call(call, field_name) for call in value.get("tool_calls") or ()),
     )
+
+
+def _tool_call(value: object, field_name: str) -> Mapping[str, Any]:
+    """Data sets keep it as it is or as its JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, Mapping):
+        raise InvalidInput("has a tool call that is no object", field=field_name)
+    return value
+
+
+def _called(call: Mapping[str, Any]) -> str | None:
+    function = call.get("function")
+    return function.get("name") if isinstance(function, Mapping) else None
 
 
 def _stored_time(time_s: Any) -> float:
@@ -144,7 +160,8 @@ class Binding:
     def _only(self, rows: Sequence[Row]) -> Row | None:
         if len(rows) > 1:
             raise InvalidInput(
-                f"{self} fits {len(rows)} rows of one frame; select by role, tool_name or camera as well", field="annotations"
+                f"{self} fits {len(rows)} rows of one frame; select by role, tool_name or camera as well",
+                field="annotations",
             )
         return rows[0] if rows else None
 
@@ -158,7 +175,7 @@ def parse_binding(text: object) -> Binding:
     """Of "active_at(t, style=subtask)" and the like; ValueError says what is wrong."""
     match = _CALL.match(text) if isinstance(text, str) else None
     if match is None or match[1] not in _RESOLVERS:
-        raise ValueError(f"is {text!r}; write one of {', '.join(_RESOLVERS)} with its arguments, as active_at(t, style=subtask)")
+        raise ValueError(f"is {text!r}; write one of {', '.join(_RESOLVERS)} with arguments, as active_at(t, style=subtask)")
     resolver = match[1]
     arguments = [part.strip() for part in match[2].split(",") if part.strip()]
     selector: dict[str, str] = {}

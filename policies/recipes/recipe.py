@@ -42,7 +42,7 @@ DEFAULT_BINDINGS: Mapping[str, Binding] = {
         "vqa_query": "emitted_at(t, style=vqa, role=user)",
     }.items()
 }
-SHIPPED = ("subtask", "subtask_mem", "subtask_mem_vqa_speech", "subtask_joint")
+SHIPPED = ("subtask", "subtask_mem", "subtask_mem_vqa_speech", "subtask_joint", "subtasks_vqa")
 PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 
 _RECIPE_KEYS = {"messages", "blend", "bindings"}
@@ -88,9 +88,10 @@ class Turn:
 
     def names(self) -> Iterator[str]:
         """Bindings it refers to."""
-        texts = (self.content,) if isinstance(self.content, str) else (b.text for b in self.content or () if isinstance(b, TextBlock))
-        for text in texts:
-            yield from PLACEHOLDER.findall(text)
+        blocks = (TextBlock(text=self.content),) if isinstance(self.content, str) else self.content or ()
+        for block in blocks:
+            if isinstance(block, TextBlock):
+                yield from PLACEHOLDER.findall(block.text)
         yield from (name for name in (self.if_present, self.tool_calls_from) if name is not None)
 
 
@@ -208,9 +209,8 @@ def _component(value: Mapping[str, Any], name: str, place: _Place) -> Component:
     for index, turn in enumerate(turns):
         for binding in turn.names():
             if binding != TASK and binding not in known:
-                place.fail(
-                    f"messages[{index}]", f"refers to {binding!r}, which no binding names; known: {', '.join(sorted(known))}, task"
-                )
+                names = ", ".join((*sorted(known), TASK))
+                place.fail(f"messages[{index}]", f"refers to {binding!r}, which no binding names; known: {names}")
             if binding != TASK:
                 used[binding] = known[binding]
         if turn.tool_calls_from == TASK:

@@ -1,4 +1,4 @@
-"""A frame's annotations to messages, as a recipe says. The same frame gives the same messages on every rank and every run."""
+"""A frame's annotations to messages, as a recipe says: the same on every rank and in every run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from manyhands.errors import InvalidInput
@@ -65,7 +65,7 @@ def render(recipe: Recipe, annotations: Annotations, *, time_s: float, index: in
         InvalidInput: A binding fits more than one row.
     """
     if task is None:
-        task = _task_variant(annotations, index)
+        task = task_variant(annotations, index)
 
     def rendered(component: Component) -> Messages | None:
         return _render_component(component, annotations, time_s, task)
@@ -128,10 +128,6 @@ def plain_text(content: Content) -> str:
     return "\n".join(block.text for block in content if isinstance(block, TextBlock))
 
 
-def with_text(message: Message, text: str) -> Message:
-    return replace(message, content=text, tool_calls=())
-
-
 # -- draws -------------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +146,8 @@ def _draw(weights: Sequence[float], key: str) -> int:
     return len(weights) - 1
 
 
-def _task_variant(annotations: Annotations, index: int) -> str | None:
+def task_variant(annotations: Annotations, index: int) -> str | None:
+    """One of the episode's other wordings of its task, by the frame; None if it has none."""
     variants = [row for row in annotations.persistent if row.style == "task_aug" and row.role == "user"]
     return variants[_number(f"task_aug:{index}") % len(variants)].content if variants else None
 
@@ -223,7 +220,7 @@ def survey(recipe: Recipe, frames: Iterable[Frame]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for frame in frames:
         counts[""] += 1
-        task = frame.task if frame.task is not None else _task_variant(frame.annotations, frame.index)
+        task = frame.task if frame.task is not None else task_variant(frame.annotations, frame.index)
         for component in recipe.components:
             if _render_component(component, frame.annotations, frame.time_s, task) is not None:
                 counts[component.name] += 1

@@ -33,8 +33,9 @@ def raw_tokenizer_json(name: str) -> str:
     return json.dumps(_expander().expand(name, trimmed))
 
 
-def pi_tokenizer(name: str = "gemma_like") -> Tokenizer:
-    return paligemma(RawTokenizer.from_str(raw_tokenizer_json(name)))
+def pi_tokenizer(name: str = "gemma_like", *, with_locations: bool = True) -> Tokenizer:
+    raw = RawTokenizer.from_str(raw_tokenizer_json(name))
+    return paligemma(raw) if with_locations else Tokenizer(raw)
 
 
 def smol_tokenizer(name: str = "smol_like") -> Tokenizer:
@@ -52,7 +53,8 @@ def fast_tokenizer(name: str = "fast") -> FastTokenizer:
 
 def _expander() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pad_tokenizer", golden.folder() / "pad_tokenizer.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
