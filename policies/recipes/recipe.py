@@ -159,9 +159,9 @@ def parse(value: object, *, name: str, source: str = "") -> Recipe:
     if not isinstance(blend, Mapping) or not blend:
         place.fail("blend", "is empty; it maps names to components")
     components = []
-    for component_name, part in blend.items():
+    for component_name, entry in blend.items():
         inside = _Place(place.source, str(component_name))
-        inside.mapping(part, _COMPONENT_KEYS, "")
+        part = inside.mapping(entry, _COMPONENT_KEYS, "")
         weight = part.get("weight")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             inside.fail("weight", f"is {weight!r}, must be a number > 0")
