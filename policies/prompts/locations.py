@@ -40,7 +40,7 @@ def from_json(answer: str) -> str | None:
         return None
     if not isinstance(value, dict):
         return None
-    if "point" in value:
+    if "point_format" in value:
         return _entry(value, "point")
     detections = value.get("detections")
     if not isinstance(detections, list):

@@ -23,14 +23,16 @@ from manyhands.errors import InvalidInput
 from ..policy import Sample, TextKind, TextRequest
 from ..recipes.annotations import Annotations
 from ..recipes.recipe import Recipe
-from ..recipes.render import Message, Messages, PromptDropout, fallback, plain_text, render, task_variant
+from ..recipes.render import Message, Messages, PromptDropout, fallback, plain_text, predicts_actions, render, task_variant
 
 _NUM_STATE_BINS = 256
 _SPOKEN = re.compile(r"<say>(.*?)</say>", re.DOTALL)
 
 
-def training(sample: Sample, recipe: Recipe | None, dropout: PromptDropout, *, vary_task: bool) -> Messages:
-    """Of a frame, as the recipe says; acting on the task where the recipe has nothing for it.
+def training(sample: Sample, recipe: Recipe | None, dropout: PromptDropout, *, vary_task: bool) -> tuple[Messages, bool]:
+    """Of a frame, as the recipe says, and whether it teaches actions.
+
+    Where the recipe has nothing for the frame, it teaches acting on the task.
 
     Args:
         vary_task: Other wordings of the task, where the episode has some, take the task's place.
@@ -50,7 +52,7 @@ def training(sample: Sample, recipe: Recipe | None, dropout: PromptDropout, *, v
         raise InvalidInput(
             f"sample {sample.index} has neither a task nor annotations that its recipe uses; leave it out", field="task"
         )
-    return dropout.apply(messages, sample.index)
+    return dropout.apply(messages, sample.index), predicts_actions(messages)
 
 
 def acting(task: str) -> Messages:
@@ -89,11 +91,16 @@ def asking(task: str, request: TextRequest) -> Messages:
     return tuple(parts)
 
 
-def spoken_text(message: Message) -> str:
-    """Its text, and what its say() calls speak as <say>...</say> on a line of its own; other calls are left out."""
-    parts = [plain_text(message.content)]
-    parts += [f"<say>{text}</say>" for text in map(_said, message.tool_calls) if text is not None]
-    return "\n".join(part for part in parts if part)
+def spoken_text(message: Message, separator: str = "\n") -> str:
+    """Its text, and what its say() calls speak as <say>...</say> on a line after it; other calls are left out.
+
+    separator: Between blocks of text, where nothing is spoken.
+    """
+    spoken = "".join(f"<say>{text}</say>" for text in map(_said, message.tool_calls) if text)
+    if not spoken:
+        return plain_text(message.content, separator)
+    written = plain_text(message.content).strip()
+    return f"{written}\n{spoken}" if written else spoken
 
 
 def parse_spoken(text: str) -> tuple[str, list[str]]:

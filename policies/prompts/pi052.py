@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..pi052.losses import IGNORED_LABEL
 from ..pi052.policy import Prompt
 from ..policy import Sample, TextKind, TextRequest
 from ..recipes.recipe import Recipe
-from ..recipes.render import Message, Messages, PromptDropout, predicts_actions
+from ..recipes.render import Message, Messages, PromptDropout
 from . import messages as conversations
 from .locations import LOCATION_TOKENS, from_json
 from .messages import spoken_text, state_bins
@@ -91,8 +91,8 @@ class Pi052Prompter:
     def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
         """state (S,) and actions (T, R), both normalised."""
         options = self._options
-        messages = conversations.training(sample, options.recipe, options.dropout, vary_task=options.vary_task)
-        tokens, is_target = self.write(messages, state)
+        messages, predicts = conversations.training(sample, options.recipe, options.dropout, vary_task=options.vary_task)
+        tokens, is_target = self.write(messages, state if predicts else None)
         tokens, is_target = self._cut(tokens), is_target[: options.prompt_length]
         fast_tokens = fast_is_code = None
         if self._fast is not None:
@@ -100,7 +100,7 @@ class Pi052Prompter:
         return Prompt(
             tokens=tokens,
             labels=np.where(is_target, tokens, IGNORED_LABEL),
-            predicts_actions=predicts_actions(messages),
+            predicts_actions=predicts,
             fast_tokens=fast_tokens,
             fast_is_code=fast_is_code,
         )
@@ -114,10 +114,8 @@ class Pi052Prompter:
         return Prompt(tokens=self._checked(tokens), marks=marks)
 
     def asking(self, sample: Sample, request: TextRequest, state: npt.NDArray[np.float32]) -> Prompt:
-        messages = conversations.asking(sample.task, request)
-        if self._options.joint and request.kind is TextKind.SUBTASK:
-            messages = conversations.acting(sample.task)
-        tokens, _ = self.write(messages, state, ask=True)
+        sees_state = self._options.joint and request.kind is TextKind.SUBTASK
+        tokens, _ = self.write(conversations.asking(sample.task, request), state if sees_state else None, ask=True)
         return Prompt(tokens=self._checked(tokens))
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -129,17 +127,15 @@ class Pi052Prompter:
         """Tokens (l,), and True (l,) on those of targets, their <eos> included; at any length.
 
         Args:
-            state: (S,) normalised; in the last user message of a sample of actions.
+            state: (S,) normalised, for the last user message; None leaves it out.
             ask: Ends with the header of an answer.
         """
         last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
-        has_state = state is not None and predicts_actions(messages)
         text = ""
         spans = []
         for index, message in enumerate(messages):
             content = self._content(message)
-            if has_state and index == last_user:
-                assert state is not None
+            if state is not None and index == last_user:
                 content = f"{content}, State: {state_bins(state)};"
             text += f"{message.role.capitalize()}: "
             if message.is_target:
@@ -171,9 +167,8 @@ class Pi052Prompter:
         return tokens, is_code
 
     def _content(self, message: Message) -> str:
-        text = spoken_text(message)
-        located = from_json(text) if message.is_target else None
-        return text if located is None else located
+        located = from_json(message.content) if message.is_target and isinstance(message.content, str) else None
+        return spoken_text(message if located is None else replace(message, content=located))
 
     def _cut(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         length = self._options.prompt_length

@@ -22,7 +22,7 @@ from ..pi052.losses import IGNORED_LABEL
 from ..pi052.policy import Prompt
 from ..policy import Sample, TextRequest
 from ..recipes.recipe import Recipe
-from ..recipes.render import Messages, PromptDropout, predicts_actions
+from ..recipes.render import Messages, PromptDropout
 from . import messages as conversations
 from .messages import spoken_text
 from .tokenizer import Tokenizer
@@ -39,13 +39,13 @@ class SmolVLA2PromptOptions:
     """Attributes:
     recipe: What annotations become; None: every sample acts on its task.
     prompt_length: Tokens of a prompt. A longer one is cut in training, as the reference does, and refused when acting.
-    dropout: In training; its ignore_case should be True.
+    dropout: In training; its as_smolvla2 should be True.
     vary_task: In training: see messages.training().
     """
 
     recipe: Recipe | None = None
     prompt_length: int = 48
-    dropout: PromptDropout = field(default_factory=functools.partial(PromptDropout, ignore_case=True))
+    dropout: PromptDropout = field(default_factory=functools.partial(PromptDropout, as_smolvla2=True))
     vary_task: bool = False
 
 
@@ -62,13 +62,13 @@ class SmolVLA2Prompter:
 
     def training(self, sample: Sample) -> Prompt:
         options = self._options
-        messages = conversations.training(sample, options.recipe, options.dropout, vary_task=options.vary_task)
+        messages, predicts = conversations.training(sample, options.recipe, options.dropout, vary_task=options.vary_task)
         tokens, is_target = self.write(messages)
         tokens, is_target = self._cut(tokens), is_target[: options.prompt_length]
         return Prompt(
             tokens=tokens,
             labels=np.where(is_target, tokens, IGNORED_LABEL),
-            predicts_actions=predicts_actions(messages),
+            predicts_actions=predicts,
         )
 
     def acting(self, sample: Sample) -> Prompt:
@@ -119,5 +119,5 @@ class SmolVLAPrompter(SmolVLA2Prompter):
 
 
 def _chat(messages: Messages) -> str:
-    """SmolVLM2's chat format with text alone: pictures enter by themselves."""
-    return START + "".join(f"{m.role.capitalize()}: {spoken_text(m)}{END_OF_UTTERANCE}\n" for m in messages)
+    """SmolVLM2's chat format with text alone, blocks one right after the other: pictures enter by themselves."""
+    return START + "".join(f"{m.role.capitalize()}: {spoken_text(m, '')}{END_OF_UTTERANCE}\n" for m in messages)

@@ -121,11 +121,11 @@ def _map_text(content: Content, change: Callable[[str], str]) -> Content:
     return tuple(block if isinstance(block, ImageBlock) else TextBlock(text=change(block.text)) for block in content)
 
 
-def plain_text(content: Content) -> str:
-    """Text blocks joined by line ends; pictures enter a model by themselves."""
+def plain_text(content: Content, separator: str = "\n") -> str:
+    """Text blocks joined; pictures enter a model by themselves."""
     if content is None or isinstance(content, str):
         return content or ""
-    return "\n".join(block.text for block in content if isinstance(block, TextBlock))
+    return separator.join(block.text for block in content if isinstance(block, TextBlock))
 
 
 # -- draws -------------------------------------------------------------------------------------------------------------
@@ -166,13 +166,13 @@ class PromptDropout:
     """How often training leaves plan, memory or subtask out of what is given, so that a model does not lean on them.
 
     Attributes:
-        ignore_case: Of the openings by which such messages are known; SmolVLA2 ignores it.
+        as_smolvla2: Openings by which such messages are known count in any case, and one that cannot go still takes a draw.
     """
 
     plan: float = 0.0
     memory: float = 0.0
     subtask: float = 0.0
-    ignore_case: bool = False
+    as_smolvla2: bool = False
 
     def __post_init__(self) -> None:
         for name in _OPENINGS:
@@ -184,18 +184,26 @@ class PromptDropout:
         generator = random.Random(seed)
         kept = []
         for message in messages:
-            probability = 0.0 if message.is_target else self._probability(plain_text(message.content))
-            # Only a message that can go takes a draw: those of the others do not shift.
-            if probability <= 0.0 or generator.random() >= probability:
+            probability = None if message.is_target else self._probability(plain_text(message.content).lstrip())
+            # What takes a draw decides about the messages after it, so it is part of the contract.
+            draws = probability is not None and (probability > 0.0 or (self.as_smolvla2 and self._is_on))
+            if probability is None or not draws or generator.random() >= probability:
                 kept.append(message)
         return tuple(kept)
 
-    def _probability(self, text: str) -> float:
-        known = str.casefold if self.ignore_case else str
+    @property
+    def _is_on(self) -> bool:
+        return max(self.plan, self.memory, self.subtask) > 0.0
+
+    def _probability(self, text: str) -> float | None:
+        """None for a message of no kind, which stays."""
         for name, openings in _OPENINGS.items():
-            if any(known(text).startswith(known(opening)) for opening in openings):
+            if any(self._opens(text, opening) for opening in openings):
                 return float(getattr(self, name))
-        return 0.0
+        return None
+
+    def _opens(self, text: str, opening: str) -> bool:
+        return text.lower().startswith(opening.lower()) if self.as_smolvla2 else text.startswith(opening)
 
 
 # -- does a recipe fit its data? ------------------------------------------------------------------------------------------

@@ -51,10 +51,10 @@ def sample_of(values: Values) -> Sample:
     )
 
 
-def dropout_of(options: Values, *, ignore_case: bool = False) -> PromptDropout:
+def dropout_of(options: Values, *, as_smolvla2: bool = False) -> PromptDropout:
     ending = "_dropout_prob"
     given = {name.removesuffix(ending): value for name, value in options.items() if name.endswith(ending)}
-    return PromptDropout(ignore_case=ignore_case, **given)
+    return PromptDropout(as_smolvla2=as_smolvla2, **given)
 
 
 def padded(row: npt.NDArray[np.int64], length: int, filler: int) -> list[int]:
@@ -231,7 +231,7 @@ def test_smolvla2_training_prompts(smol_tokenizer: Tokenizer) -> None:
         options = SmolVLA2PromptOptions(
             recipe=replace(shipped, components=tuple(components)),
             prompt_length=group["max_length"],
-            dropout=dropout_of(group["options"], ignore_case=True),
+            dropout=dropout_of(group["options"], as_smolvla2=True),
         )
         prompter = SmolVLA2Prompter(smol_tokenizer, options)
         assert prompter.pad_token == group["pad_id"]

@@ -52,8 +52,12 @@ def test_a_fit_that_does_not_is_refused_by_name():
     source = Episodes([40] * 8, noise=0.3)
     with pytest.raises(InvalidInput, match=r"max_rmse.*rmse 0\.\d+ on chunks it has not seen, the limit is 0.01"):
         fast_fitting.fit(source, HORIZON, unchanged, FitSettings(num_samples=60, num_validation=20, max_rmse=0.01))
-    with pytest.raises(InvalidInput, match=r"of dimension [01] on chunks it has not seen, the limit is 0.01"):
-        fast_fitting.fit(source, HORIZON, unchanged, FitSettings(num_samples=60, num_validation=20, max_dim_rmse=0.01))
+    tokenizer = fast_fitting.fit(source, HORIZON, unchanged, SMALL)
+    found = fast_fitting.reconstruction(tokenizer, draw_chunks(source, HORIZON, unchanged, 80)[-20:])
+    between = (found.rmse + found.dim_rmse.max()) / 2
+    assert found.rmse < between < found.dim_rmse.max()  # The still dimension brings the mean down.
+    with pytest.raises(InvalidInput, match=rf"of dimension {found.dim_rmse.argmax()} on chunks it has not seen"):
+        fast_fitting.fit(source, HORIZON, unchanged, FitSettings(num_samples=60, num_validation=20, max_dim_rmse=between))
 
 
 def test_chunks_come_from_every_long_episode_and_are_the_same_every_time():
@@ -160,6 +164,24 @@ def test_of_two_leaders_the_first_whole_one_stays(tmp_path):
     _, place = cached(tmp_path, "k", overtaken)
     assert (place / "first").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["k"]
+
+
+def test_what_is_seen_is_whole(tmp_path, monkeypatch):
+    """A rank that looks at any moment of the writing finds all files or no folder."""
+    seen = []
+    save = fast.FastTokenizer.save
+
+    def watched(self, folder):
+        save(self, folder)
+        seen.append((tmp_path / "k").exists())
+        (folder / "last").touch()
+
+    monkeypatch.setattr(fast.FastTokenizer, "save", watched)
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: seen.append("renamed") or rename(self, to))
+    _, place = cached(tmp_path, "k", make_tokenizer)
+    assert seen == [False, "renamed"]
+    assert (place / "last").exists()
 
 
 def test_a_fit_that_fails_leaves_nothing(tmp_path):

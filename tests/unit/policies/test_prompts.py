@@ -18,7 +18,8 @@ from policies.prompts.pi052 import Pi05Prompter, Pi052Prompter, Pi052PromptOptio
 from policies.prompts.smolvla import SmolVLA2Prompter, SmolVLA2PromptOptions, SmolVLAPrompter
 from policies.prompts.tokenizer import Tokenizer
 from policies.recipes import recipe as recipes
-from policies.recipes.render import Message
+from policies.recipes.recipe import ImageBlock, TextBlock
+from policies.recipes.render import Message, PromptDropout
 from tests.text_lab import pi_tokenizer, smol_tokenizer
 
 STATE = np.array([0.0, -1.0, 2.0], dtype=np.float32)
@@ -163,10 +164,45 @@ def test_speech_is_written_and_read_back():
         {},
     )
     message = Message(role="assistant", content="new plan", tool_calls=calls)
-    text = "new plan\n<say>on it</say>\n<say>and more</say>"
+    text = "new plan\n<say>on it</say><say>and more</say>"
     assert spoken_text(message) == text
     assert parse_spoken(text) == ("new plan", ["on it", "and more"])
     assert spoken_text(Message(role="assistant", content=None, tool_calls=calls[:1])) == "<say>on it</say>"
+
+
+def test_only_targets_are_rewritten_as_locations(tokenizer):
+    answer = json.dumps({"label": "cup", "point": [500, 158], "point_format": "xy"})
+    messages = (Message(role="user", content=answer), Message(role="assistant", content=answer, is_target=True))
+    tokens, _ = prompter(tokenizer).write(messages, None)
+    assert tokens.tolist() == ids(tokenizer, f"User: {answer}\nAssistant: cup <loc0162><loc0512><eos>\n")
+
+
+def test_the_state_stands_in_the_last_user_message(tokenizer):
+    messages = (Message(role="user", content="a"), Message(role="user", content="b"), Message(role="assistant", content="c"))
+    tokens, _ = prompter(tokenizer).write(messages, STATE)
+    assert tokens.tolist() == ids(tokenizer, "User: a\nUser: b, State: 128 0 255;\nAssistant: c\n")
+
+
+def test_dropping_a_message_does_not_drop_the_actions(tokenizer, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "messages:\n"
+        '  - {role: user, content: "${task}", stream: high_level}\n'
+        '  - {role: user, content: "Completed subtask: ${subtask}", stream: low_level}\n'
+    )
+    options = Pi052PromptOptions(recipe=recipes.load(path), dropout=PromptDropout(subtask=1.0))
+    prompt = Pi052Prompter(tokenizer, options).training(sample("tidy up", SUBTASK), STATE, ACTIONS)
+    assert prompt.predicts_actions
+    assert prompt.tokens.tolist() == ids(tokenizer, "User: tidy up, State: 128 0 255;\n")
+
+
+def test_blocks_of_text_are_lines_for_pi052_and_run_on_for_smolvla2(tokenizer):
+    content = (TextBlock(text="look: "), ImageBlock(feature="front"), TextBlock(text="where?"))
+    message = (Message(role="user", content=content),)
+    assert prompter(tokenizer).write(message, None)[0].tolist() == ids(tokenizer, "User: look: \nwhere?\n")
+    smol = smol_tokenizer()
+    written = SmolVLA2Prompter(smol, SmolVLA2PromptOptions()).write(message)[0]
+    assert written.tolist() == smol.encode("<|im_start|>User: look: where?<end_of_utterance>\n").tokens.tolist()
 
 
 def test_text_begins_with_its_first_word_and_has_no_special_tokens(tokenizer):
@@ -206,6 +242,7 @@ def test_smolvla2_learns_role_and_end(tokenizer):
     assert prompt.tokens.tolist() == smol.encode(text).tokens.tolist()
     target = "Assistant: grasp the cup<end_of_utterance>\n"
     assert prompt.labels[prompt.labels != IGNORED_LABEL].tolist() == smol.encode(target).tokens.tolist()
+    assert SmolVLA2PromptOptions().dropout.as_smolvla2
     with pytest.raises(InvalidInput, match="the limit is 48"):
         SmolVLA2Prompter(smol, SmolVLA2PromptOptions()).acting(sample("tidy up " * 9))
 
@@ -257,10 +294,11 @@ def test_either_order_is_read_and_anything_else_left_out():
         "3",
         "[]",
         '{"answer": "yes"}',
-        '{"label": "cup", "point": [1, NaN]}',
-        '{"label": "cup", "point": [true, 1]}',
+        '{"label": "cup", "point": [1, NaN], "point_format": "xy"}',
+        '{"label": "cup", "point": [true, 1], "point_format": "xy"}',
         '{"label": "cup", "point": [1, 2], "point_format": "yx"}',
-        '{"label": 3, "point": [1, 2]}',
+        '{"label": 3, "point": [1, 2], "point_format": "xy"}',
+        '{"label": "cup", "point": [1, 2]}',
         '{"detections": [3, {"label": "a", "bbox": [1, 2, 3]}]}',
         '{"detections": 3}',
     ],
@@ -270,7 +308,16 @@ def test_other_answers_stay_as_they_are(answer):
 
 
 def test_coordinates_outside_the_picture_are_brought_to_its_edge():
-    assert locations.from_json('{"label": "cup", "point": [-5, 2000]}') == "cup <loc1023><loc0000>"
+    answer = {"label": "cup", "point": [-5, 2000], "point_format": "xy"}
+    assert locations.from_json(json.dumps(answer)) == "cup <loc1023><loc0000>"
+
+
+def test_halves_go_to_the_even_token():
+    """500 is 511.5 of 1023; the same half at an even neighbour below shows that it is not always up."""
+    first, second = 500, 1000 * 2.5 / 1023
+    assert second / 1000 * 1023 == 2.5
+    answer = {"label": "cup", "point": [first, second], "point_format": "xy"}
+    assert locations.from_json(json.dumps(answer)) == "cup <loc0002><loc0512>"
 
 
 def test_state_bins_at_the_edges():

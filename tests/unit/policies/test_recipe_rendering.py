@@ -175,9 +175,20 @@ def test_dropout_is_a_function_of_the_sample():
 
 
 def test_case_counts_unless_told():
-    message = (Message(role="user", content="previous MEMORY: a"),)
+    message = (Message(role="user", content=" previous MEMORY: a"),)
     assert PromptDropout(memory=1.0).apply(message, 0) == message
-    assert PromptDropout(memory=1.0, ignore_case=True).apply(message, 0) == ()
+    assert PromptDropout(memory=1.0, as_smolvla2=True).apply(message, 0) == ()
+    same_case = (Message(role="user", content=" Previous memory: a"),)
+    assert PromptDropout(memory=1.0).apply(same_case, 0) == ()
+
+
+def test_which_messages_take_a_draw():
+    """Seed 0 draws 0.84, then 0.76: 0.8 separates them."""
+    messages = (MEMORY[0], Message(role="assistant", content="Plan: c"), MEMORY[1])
+    assert PromptDropout(memory=0.8).apply(messages, 0) == messages  # The memory takes the first.
+    assert PromptDropout(memory=0.8, as_smolvla2=True).apply(messages, 0) == messages[:2]  # The plan did.
+    of_subtask = (MEMORY[0], MEMORY[3], MEMORY[2])
+    assert PromptDropout(subtask=0.8).apply(of_subtask, 0) == of_subtask  # Neither the task nor the target draws.
 
 
 def test_probabilities_are_checked():
