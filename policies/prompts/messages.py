@@ -10,6 +10,7 @@ joint        user task; assistant subtask                                       
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -20,10 +21,13 @@ import numpy.typing as npt
 
 from manyhands.errors import InvalidInput
 
+from ..pi052.losses import IGNORED_LABEL
+from ..pi052.policy import Prompt
 from ..policy import Sample, TextKind, TextRequest
 from ..recipes.annotations import Annotations
 from ..recipes.recipe import Recipe
 from ..recipes.render import Message, Messages, PromptDropout, fallback, plain_text, predicts_actions, render, task_variant
+from .tokenizer import Tokenizer
 
 _NUM_STATE_BINS = 256
 _SPOKEN = re.compile(r"<say>(.*?)</say>", re.DOTALL)
@@ -101,6 +105,18 @@ def spoken_text(message: Message, separator: str = "\n") -> str:
         return plain_text(message.content, separator)
     written = plain_text(message.content).strip()
     return f"{written}\n{spoken}" if written else spoken
+
+
+def shown(prompt: Prompt, tokenizer: Tokenizer) -> str:
+    """A prompt for people: special tokens as they are written, what is learnt between [[ and ]]."""
+    tokens = prompt.tokens
+    learnt = np.zeros(len(tokens), dtype=np.bool_) if prompt.labels is None else prompt.labels != IGNORED_LABEL
+    edges = [0, *(np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1).tolist(), len(tokens)]
+    parts = []
+    for begin, end in itertools.pairwise(edges):
+        text = tokenizer.decode(tokens[begin:end].tolist(), with_special=True)
+        parts.append(f"[[{text}]]" if begin < end and learnt[begin] else text)
+    return "".join(parts)
 
 
 def parse_spoken(text: str) -> tuple[str, list[str]]:

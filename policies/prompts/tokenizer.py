@@ -59,9 +59,8 @@ class Tokenizer:
             offsets=np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2),
         )
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Special tokens left out."""
-        text: str = self._raw.decode(list(tokens), skip_special_tokens=True)
+    def decode(self, tokens: Iterable[int], *, with_special: bool = False) -> str:
+        text: str = self._raw.decode(list(tokens), skip_special_tokens=not with_special)
         return text
 
     def id_of(self, token: str) -> int:

@@ -62,9 +62,15 @@ class Annotations:
         """
         value = value or {}
         return cls(
-            persistent=tuple(_row(row, f"persistent[{i}]", True) for i, row in enumerate(value.get("persistent") or ())),
-            events=tuple(_row(row, f"events[{i}]", False) for i, row in enumerate(value.get("events") or ())),
+            persistent=tuple(_row(row, f"persistent[{i}]", True) for i, row in enumerate(_listed(value, "persistent"))),
+            events=tuple(_row(row, f"events[{i}]", False) for i, row in enumerate(_listed(value, "events"))),
         )
+
+
+def _listed(value: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """Lists as Python or as NumPy has them; what is missing is empty."""
+    found = value.get(name)
+    return () if found is None else list(found)
 
 
 def _row(value: Mapping[str, Any], where: str, is_persistent: bool) -> Row:
@@ -89,7 +95,7 @@ def _row(value: Mapping[str, Any], where: str, is_persistent: bool) -> Row:
         style=style,
         timestamp_s=_stored_time(timestamp) if is_persistent else None,
         camera=camera,
-        tool_calls=tuple(_tool_call(call, field_name) for call in value.get("tool_calls") or ()),
+        tool_calls=tuple(_tool_call(call, field_name) for call in _listed(value, "tool_calls")),
     )
 
 

@@ -50,6 +50,7 @@ _COMPONENT_KEYS = {"messages", "bindings", "weight", "route"}
 _TURN_KEYS = {"role", "content", "stream", "target", "if_present", "tool_calls_from"}
 _BLOCK_KEYS = {"text": "text", "image": "feature"}
 _MAX_FILE_BYTES = 1 << 20
+_MAX_WEIGHT = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +137,14 @@ def load(name_or_path: str | Path) -> Recipe:
         path = Path(__file__).parent / "shipped" / f"{name}.yaml"
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise InvalidInput(f"{path} is larger than {_MAX_FILE_BYTES} bytes; that is no recipe", field="recipe_path")
-    text = path.read_text(encoding="utf-8")
     try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} is not YAML: {error}", field="recipe_path") from None
+    except RecursionError:
+        raise InvalidInput(f"{path} is nested too deeply", field="recipe_path") from None
     return parse(value, name=path.stem, source=str(path))
 
 
@@ -163,7 +166,7 @@ def parse(value: object, *, name: str, source: str = "") -> Recipe:
         inside = _Place(place.source, str(component_name))
         part = inside.mapping(entry, _COMPONENT_KEYS, "")
         weight = part.get("weight")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= _MAX_WEIGHT:
             inside.fail("weight", f"is {weight!r}, must be a number > 0")
         components.append(_component(part, str(component_name), inside))
     return Recipe(name=name, components=tuple(components))

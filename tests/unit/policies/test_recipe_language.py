@@ -104,6 +104,8 @@ def test_errors_name_file_component_and_key(value, says):
     [
         ("", "is empty"),
         ("messages: [", "is not YAML"),
+        ("? {a: 1}\n: 2\n", "is not YAML"),
+        ("[" * 5000, "is nested too deeply"),
         ("messages: !!python/object/apply:os.system ['true']", "is not YAML"),
         ("blend:\n  a: {weight: 1}\n  a: {weight: 2}\n", "line 3: a stands there twice"),
     ],
@@ -114,6 +116,25 @@ def test_files(tmp_path: Path, text, says):
     with pytest.raises(InvalidInput, match=says) as caught:
         recipes.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidInput, match=r"mine\.yaml is not YAML"):
+        recipes.load(tmp_path / "mine.yaml")
+
+
+def test_a_file_that_is_far_too_large(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_bytes(b"#" * (1 << 20) + b"\n")
+    with pytest.raises(InvalidInput, match="is larger than"):
+        recipes.load(tmp_path / "mine.yaml")
+
+
+def test_questions_are_known_by_route_and_in_older_recipes_by_name():
+    value = {"blend": {name: {"weight": 1.0, "messages": [TURN]} for name in ("act", "ask_vqa_top", "look")}}
+    value["blend"]["look"]["route"] = "vqa"
+    found = [component.is_visual_question for component in recipes.parse(value, name="mine").components]
+    assert found == [False, True, True]
 
 
 def test_a_file_of_ones_own(tmp_path: Path):

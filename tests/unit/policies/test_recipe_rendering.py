@@ -75,6 +75,15 @@ def test_a_row_begins_on_its_frame_whatever_the_precision_of_its_time():
         assert resolved("active_at(t, style=subtask)", float(np.float32(frame_s)), [row("now", "subtask", stored)]) == "now"
 
 
+def test_rows_as_parquet_readers_give_them():
+    calls = np.array(['{"function": {"name": "say"}}'], dtype=object)
+    rows = np.array([row("a", "subtask", np.float32(0.5)), row(None, "memory", 1, tool_calls=calls)], dtype=object)
+    found = Annotations.of({"persistent": rows, "events": None})
+    assert [r.timestamp_s for r in found.persistent] == [0.5, 1.0]
+    assert found.persistent[1].calls("say")
+    assert Annotations.of(None) == Annotations()
+
+
 @pytest.mark.parametrize(
     ("persistent", "events", "says"),
     [
