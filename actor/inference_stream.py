@@ -28,8 +28,13 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 2.0
+# A stream that lived this long was a good one: the next one is opened without a wait.
+STABLE_S = 2.0
 # The server answers a late request with a refusal; only a dead link leaves us without any answer this much after.
 ANSWER_GRACE_S = 1.0
+HANDSHAKE_TIMEOUT_S = 10.0
+# Of later attempts: a link that swallows packets must not keep a run from ending.
+REOPEN_TIMEOUT_S = 2.0
 # After kill -9 of an actor the server needs a moment to see that the old stream is gone.
 NAME_TAKEN_PATIENCE_S = 5.0
 
@@ -87,6 +92,26 @@ class SessionPlan:
     replan_interval_steps: int
 
 
+class Backoff:
+    """How long to wait before the next attempt at a stream: at once the first time and after one that lived, else longer and
+    longer, with jitter, since robots that lost the same server must not all come back in the same instant."""
+
+    def __init__(self) -> None:
+        self._step_s = 0.0
+        self._opened_s: float | None = None
+
+    def opened(self, now_s: float) -> None:
+        self._opened_s = now_s
+
+    def next_s(self, now_s: float) -> float:
+        if self._opened_s is not None and now_s - self._opened_s > STABLE_S:
+            self._step_s = 0.0
+        self._opened_s = None
+        wait_s = self._step_s * random.uniform(0.5, 1.0)
+        self._step_s = min(max(2 * self._step_s, FIRST_BACKOFF_S), LONGEST_BACKOFF_S)
+        return wait_s
+
+
 class InferenceStream:
     """A session that mends itself.
 
@@ -118,7 +143,7 @@ class InferenceStream:
         give_up_s = time.monotonic() + NAME_TAKEN_PATIENCE_S
         while True:
             try:
-                self._session = self._first_session = self._open_session()
+                self._session = self._first_session = self._open_session(HANDSHAKE_TIMEOUT_S)
                 return self._session
             except errors.AlreadyExists as error:
                 wait_s = min(error.retry_after_s or 0.5, 1.0)
@@ -162,7 +187,7 @@ class InferenceStream:
             self._closing = True
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=REOPEN_TIMEOUT_S + 0.5)
         if self._session is not None:
             try:
                 self._client.close_session(self._session.session_id, timeout_s=1.0)
@@ -171,19 +196,19 @@ class InferenceStream:
         self._client.close()
 
     def _run(self) -> None:
-        backoff_s = FIRST_BACKOFF_S
+        backoff, retry_after_s = Backoff(), 0.0
         while not self._closing:
-            if self._stream is None:
-                try:
-                    self._connect()
-                    backoff_s = FIRST_BACKOFF_S
-                except errors.ManyhandsError as error:
-                    self._disconnect(f"{self._plan.model}: {error}")
-                    # Robots that lost the same server must not all come back in the same instant.
-                    self._sleep(max(error.retry_after_s or 0.0, backoff_s * random.uniform(0.5, 1.0)))
-                    backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)
+            if self._stream is not None:
+                self._serve_once()
                 continue
-            self._serve_once()
+            self._sleep(max(backoff.next_s(time.monotonic()), retry_after_s))
+            try:
+                self._connect()
+                backoff.opened(time.monotonic())
+                retry_after_s = 0.0
+            except errors.ManyhandsError as error:
+                self._disconnect(f"{self._plan.model}: {error}")
+                retry_after_s = error.retry_after_s or 0.0
         self._disconnect("closed")
 
     def _serve_once(self) -> None:
@@ -236,7 +261,7 @@ class InferenceStream:
 
     def _connect(self) -> None:
         if self._session is None:
-            session = self._open_session()
+            session = self._open_session(REOPEN_TIMEOUT_S)
             first = self._first_session
             if first is not None and _shape(session) != _shape(first):
                 raise errors.Refused(
@@ -252,7 +277,7 @@ class InferenceStream:
             self._detail = ""
             self._changed.notify_all()
 
-    def _open_session(self) -> Session:
+    def _open_session(self, timeout_s: float) -> Session:
         plan = self._plan
         return self._client.open_session(
             robot_id=plan.robot_id,
@@ -260,6 +285,7 @@ class InferenceStream:
             model=plan.model,
             spec=plan.spec,
             replan_interval_steps=plan.replan_interval_steps,
+            timeout_s=timeout_s,
         )
 
     def _received(self, reply: Reply) -> None:

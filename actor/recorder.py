@@ -88,13 +88,14 @@ class Recorder:
         self._thread.join(timeout=5.0)
 
     def _finish(self, finish: Callable[[EpisodeLog], None]) -> int:
-        log, self._log = self._log, None
+        log = self._log
         if log is None:
             return 0
         try:
             self.flush()
         except errors.ManyhandsError as error:
             logger.error("episode %s ends early: %s", log.meta.episode_uuid, error)
+        self._log = None
         try:
             finish(log)
         except OSError as error:

@@ -163,8 +163,9 @@ class Run:
             try:
                 link.acquire()
                 return
-            except errors.Refused:
-                if time.monotonic() > give_up_s or self._stop.wait(0.2):
+            except errors.Refused as error:
+                is_held = error.field == "holder"
+                if not is_held or time.monotonic() > give_up_s or self._stop.wait(0.2):
                     raise
 
     def _prepare_for_ever_and_run(self) -> None:
@@ -353,15 +354,16 @@ class Run:
         self._set(state, detail)
 
     def _close(self) -> None:
+        """The robot first: it must not wait for a service that does not answer."""
         if self._operator is not None:
             self._operator.close()
             self._operator = None
-        if self._policy is not None:
-            self._policy.stream.close()
-            self._policy = None
         if self._link is not None:
             self._link.release()
             self._link = None
+        if self._policy is not None:
+            self._policy.stream.close()
+            self._policy = None
         if self._robot_client is not None:
             self._robot_client.close()
             self._robot_client = None

@@ -41,7 +41,7 @@ class Uploader:
         """Stops; what is not sealed stays in the spool."""
         self._closing.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=5.0)
+            self._thread.join(timeout=1.0)
         self._client.close()
 
     def _run(self) -> None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from manyhands import codec
 from manyhands.dataset.v1 import dataset_pb2
-from manyhands.errors import Corrupt, ManyhandsError
+from manyhands.errors import Cancelled, Corrupt, ManyhandsError
 
 from .definition import Definition
 from .episode_log import read_frames
@@ -106,6 +106,8 @@ class EpisodeEncoder:
                 if self._is_broken or self._num_encoded > frame_count:
                     self._restart()
                 for sequence, frame in enumerate(read_frames(log)):
+                    if self._pool.is_interrupted:
+                        raise Cancelled("the store is closing; encoding goes on at its next start")
                     if self._num_encoded <= sequence < frame_count:
                         self._encode({f.name: _picture(frame, f.name) for f in self._definition.cameras})
                 if self._num_encoded != frame_count:
@@ -135,7 +137,7 @@ class EpisodeEncoder:
     def _encode_pending(self) -> None:
         while True:
             with self._lock:
-                if not self._pending or self._is_abandoned:
+                if not self._pending or self._is_abandoned or self._pool.is_interrupted:
                     self._is_scheduled = False
                     return
                 pictures = self._pending.popleft()
@@ -204,12 +206,17 @@ class EncoderPool:
 
     def __init__(self, *, num_threads: int) -> None:
         self._executor = ThreadPoolExecutor(num_threads, "encode", initializer=_lower_priority)
+        self.is_interrupted = False
 
     def submit(self, work: Any, *arguments: Any) -> Future[Any]:
         return self._executor.submit(work, *arguments)
 
+    def interrupt(self) -> None:
+        """Work stops after the frame at hand; whoever waits for a result gets Cancelled. The frames are in the logs."""
+        self.is_interrupted = True
+
     def close(self) -> None:
-        """Waits for the frame that each thread is at; the rest is in the logs."""
+        self.interrupt()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 

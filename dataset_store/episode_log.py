@@ -173,6 +173,12 @@ def read_begin(log: Path) -> dataset_pb2.Begin | None:
     return None if first is None else dataset_pb2.Begin.FromString(first)
 
 
+def count_frames(log: Path) -> int:
+    """Whole frames in a log on disk."""
+    payloads, _ = read_log(log)
+    return max(0, sum(1 for _ in payloads) - 1)
+
+
 def read_frames(log: Path) -> Iterator[dataset_pb2.Frame]:
     """In order of sequence, 0, 1, 2, ..."""
     payloads, _ = read_log(log)

@@ -60,6 +60,7 @@ async def _serve(settings: Settings) -> int:
         )
         await server.run_until_signalled(grace_s=1.0)
     finally:
+        store.interrupt()
         await asyncio.to_thread(service.close)
         await asyncio.to_thread(store.close)
     return 0

@@ -24,7 +24,7 @@ from .catalogue import Catalogue, CataloguedEpisode, EpisodeState
 from .columns import Columns, columns_of, data_schema, from_table, to_table
 from .definition import Definition
 from .encoder import EncodedEpisode
-from .episode_log import read_frames
+from .episode_log import count_frames, read_frames
 from .layout import (
     CHUNKS_SIZE,
     DATA_PATTERN,
@@ -93,7 +93,8 @@ class Publisher:
     def publish(self, ready: Sequence[CataloguedEpisode]) -> int:
         """Numbers and publishes these sealed episodes, after what an earlier attempt left numbered; returns how many.
 
-        Raises OSError where the disk is full: the next call goes on with the same numbers.
+        Raises OSError where the disk is full: the next call goes on with the same numbers; Corrupt, after everything else is
+        published, where an episode's log lost frames.
         """
         name = self._definition.name
         published = 0
@@ -101,7 +102,7 @@ class Publisher:
         if numbered:
             self._publish_batch([(episode, self._encoded_of(episode)) for episode in numbered])
             published += len(numbered)
-        waiting = [(episode, self._encoded_of(episode)) for episode in ready if episode.state is EpisodeState.SEALED]
+        waiting, damaged = self._take_whole(ready)
         while waiting:
             count = next_batch(waiting, self._definition)
             encoded = {episode.uuid: result for episode, result in waiting[:count]}
@@ -109,7 +110,33 @@ class Publisher:
             self._publish_batch([(episode, encoded[episode.uuid]) for episode in batch])
             published += count
             waiting = waiting[count:]
+        if damaged is not None:
+            raise damaged
         return published
+
+    def _take_whole(
+        self, ready: Sequence[CataloguedEpisode]
+    ) -> tuple[list[tuple[CataloguedEpisode, EncodedEpisode]], Exception | None]:
+        """The episodes that can be published, and what is wrong with the first other one: it must not hold up the rest."""
+        whole: list[tuple[CataloguedEpisode, EncodedEpisode]] = []
+        damaged: Exception | None = None
+        for episode in ready:
+            if episode.state is not EpisodeState.SEALED:
+                continue
+            try:
+                # Before it gets a number: a numbered episode is published or everything after it waits.
+                found = count_frames(self._log_of(episode.uuid))
+                if found != episode.frame_count:
+                    raise Corrupt(
+                        f"the log of episode {episode.uuid} holds {found} whole frames, {episode.frame_count} were sealed; "
+                        "its disk lost data",
+                        field="episode_uuid",
+                    )
+                whole.append((episode, self._encoded_of(episode)))
+            except Exception as error:
+                logger.error("%s: episode %s cannot be published: %s", self._definition.name, episode.uuid, error)
+                damaged = damaged or error
+        return whole, damaged
 
     def _publish_batch(self, batch: list[tuple[CataloguedEpisode, EncodedEpisode]]) -> None:
         definition, root = self._definition, self._root
@@ -140,20 +167,13 @@ class Publisher:
     def _columns(self, episode: CataloguedEpisode, tasks: Sequence[str]) -> Columns:
         assert episode.episode_index is not None
         assert episode.first_frame is not None
-        columns = columns_of(
+        return columns_of(
             read_frames(self._log_of(episode.uuid)),
             self._definition,
             episode_index=episode.episode_index,
             first_frame=episode.first_frame,
             task_indices={task: index for index, task in enumerate(tasks)},
         )
-        if len(columns["index"]) != episode.frame_count:
-            raise Corrupt(
-                f"the log of episode {episode.uuid} holds {len(columns['index'])} frames, {episode.frame_count} were "
-                "sealed; its disk lost data",
-                field="episode_uuid",
-            )
-        return columns
 
     def _put_video(self, number: FileNumber, camera: str, encoded: Sequence[EncodedEpisode]) -> PublishedFile:
         def write(path: Path) -> None:

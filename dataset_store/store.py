@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import shutil
 import threading
@@ -23,7 +24,7 @@ from typing import TextIO
 
 from manyhands import metrics
 from manyhands.dataset.v1 import dataset_pb2
-from manyhands.errors import InvalidInput, ManyhandsError, Overloaded, Refused
+from manyhands.errors import Corrupt, InvalidInput, ManyhandsError, Overloaded, Refused
 from manyhands.framelog import truncate_torn
 
 from .catalogue import Catalogue, CataloguedEpisode, EpisodeState, SealedEpisode
@@ -95,12 +96,17 @@ class Store:
         self._publishing = threading.Thread(target=self._publish_in_background, name="publish", daemon=True)
         self._publishing.start()
 
-    def close(self) -> None:
-        """Stops after the file at hand; everything acknowledged is on disk already."""
+    def interrupt(self) -> None:
+        """Encoding and publishing stop at the next frame or file; calls that wait for them get Cancelled."""
         self._is_closing = True
         self._wake.set()
+        self._pool.interrupt()
+
+    def close(self) -> None:
+        """Everything acknowledged is on disk already; what is under way goes on at the next start."""
+        self.interrupt()
         self._pool.close()
-        self._publishing.join(timeout=10.0)
+        self._publishing.join(timeout=3.0)
         with self._lock:
             for live in self._live.values():
                 live.log.close()
@@ -186,7 +192,7 @@ class Store:
             self.catalogue.seal(dataset, episode)
             with self._lock:
                 self._live.pop(key, None)
-                self._sealed_at.setdefault(dataset, time.monotonic())
+                self._sealed_at[dataset] = min(self._sealed_at.get(dataset, math.inf), time.monotonic())
                 self._finish_encoding(key, live.encoder, episode.frame_count)
             live.log.close()
         self._wake.set()
@@ -280,7 +286,8 @@ class Store:
                 except Exception as error:
                     if self._is_closing:
                         return
-                    retry_after_s = 5.0
+                    # A full disk passes; a damaged episode stays damaged, the others were published.
+                    retry_after_s = 300.0 if isinstance(error, Corrupt) else 5.0
                     is_expected = isinstance(error, OSError | ManyhandsError)
                     logger.error("%s: publishing failed, will retry: %s", dataset, error, exc_info=not is_expected)
                 if self.catalogue.counts(dataset).sealed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -47,6 +48,7 @@ class VideoWriter:
             options |= {"bf": "0", "x264-params": "scenecut=0:open-gop=0"}
         else:
             options["svtav1-params"] = "lp=1"
+            os.environ.setdefault("SVT_LOG", "1")  # Errors only; it tells its settings for every episode otherwise.
         stream.codec_context.options = options
         self._stream = stream
 
@@ -85,7 +87,8 @@ def join_videos(sources: Sequence[Path], target: Path, *, fps: int) -> None:
             with av.open(str(source)) as container:
                 video = container.streams.video[0]
                 if stream is None:
-                    stream = output.add_stream_from_template(video)
+                    # Opaque: packets are copied, and the decoder that opened them (dav1d) may have no encoder.
+                    stream = output.add_stream_from_template(video, opaque=True)
                     stream.time_base = Fraction(1, fps)
                 first = total
                 for packet in container.demux(video):
@@ -183,7 +186,10 @@ class VideoReader:
 
 
 class ReaderCache:
-    """Open readers, a bounded number per thread: decoders are not thread-safe, and each holds a descriptor and megabytes."""
+    """Open readers, a bounded number per thread: decoders are not thread-safe, and each holds a descriptor and megabytes.
+
+    A forked process starts with none: its copies would share file positions with the parent's.
+    """
 
     def __init__(self, *, fps: int, max_open: int = 16) -> None:
         if max_open < 1:
@@ -194,8 +200,9 @@ class ReaderCache:
 
     def get(self, path: Path) -> VideoReader:
         readers: collections.OrderedDict[Path, VideoReader] | None = getattr(self._local, "readers", None)
-        if readers is None:
+        if readers is None or self._local.pid != os.getpid():
             readers = self._local.readers = collections.OrderedDict()
+            self._local.pid = os.getpid()
         reader = readers.get(path)
         if reader is None:
             while len(readers) >= self._max_open:

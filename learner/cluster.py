@@ -7,10 +7,12 @@ folder in /tmp, swept at the next start.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,8 @@ class RayCluster:
             raise Refused(
                 f"Ray does not start: {error}; 'manyhands doctor' checks memory, disk and ports", field="ray"
             ) from error
-        self._warm_up()
+        # Beside everything else: a run that comes before it is through waits for what is left of it.
+        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
     def fit(self, config: Mapping[str, Any], *, folder: Path, max_failures: int) -> None:
         """Runs worker.run_worker(config) in every worker; one that dies restarts all, at most max_failures times.
@@ -99,15 +102,21 @@ class RayCluster:
         trainer.fit()
 
     def stop(self) -> None:
+        """Ends Ray. Of a local one nothing is left: what does not go by itself within a second is killed."""
         import ray
 
+        started = psutil.Process().children(recursive=True) if self._folder is not None else []
         ray.shutdown()
+        for process in psutil.wait_procs(started, timeout=1.0)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _warm_up(self) -> None:
         """Importing torch takes seconds: done now, in processes that the run's workers then take over."""
         import ray
+        import ray.train.torch
 
         @ray.remote(num_cpus=1)
         def import_everything() -> int:
@@ -117,8 +126,10 @@ class RayCluster:
 
             return os.getpid()
 
-        ray.get([import_everything.remote() for _ in range(self._num_workers)])
-        import ray.train.torch
+        try:
+            ray.get([import_everything.remote() for _ in range(self._num_workers)])
+        except Exception as error:  # Ended meanwhile, or a run will meet the same error and say it.
+            logger.debug("warming up: %s", error)
 
 
 def sweep_leftovers(temporary: Path) -> None:

@@ -30,7 +30,7 @@ class Settings(BaseSettings):
 
     output: Path = Field(Path("demo-output"), description="folder for the dataset, checkpoints, logs, video and plot")
     keep: bool = Field(False, description="leave everything running at the end, until Ctrl-C")
-    recorded_episodes: int = Field(10, ge=1, description="episodes that each robot's expert records")
+    recorded_episodes: int = Field(10, ge=1, description="episodes that each robot's expert records (reach: twice)")
     untrained_episodes: int = Field(2, ge=1, description="closed-loop episodes per robot before training")
     evaluation_episodes: int = Field(20, ge=1, description="closed-loop episodes per robot after training")
     train_s: float = Field(70.0, gt=0, description="how long the learner may train, s")
@@ -85,7 +85,7 @@ def _run(settings: Settings, output: Path, topology: Topology, findings: report.
     with contextlib.closing(fleet):
         with _stage(findings, "b. record", stages.RECORD_TEXT):
             findings.recorded = stages.record(fleet, settings.recorded_episodes, console)
-            wanted = settings.recorded_episodes * len(fleet.robots)
+            wanted = settings.recorded_episodes * sum(robot.recording_factor for robot in fleet.robots)
             demand(
                 len(findings.recorded) == wanted, f"{len(findings.recorded)} of {wanted} expert episodes are in the store"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -42,18 +42,19 @@ class RobotRun:
 class Runs:
     """One run on every robot; wait() until all are over, or stop() them."""
 
-    def __init__(self, fleet: Fleet, name: str, definition: actor_pb2.RunDefinition) -> None:
+    def __init__(self, fleet: Fleet, name: str, definitions: Mapping[str, actor_pb2.RunDefinition]) -> None:
+        """definitions: By robot; they get a run_id of their own."""
         self.results = {robot: RobotRun(robot=robot) for robot in fleet.actors}
         self._actors = fleet.actors
         self._run_id = f"{name}-{uuid.uuid4().hex[:8]}"
-        self._definition = actor_pb2.RunDefinition()
-        self._definition.CopyFrom(definition)
-        self._definition.run_id = self._run_id
+        self._definitions = definitions
+        for definition in definitions.values():
+            definition.run_id = self._run_id
         self._threads: list[threading.Thread] = []
 
     def start(self, on_episode: Callable[[str, Episode], None] | None = None) -> None:
         for robot, actor in self._actors.items():
-            actor.start_run(self._definition)
+            actor.start_run(self._definitions[robot])
             thread = threading.Thread(target=self._watch, args=(robot, actor, on_episode), daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -98,18 +99,23 @@ class Runs:
             result.error = str(error)
 
 
-def run_with_progress(fleet: Fleet, name: str, definition: actor_pb2.RunDefinition, console: Console) -> list[RobotRun]:
+def run_with_progress(
+    fleet: Fleet, name: str, definitions: Mapping[str, actor_pb2.RunDefinition], console: Console
+) -> list[RobotRun]:
     """Starts the run everywhere and shows a bar per robot until all are over."""
     columns = (TextColumn("  {task.description:<8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bars = {robot: progress.add_task(robot, total=definition.episode_count, note="") for robot in fleet.actors}
+        bars = {
+            robot: progress.add_task(robot, total=definition.episode_count, note="")
+            for robot, definition in definitions.items()
+        }
         counts = dict.fromkeys(fleet.actors, 0)
 
         def on_episode(robot: str, episode: Episode) -> None:
             counts[robot] += episode.success
             progress.update(bars[robot], advance=1, note=f"{counts[robot]} succeeded: {episode.task}")
 
-        runs = Runs(fleet, name, definition)
+        runs = Runs(fleet, name, definitions)
         runs.start(on_episode)
         return runs.wait()
 

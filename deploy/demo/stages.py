@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from manyhands import stamps
 from manyhands.actor.v1 import actor_pb2
+from manyhands.clients.actor import roll_out, teleoperate
 from manyhands.errors import Refused, TooLate
 from manyhands.learner.v1 import learner_pb2
 
@@ -61,31 +62,32 @@ REPORT_TEXT = "The evaluated episodes become a video, learning and latency a plo
 
 
 def record(fleet: Fleet, num_episodes: int, console: Console) -> list[Episode]:
-    """num_episodes successful expert episodes per robot into the store; failures are discarded and tried again."""
+    """Successful expert episodes of every robot into the store; failures are discarded and tried again."""
     fleet.create_datasets(DATASET, EVALUATION_DATASET)
-    run = actor_pb2.RunDefinition(
-        mode=actor_pb2.RUN_MODE_TELEOPERATE,
-        episode_count=num_episodes,
-        teleoperator="expert",
-        dataset=DATASET,
-        discard_failures=True,
-        max_episode_steps=MAX_EPISODE_STEPS,
-    )
-    return [episode for result in run_with_progress(fleet, "record", run, console) for episode in result.episodes]
+    definitions = {
+        robot.name: teleoperate(
+            DATASET,
+            teleoperator="expert",
+            episode_count=num_episodes * robot.recording_factor,
+            max_episode_steps=MAX_EPISODE_STEPS,
+            discard_failures=True,
+        )
+        for robot in fleet.robots
+    }
+    return [episode for run in run_with_progress(fleet, "record", definitions, console) for episode in run.episodes]
 
 
 def closed_loop(
     fleet: Fleet, name: str, num_episodes: int, console: Console, *, first_seed: int, dataset: str = ""
 ) -> list[RobotRun]:
     """num_episodes per robot with the served policy."""
-    definition = _policy_run(num_episodes, first_seed=first_seed)
-    definition.dataset = dataset
-    return run_with_progress(fleet, name, definition, console)
+    definitions = _policy_runs(fleet, num_episodes, first_seed=first_seed, dataset=dataset)
+    return run_with_progress(fleet, name, definitions, console)
 
 
 def learn(fleet: Fleet, max_duration_s: float, findings: Findings, console: Console) -> None:
     """Trains while the robots go on acting; fills the learner's part of findings."""
-    acting = Runs(fleet, "while-learning", _policy_run(0, first_seed=7_000))
+    acting = Runs(fleet, "while-learning", _policy_runs(fleet, 0, first_seed=7_000))
     acting.start()
     try:
         fleet.learner.start_run(
@@ -176,12 +178,17 @@ def make_video(fleet: Fleet, root: Path, path: Path) -> Path:
     return path
 
 
-def _policy_run(num_episodes: int, *, first_seed: int) -> actor_pb2.RunDefinition:
-    return actor_pb2.RunDefinition(
-        mode=actor_pb2.RUN_MODE_POLICY,
-        episode_count=num_episodes,
-        first_seed=first_seed,
-        model=MODEL,
-        replan_interval_steps=REPLAN_INTERVAL_STEPS,
-        max_episode_steps=MAX_EPISODE_STEPS,
-    )
+def _policy_runs(
+    fleet: Fleet, num_episodes: int, *, first_seed: int, dataset: str = ""
+) -> dict[str, actor_pb2.RunDefinition]:
+    return {
+        robot.name: roll_out(
+            MODEL,
+            episode_count=num_episodes,
+            max_episode_steps=MAX_EPISODE_STEPS,
+            replan_interval_steps=REPLAN_INTERVAL_STEPS,
+            first_seed=first_seed,
+            dataset=dataset,
+        )
+        for robot in fleet.robots
+    }

@@ -10,6 +10,7 @@ from ..recipe import Recipe
 
 RECIPES: dict[str, str] = {
     "flow_metaworld": "learner.recipes.flow_metaworld",
+    "flow_smoke": "learner.recipes.flow_smoke",
 }
 
 

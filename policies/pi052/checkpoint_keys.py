@@ -175,8 +175,6 @@ def load(
         if progress is not None:
             progress(key, placed.numel() * placed.element_size())
     network.load_state_dict(state, strict=True, assign=True)
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(places[name].requires_grad)
     return fitted
 
 

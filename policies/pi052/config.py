@@ -135,6 +135,7 @@ class Pi052Config:
         fast_skip_tokens: FAST codes lie so far below the end of the vocabulary.
         trained_prefix_max_delay: Training keeps up to so many first actions clean, for ChunkMode.TRAINED.
         train_expert_only, freeze_vision: What does not train.
+        byte_prompts: Prompts without a tokenizer, for tests: policies/pi052/byte_prompts.py.
         backbone_lr_scale, expert_lr_scale, head_lr_scale: Factors on the learning rate of vision and language
         tower; of the expert with the action and time projections; of text head and token table.
     """
@@ -167,6 +168,7 @@ class Pi052Config:
     prefix_schedule: PrefixSchedule = PrefixSchedule.LINEAR
     max_guidance_weight: NonNegative = 10.0
     max_new_tokens: PositiveInt = 128
+    byte_prompts: bool = False
 
     def __post_init__(self) -> None:
         if self.trained_prefix_max_delay >= self.horizon:
@@ -193,6 +195,24 @@ def pi05_config(**changes: Any) -> Pi052Config:
     }
     return Pi052Config(**(defaults | changes))
 
+
+# A network of some ten thousand weights, for tests of what all policies promise.
+TINY = Pi052Config(
+    network=NetworkConfig(
+        vision=VisionSize(width=16, depth=1, mlp=32, heads=2, patch=8),
+        language=TowerSize(width=32, depth=2, mlp=32, heads=2, head_dim=16),
+        expert=TowerSize(width=16, depth=2, mlp=32, heads=2, head_dim=16),
+        vocabulary=516,
+        image_height=16,
+        image_width=16,
+        action_size=8,
+    ),
+    horizon=8,
+    num_steps=4,
+    prompt_length=96,
+    flow_repeats=2,
+    byte_prompts=True,
+)
 
 _CONFIG = TypeAdapter(Pi052Config)
 

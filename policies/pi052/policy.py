@@ -5,9 +5,10 @@ Shapes: B rows, I cameras, L prompt tokens, F FAST tokens, T horizon, A action s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,49 +24,14 @@ from ..normalization import Normalizer, Statistics
 from ..policy import CommittedPrefix, Losses, ParameterGroup, Policy, Sample, TextKind, TextRequest
 from . import config as configs
 from . import flow, losses, sampling, text
+from .byte_prompts import BytePrompter
 from .config import ChunkMode, Pi052Config
+from .gemma import GemmaLayer
 from .model import Pi052Network, PrefixState
+from .prompt import Prompt, Prompter
 
 PAD_TOKEN = 0
 EMPTY_CAMERA = "observation.images.empty_camera_"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One sample's tokens, not padded.
-
-    Attributes:
-        tokens: (l,) int64, at most the config's prompt_length.
-        marks: (l,) bool, text that attends causally though it is no target: in joint mode, the given subtask; or None.
-        labels: (l,) int64, losses.IGNORED_LABEL where nothing is learnt; None when acting or asking.
-        predicts_actions: The flow and FAST terms count this sample.
-        fast_tokens: (f,) int64 wrapped FAST sequence of the actions, or None.
-        fast_is_code: (f,) bool, codes among them.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    marks: npt.NDArray[np.bool_] | None = None
-    labels: npt.NDArray[np.int64] | None = None
-    predicts_actions: bool = True
-    fast_tokens: npt.NDArray[np.int64] | None = None
-    fast_is_code: npt.NDArray[np.bool_] | None = None
-
-
-class Prompter(Protocol):
-    """Recipes, prompts and tokenizers, as this policy needs them. Numbers come normalised."""
-
-    eos_token: int
-    special_tokens: Sequence[int]
-
-    def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
-        """state (S,), actions (T, R)."""
-
-    def acting(self, sample: Sample, state: npt.NDArray[np.float32]) -> Prompt: ...
-
-    def asking(self, sample: Sample, request: TextRequest, state: npt.NDArray[np.float32]) -> Prompt: ...
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Special tokens left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +72,14 @@ class Pi052Policy(Policy[Pi052Inputs]):
 
     type_name: ClassVar[str] = "pi052"
     has_text_head: ClassVar[bool] = True
+    masks_missing_cameras: ClassVar[bool] = True
 
     def __init__(self, config: Pi052Config, spec: Spec, prompter: Prompter | None = None) -> None:
         super().__init__()
         self.config = config
         self.spec = spec
+        if prompter is None and config.byte_prompts:
+            prompter = BytePrompter(config.prompt_length, with_text=config.text_weight > 0)
         self.prompter = prompter
         self.horizon = config.horizon
         self.model_action_size = config.network.action_size
@@ -125,8 +94,8 @@ class Pi052Policy(Policy[Pi052Inputs]):
         self.state_normalizer = Normalizer(config.state_normalization, vectors.size(spec.states))
         self.action_normalizer = Normalizer(config.action_normalization, self.robot_action_size)
         self.network = Pi052Network(config.network)
-        for part in self._frozen():
-            part.requires_grad_(False)
+        for parameter in self._frozen():
+            parameter.requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> Pi052Policy:
@@ -134,6 +103,10 @@ class Pi052Policy(Policy[Pi052Inputs]):
 
     def config_dict(self) -> dict[str, Any]:
         return configs.dump(self.config)
+
+    @classmethod
+    def tiny_config(cls) -> Mapping[str, Any]:
+        return configs.dump(configs.TINY)
 
     def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
         self.state_normalizer.set(vectors.join_statistics(statistics, self.spec.states), field="observation")
@@ -205,10 +178,11 @@ class Pi052Policy(Policy[Pi052Inputs]):
         for prompt in prompts:
             if len(prompt.tokens) > length:
                 raise InvalidInput(f"has {len(prompt.tokens)} tokens, prompt_length is {length}", field="task")
-        has_labels = any(prompt.labels is not None for prompt in prompts)
+        # In training by configuration, not by what these samples hold: see loss_terms().
+        has_labels = actions is not None and self.config.text_weight > 0
+        has_fast = actions is not None and self.config.fast_weight > 0
         has_marks = any(prompt.marks is not None for prompt in prompts)
-        has_fast = any(prompt.fast_tokens is not None for prompt in prompts)
-        fast_length = max((len(p.fast_tokens) for p in prompts if p.fast_tokens is not None), default=0)
+        fast_length = max((len(p.fast_tokens) for p in prompts if p.fast_tokens is not None), default=1)
 
         def padded(values: Sequence[npt.NDArray[Any] | None], width: int, filler: int) -> torch.Tensor:
             out = torch.full((len(values), width), filler, dtype=torch.int64)
@@ -361,37 +335,40 @@ class Pi052Policy(Policy[Pi052Inputs]):
         committed: CommittedPrefix | None = None,
         num_steps: int | None = None,
     ) -> torch.Tensor:
+        # Row by row: a matrix kernel chosen for another batch size adds in another order, and a robot's chunk must be the
+        # same bits whoever else is served. A server that batches takes the network's steps itself, and says how near it is.
+        chunks = []
+        for row in range(noise.shape[0]):
+            at = slice(row, row + 1)
+            prefix = None if committed is None or not int(committed.length[row]) else rows.select(committed, at)
+            chunks.append(self._act_one(rows.select(inputs, at), noise[at], prefix, num_steps or self.config.num_steps))
+        return torch.cat(chunks)
+
+    def _act_one(
+        self, inputs: Pi052Inputs, noise: torch.Tensor, committed: CommittedPrefix | None, num_steps: int
+    ) -> torch.Tensor:
         config = self.config
         velocity = sampling.velocity_of(self.network, self.prefix_state(inputs, hidden=False))
-        steps = num_steps or config.num_steps
         if committed is not None:
             committed = self.anchored(committed, inputs)
             if config.chunk_mode is ChunkMode.TRAINED:
                 max_delay = config.trained_prefix_max_delay
-                return sampling.trained_chunk(velocity, noise, steps, committed=committed, max_delay=max_delay)
+                return sampling.trained_chunk(velocity, noise, num_steps, committed=committed, max_delay=max_delay)
         return sampling.guided_chunk(
             velocity,
             noise,
-            steps,
+            num_steps,
             committed=committed,
             schedule=config.prefix_schedule,
             max_guidance_weight=config.max_guidance_weight,
         )
 
     def anchored(self, committed: CommittedPrefix, inputs: Pi052Inputs) -> CommittedPrefix:
-        """What carried() gave, in the model space of inputs: zero beyond its length and beyond the robot's numbers."""
+        """What carried() gave, in the model space of inputs; zero beyond the robot's numbers, anything beyond its length."""
         actions = committed.actions[..., : self.robot_action_size]
         if self.config.relative_actions:
             actions = self._to_model_space(actions, inputs.state)
-        actions = self._pad_actions(actions)
-        step = torch.arange(actions.shape[1], device=actions.device)
-        given = (step[None, :] < committed.length[:, None])[:, :, None]
-        return CommittedPrefix(
-            actions=torch.where(given, actions, torch.zeros_like(actions)),
-            length=committed.length,
-            delay_steps=committed.delay_steps,
-            execution_horizon=committed.execution_horizon,
-        )
+        return dataclasses.replace(committed, actions=self._pad_actions(actions))
 
     @torch.no_grad()
     def postprocess(self, chunk: torch.Tensor, inputs: Pi052Inputs) -> npt.NDArray[np.float32]:
@@ -459,11 +436,22 @@ class Pi052Policy(Policy[Pi052Inputs]):
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _frozen(self) -> Sequence[nn.Module]:
+    def _frozen(self) -> Iterator[nn.Parameter]:
+        """What does not train, and what no loss of this configuration can reach: DDP waits for every other gradient."""
         network, config = self.network, self.config
-        if config.train_expert_only:
-            return network.vision, network.projector, network.token_table, network.language, network.text_head
-        return (network.vision,) if config.freeze_vision else ()
+        learns_text = config.text_weight > 0 or config.fast_weight > 0
+        parts: list[nn.Module] = []
+        if config.train_expert_only or (config.knowledge_insulation and not learns_text):
+            parts += [network.vision, network.projector, network.token_table, network.language, network.text_head]
+        if config.freeze_vision:
+            parts.append(network.vision)
+        if not learns_text:
+            # Actions read the last layer's keys and values, and nothing behind them.
+            last = network.language.layers[-1]
+            assert isinstance(last, GemmaLayer)
+            parts += [network.text_head, network.language.norm, last.q, last.o, last.norm_2, last.gate, last.up, last.down]
+        for part in parts:
+            yield from part.parameters()
 
     def _prompter(self) -> Prompter:
         if self.prompter is None:
@@ -483,3 +471,16 @@ class Pi05Policy(Pi052Policy):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> Pi05Policy:
         return cls(configs.parse(configs.dump(configs.pi05_config()) | dict(config)), spec)
+
+    @classmethod
+    def tiny_config(cls) -> Mapping[str, Any]:
+        tiny = configs.TINY
+        return configs.dump(
+            configs.pi05_config(
+                network=tiny.network,
+                horizon=tiny.horizon,
+                num_steps=tiny.num_steps,
+                prompt_length=tiny.prompt_length,
+                byte_prompts=True,
+            )
+        )

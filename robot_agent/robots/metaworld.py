@@ -119,6 +119,12 @@ class MetaWorldOptions(RobotOptions):
     front_camera: Literal["corner", "corner2", "corner3", "corner4"] = Field(
         "corner4", description="the scene camera; corner4 is the nearest"
     )
+    expert_noise: float = Field(
+        0.0, ge=0, le=1, description="standard deviation of what the expert adds to its actions: shows the way back"
+    )
+    settle_ticks: int = Field(
+        0, ge=0, le=1000, description="control periods an episode goes on after its first success: shows how to stay"
+    )
 
 
 class MetaWorldRobot(Robot):
@@ -179,6 +185,7 @@ class MetaWorldRobot(Robot):
         self._raw_state: npt.NDArray[np.float64] = np.zeros(39)
         self._gripper_effort = 0.0
         self._success = False
+        self._ticks_since_success = 0
 
     def connect(self) -> None:
         env = ALL_V3_ENVIRONMENTS[f"{self._options.task}-v3"]()
@@ -217,6 +224,8 @@ class MetaWorldRobot(Robot):
         self._env.curr_path_length = 0
         self._raw_state, _, _, _, info = self._env.step(action.astype(np.float32))
         self._gripper_effort = float(action[3])
+        if self._success:
+            self._ticks_since_success += 1
         self._success = self._success or bool(info["success"])
 
     def hold_action(self, readings: Readings) -> Vector:
@@ -245,11 +254,13 @@ class MetaWorldRobot(Robot):
         self._raw_state = np.asarray(raw_state, dtype=np.float64)
         self._gripper_effort = 0.0
         self._success = False
+        self._ticks_since_success = 0
         for teleoperator in self.teleoperators.values():
             teleoperator.begin_episode(seed)
 
     def outcome(self) -> EpisodeOutcome:
-        return EpisodeOutcome.SUCCESS if self._success else EpisodeOutcome.RUNNING
+        settled = self._success and self._ticks_since_success >= self._options.settle_ticks
+        return EpisodeOutcome.SUCCESS if settled else EpisodeOutcome.RUNNING
 
     def disconnect(self) -> None:
         if self._renderer is not None:
@@ -266,6 +277,10 @@ class MetaWorldRobot(Robot):
         self._renderer.update_scene(self._env.data, camera)
         pixels: npt.NDArray[np.uint8] = self._renderer.render()
         return pixels
+
+    @property
+    def expert_noise(self) -> float:
+        return self._options.expert_noise
 
     @property
     def task_name(self) -> str:
@@ -285,13 +300,16 @@ class Expert(Teleoperator):
         self._robot = robot
         self._make = cast("Callable[[], Any]", ENV_POLICY_MAP[f"{robot.task_name}-v3"])
         self._policy = self._make()
+        self._rng = np.random.default_rng(0)
 
     def action(self, readings: Readings) -> Mapping[str, npt.NDArray[np.generic]]:
         with warnings.catch_warnings():
             # It warns about its own gains; what is over 1 is cut here, as the simulator would.
             warnings.simplefilter("ignore")
-            proposed = self._policy.get_action(self._robot.raw_state)
-        return {ACTION: np.clip(proposed, -1.0, 1.0).astype(np.float32)}
+            proposed = np.clip(self._policy.get_action(self._robot.raw_state), -1.0, 1.0)
+        noise = self._rng.normal(0.0, self._robot.expert_noise, proposed.shape)
+        return {ACTION: np.clip(proposed + noise, -1.0, 1.0).astype(np.float32)}
 
     def begin_episode(self, seed: int) -> None:
         self._policy = self._make()
+        self._rng = np.random.default_rng(seed)

@@ -50,7 +50,7 @@ class RobotWatch:
         self._num_pictures = 0
         self._show()
         if self.address:
-            upstream.add_service("robot", self.name, self.address)
+            upstream.add_service("robot", self.address, name=self.name)
             upstream.spawn(keep_trying(f"robot {self.name}", self._watch), f"robot {self.name}")
 
     @property
@@ -158,17 +158,19 @@ class Fleet:
     def add_actor(self, address: str) -> None:
         watch = ActorWatch(self._upstream, self, address)
         self._upstream.spawn(keep_trying(f"actor at {address}", watch.watch), f"actor at {address}")
-        self._upstream.add_service("actor", address, address)
+        self._upstream.add_service("actor", address, name=address)
 
     def robot_of(self, status: actor_pb2.GetStatusResponse) -> RobotWatch:
-        """The robot an actor drives; one that nobody named is added."""
+        """The robot an actor drives; one that nobody named is added. Unreachable while the actor does not know it."""
         for robot in self.robots.values():
             if status.robot_address and same_place(robot.address) == same_place(status.robot_address):
                 return robot
         for robot in self.robots.values():
             if status.robot_id and status.robot_id in (robot.robot_id, robot.name):
                 return robot
-        return self.add_robot(Target(name=status.robot_id or status.robot_address, address=status.robot_address))
+        if not status.robot_id:
+            raise errors.Unreachable("the actor has not met its robot yet")
+        return self.add_robot(Target(name=status.robot_id, address=status.robot_address))
 
 
 class ActorWatch:
@@ -176,14 +178,18 @@ class ActorWatch:
 
     def __init__(self, upstream: Upstream, fleet: Fleet, address: str) -> None:
         self._feed = upstream.feed
+        self._upstream = upstream
         self._fleet = fleet
+        self._address = address
         self._stub: actor_pb2_grpc.ActorServiceAsyncStub = actor_pb2_grpc.ActorServiceStub(upstream.channel(address))
         self._run_id = ""
         self._recent: deque[Json] = deque(maxlen=LATENCY_WINDOW)
 
     async def watch(self) -> None:
         status = await self._stub.GetStatus(actor_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)
-        topic = self._fleet.robot_of(status).topic
+        robot = self._fleet.robot_of(status)
+        self._upstream.rename_service(f"actor:{self._address}", robot.name)
+        topic = robot.topic
         try:
             self._show_status(topic, status)
             # A stream begins with all results of the present run.

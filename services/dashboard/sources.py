@@ -30,7 +30,7 @@ def watch_inference(upstream: Upstream, address: str) -> None:
         status = await stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)
         upstream.feed.set("inference", shapes.inference_status(status, now_s=upstream.feed.now_s()))
 
-    upstream.add_service("inference", "inference", address)
+    upstream.add_service("inference", address)
     upstream.spawn(keep_trying("inference", poll, pause_s=POLL_INTERVAL_S), "inference")
 
 
@@ -53,7 +53,7 @@ def watch_weights(upstream: Upstream, address: str) -> None:
             versions = versions[-VERSIONS_KEPT:]
             upstream.feed.set("versions", list(versions))
 
-    upstream.add_service("weights", "weights", address)
+    upstream.add_service("weights", address)
     upstream.spawn(keep_trying("weights", watch), "weights")
 
 
@@ -61,36 +61,22 @@ def watch_learner(upstream: Upstream, address: str) -> None:
     """Topics "learner" (status) and "learner:points" (curves of the present run)."""
     feed = upstream.feed
     stub: learner_pb2_grpc.LearnerServiceAsyncStub = learner_pb2_grpc.LearnerServiceStub(upstream.channel(address))
-    shown_run = ""
-    last_step = -1
 
     async def status() -> None:
-        nonlocal shown_run, last_step
         answer = await stub.GetStatus(learner_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)
         feed.set("learner", shapes.learner_status(answer))
-        if answer.run.run_id != shown_run:
-            shown_run, last_step = answer.run.run_id, -1
-            feed.clear("learner:points")
 
     async def progress() -> None:
-        nonlocal last_step
-        run = shown_run
-        if not run:
-            return
-        call = stub.WatchProgress(learner_pb2.WatchProgressRequest(from_step=max(last_step, 0)))
-        try:
-            async for response in call:
-                if shown_run != run:
-                    return
-                # A run that resumed from an older checkpoint passes the same steps again: they are shown already.
-                point = shapes.learner_point(response)
-                if response.step >= last_step and point != feed.latest("learner:points"):
-                    last_step = response.step
-                    feed.append("learner:points", point, keep=POINTS_KEPT)
-        finally:
-            call.cancel()
+        # Each stream tells the whole run again: what was published late, while nobody listened, is in it.
+        shown_run: str | None = None
+        async for response in stub.WatchProgress(learner_pb2.WatchProgressRequest()):
+            if response.status.run.run_id != shown_run:
+                shown_run = response.status.run.run_id
+                feed.clear("learner:points")
+            if response.metrics or response.HasField("published"):
+                feed.append("learner:points", shapes.learner_point(response), keep=POINTS_KEPT)
 
-    upstream.add_service("learner", "learner", address)
+    upstream.add_service("learner", address)
     upstream.spawn(keep_trying("learner", status, pause_s=POLL_INTERVAL_S), "learner status")
     upstream.spawn(keep_trying("learner's progress", progress), "learner progress")
 
@@ -103,7 +89,7 @@ class DatasetReader:
         self._feed = upstream.feed
         self._sizes: dict[str, dict[str, int]] = {}
         self._refreshing = asyncio.Lock()
-        upstream.add_service("store", "store", address)
+        upstream.add_service("store", address)
         upstream.spawn(keep_trying("store", self._poll, pause_s=DATASETS_INTERVAL_S), "store")
 
     async def episodes(self, dataset: str, *, from_index: int, page_size: int) -> Json:

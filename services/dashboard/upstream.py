@@ -50,13 +50,18 @@ class Upstream:
         self._tasks.add(task)
         task.add_done_callback(self._finished)
 
-    def add_service(self, kind: str, name: str, address: str) -> None:
-        """Shows the service's health from now on."""
-        identifier = f"{kind}:{name}"
+    def add_service(self, kind: str, address: str, *, name: str = "") -> None:
+        """Shows the service's health from now on; name tells several of a kind apart."""
+        identifier = f"{kind}:{name}" if name else kind
         if identifier in self._health:
             return
-        self._health[identifier] = {"kind": kind, "name": name, "address": address, "state": "connecting"}
+        shown = {"id": identifier, "kind": kind, "name": name, "address": address, "state": "connecting"}
+        self._health[identifier] = shown
         self.spawn(self._watch_health(identifier, address), f"health of {identifier}")
+
+    def rename_service(self, identifier: str, name: str) -> None:
+        """Another name on the page; the identifier stays."""
+        self._health[identifier] = {**self._health[identifier], "name": name}
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -267,7 +267,7 @@ def compute(
         prepared_s = time.perf_counter()
         noise = policy.draw_noise([row.seed for row in rows]).to(device)
         chunk = policy.act(inputs, noise, _committed(policy, rows, device))
-        model_actions = chunk.float().cpu().numpy()
+        model_actions = policy.carried(chunk, inputs).float().cpu().numpy()
         sampled_s = time.perf_counter()
         actions = policy.postprocess(chunk, inputs)
     finished_s = time.perf_counter()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import cv2
 import torch
 import uvloop
 from pydantic import Field
@@ -71,6 +72,7 @@ def main(settings: Settings) -> int:
 def serve(policies: Mapping[str, AnyPolicy], settings: Settings) -> int:
     """Serves policies that are loaded already."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    cv2.setNumThreads(1)  # Pictures are decoded side by side on threads of our own.
     metrics.serve_metrics(settings.metrics_port)
     models = {name: ServedModel(name, policy) for name, policy in policies.items()}
     engine = Engine(models, max_batch=settings.max_batch, torch_threads=settings.torch_threads)

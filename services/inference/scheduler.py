@@ -20,6 +20,7 @@ _MEAN_GAIN = 1 / 8
 _DEVIATION_GAIN = 1 / 4
 # Without new measurements an estimate halves each second: one stall must not make the service refuse everybody for good.
 _FORGET_AFTER_S = 1.0
+_LATELY_S = 2.0
 FRESH_S = 10.0
 
 
@@ -97,9 +98,14 @@ class ServiceTimes:
         return max(0.0, mean_s + num_deviations * deviation_s) * forgotten
 
     def _foretell(self, by_rows: Mapping[int, _Measured], num_rows: int) -> tuple[float, float]:
-        """(mean, deviation); of a size that never ran in proportion to the nearest smaller one."""
-        smaller = [rows for rows in by_rows if rows <= num_rows]
-        known_rows = max(smaller) if smaller else min(by_rows)
+        """(mean, deviation); of a size that did not run lately in proportion to the nearest smaller one that did.
+
+        Else a size that once was slow would never be tried again.
+        """
+        newest_s = max(known.at_s for known in by_rows.values())
+        lately = [rows for rows, known in by_rows.items() if newest_s - known.at_s <= _LATELY_S]
+        smaller = [rows for rows in lately if rows <= num_rows]
+        known_rows = max(smaller) if smaller else min(lately)
         scale = max(1.0, num_rows / known_rows)
         return by_rows[known_rows].mean_s * scale, by_rows[known_rows].deviation_s * scale
 

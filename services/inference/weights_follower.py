@@ -106,7 +106,7 @@ class WeightsFollower:
             try:
                 swap.result(max(0.0, until_s - time.monotonic()))
             except (ManyhandsError, FutureTimeoutError) as error:
-                logger.info("%s starts with its checkpoint: %s", name, error or "the newest version is not in yet")
+                logger.info("%s starts with its checkpoint: %s", name, str(error) or "the newest version is not in yet")
         for name in self._slots:
             watch = self._client.watch(name, after_number=self._slots[name].newest_number)
             thread = threading.Thread(target=self._watch, args=(name, watch), name=f"watch-{name}", daemon=True)

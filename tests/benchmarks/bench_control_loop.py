@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "integration")]
-
-from actor_peers import serve_policy, serve_store, start_robot, wait_until  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from manyhands.clients.robot import RobotClient  # noqa: E402
+from tests.support.actor_peers import serve_policy, serve_store, start_robot  # noqa: E402
+from tests.support.waiting import wait_until  # noqa: E402
 
 RATES_HZ = (30, 100)
 IMAGE_SIZE = 224

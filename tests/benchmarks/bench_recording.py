@@ -31,7 +31,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.framelog import LogWriter
 from manyhands.spec import Feature, FeatureKind, Spec
-from tests.store_lab import StoreProcess
+from tests.support.store_lab import StoreProcess
 
 SIZES = ((128, 128), (480, 640))
 RATE_HZ = 20

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from chromium import running_chromium
-from peers import ScriptedActor, ScriptedLearner, serve_actor, serve_learner
 from playwright.sync_api import Browser, Page
 
 from deploy.local import Topology
 from manyhands.actor.v1 import actor_pb2
 from manyhands.learner.v1 import learner_pb2
+from tests.browser.chromium import running_chromium
+from tests.browser.peers import ScriptedActor, ScriptedLearner, serve_actor, serve_learner
 from tests.support.system import DATASET, MODEL, ArmSystem, teleoperated_run
 
 NUM_EPISODES = 2
@@ -46,7 +46,7 @@ class Lab:
         self.topology.start(name, command, wave=service.wave)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     ghost = ScriptedActor(
@@ -108,7 +108,8 @@ def start_system(system: ArmSystem, folder: Path) -> None:
     assert len(system.published()) == NUM_EPISODES
 
 
-@pytest.fixture(scope="session")
+# While playwright runs, this thread counts as inside its event loop, where no asyncio test can run: not for the session.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with running_chromium() as browser:
         yield browser

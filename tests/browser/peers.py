@@ -11,6 +11,7 @@ from typing import Any, Self
 from manyhands import stamps
 from manyhands.actor.v1 import actor_pb2, actor_pb2_grpc
 from manyhands.common.v1 import common_pb2
+from manyhands.dataset.v1 import dataset_pb2
 from manyhands.learner.v1 import learner_pb2, learner_pb2_grpc
 from manyhands.server import GrpcServer
 
@@ -131,5 +132,19 @@ def chunk(request_id: int, *, number: int = 0, refusal: str = "", latency_ms: fl
             server_compute=share(0.4),
             version=None if refusal else version(number),
             refusal=refusal,
+        )
+    )
+
+
+def result(number: int, *, success: bool) -> actor_pb2.WatchResponse:
+    """An episode of 120 frames that version 2 drove."""
+    return actor_pb2.WatchResponse(
+        episode=actor_pb2.EpisodeResult(
+            episode_number=number,
+            frame_count=120,
+            success=success,
+            reason=dataset_pb2.EPISODE_END_SUCCESS if success else dataset_pb2.EPISODE_END_TIME_LIMIT,
+            versions=[version(2)],
+            held_tick_count=4,
         )
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from chromium import running_chromium
+from tests.browser.chromium import running_chromium
 
 
 def take(url: str, file: Path, *, width: int, height: int | None, dark: bool, after_s: float) -> None:

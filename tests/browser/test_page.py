@@ -12,8 +12,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import Lab
-from peers import chunk, version
 from playwright.sync_api import Browser, Page, expect
 
 from manyhands.clients.inference import InferenceClient
@@ -21,6 +19,8 @@ from manyhands.clients.robot import RobotClient, RobotMode
 from manyhands.clients.weights import WeightsClient
 from manyhands.learner.v1 import learner_pb2
 from policies import checkpoint
+from tests.browser.conftest import Lab
+from tests.browser.peers import chunk, result, version
 from tests.support.system import DATASET, MODEL, policy_run, teleoperated_run
 from tests.support.waiting import wait_until
 
@@ -166,9 +166,9 @@ def test_refusals_and_exact_latencies_are_visible(page: Page, lab: Lab) -> None:
         "arm v2, asked at tick 800, came at 803 after 700 ms"
     )
     row = page.locator("[data-latency='ghost']")
-    expect(row).to_contain_text("100 ms / 700 ms")
+    expect(row).to_contain_text("100 / 700 ms")
     assert [cell.inner_text() for cell in row.locator("td.num").all()] == [
-        "100 ms / 700 ms", "10 ms / 70 ms", "20 ms / 140 ms", "30 ms / 210 ms", "40 ms / 280 ms", "100",
+        "100 / 700 ms", "10 / 70 ms", "20 / 140 ms", "30 / 210 ms", "40 / 280 ms", "100",
     ]  # fmt: skip
     widths = row.locator(".bar span").evaluate_all("spans => spans.map(span => span.getBoundingClientRect().width)")
     np.testing.assert_allclose(np.array(widths) / widths[0], [1, 2, 3, 4], rtol=0.1)
@@ -179,6 +179,9 @@ def test_refusals_and_exact_latencies_are_visible(page: Page, lab: Lab) -> None:
     ghost.locator("summary", has_text="Last chunks").click()
     expect(ghost.locator("tr.bad")).to_contain_text(refusal)
     expect(ghost.locator("[data-field='success']")).to_have_text("19 of 20 episodes, 60 wanted")
+    lab.ghost.script.add(result(1, success=True), result(2, success=False))
+    expect(ghost.locator(".results li")).to_have_text(["✓", "✕"])
+    expect(ghost.get_by_label("Episode 2: time limit, 120 frames, arm v2, 4 ticks held")).to_be_visible()
 
 
 def test_the_learner_s_curve_ends_at_its_last_value_and_marks_what_was_published(page: Page, lab: Lab) -> None:
@@ -186,10 +189,12 @@ def test_the_learner_s_curve_ends_at_its_last_value_and_marks_what_was_published
         metrics = {"train/loss": 2.0 / step, "train/lr": 1e-3, "train/grad_norm": 0.5}
         return learner_pb2.WatchProgressResponse(step=step, metrics=metrics, **fields)
 
-    lab.learner.script.add(*(point(step) for step in range(1, 200)), point(200, published=version(7)))
+    # Publishing takes a while: that of step 150 is told after step 200.
+    late = learner_pb2.WatchProgressResponse(step=150, published=version(7))
+    lab.learner.script.add(*(point(step) for step in range(1, 201)), late)
     expect(page.locator("[data-last='train/loss']")).to_have_text("0.01 at step 200")
     expect(page.locator("[data-last='train/lr']")).to_have_text("0.001 at step 200")
-    expect(page.locator("#learning [data-field='published']")).to_have_text("Published: arm v7 at step 200")
+    expect(page.locator("#learning [data-field='published']")).to_have_text("Published: arm v7 at step 150")
     expect(page.locator("#learning [data-field='step']")).to_have_text("200 of 1000")
     expect(page.locator("#learning [data-field='state']")).to_have_text("training")
     lab.learner.script.add(
@@ -204,19 +209,19 @@ def test_a_killed_service_turns_red_within_3_s_and_green_when_it_is_back(page: P
     for name in (
         "robot:robot-0",
         "robot:robot-1",
-        "inference:inference",
-        "weights:weights",
-        "learner:learner",
-        "store:store",
+        "inference",
+        "weights",
+        "learner",
+        "store",
     ):
         expect(page.locator(f"[data-service='{name}']")).to_have_attribute("data-state", "up")
-    weights = page.locator("[data-service='weights:weights']")
+    weights = page.locator("[data-service='weights']")
     lab.topology.kill("weights")
     killed_s = time.monotonic()
     expect(weights).to_have_attribute("data-state", "down", timeout=3_000)
     assert time.monotonic() - killed_s < 3.0
     expect(weights.locator(".state")).to_have_text("down")
-    expect(page.locator("[data-service='store:store']")).to_have_attribute("data-state", "up")
+    expect(page.locator("[data-service='store']")).to_have_attribute("data-state", "up")
     lab.restart("weights")
     expect(weights).to_have_attribute("data-state", "up", timeout=5_000)
 

@@ -23,7 +23,7 @@ from manyhands.clients.inference import Chunk, Drain, InferenceClient, Refusal
 from manyhands.errors import AlreadyExists, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from policies.flow import FlowPolicy
-from tests.inference_lab import (
+from tests.support.inference_lab import (
     ENVIRONMENT,
     ask,
     local_chunk,
@@ -33,8 +33,8 @@ from tests.inference_lab import (
     next_reply,
     open_session,
     serve,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 METHODS = ("OpenSession", "CloseSession", "ListModels", "SwapWeights", "GetStatus")
 
@@ -268,17 +268,27 @@ def junk_on_the_socket(address: str, random_numbers: random.Random) -> None:
 def test_a_reader_that_does_not_read_holds_up_nobody(service: Service) -> None:
     with InferenceClient(service.address) as client, channel.connect(service.address) as raw:
         session = open_session(client, "deaf")
-        sent = itertools.count(1)
+        sent = 0
 
         def endless() -> Iterator[bytes]:
+            nonlocal sent
             while True:
-                request = inference_pb2.ActRequest(session_id=session.session_id, request_id=next(sent), task="x" * 4000)
+                sent += 1
+                request = inference_pb2.ActRequest(session_id=session.session_id, request_id=sent, task="x" * 4000)
                 yield request.SerializeToString()
 
         deaf = raw.stream_stream("/manyhands.inference.v1.InferenceService/Act")(endless(), timeout=60.0)
         memory = psutil.Process(service.process.pid).memory_info
-        wait_until(lambda: next(sent) > 200)
+        wait_until(lambda: sent > 50)
         before = memory().rss
+
+        def held_back() -> bool:
+            """Nothing more is taken from a client that reads nothing."""
+            already, until_s = sent, time.monotonic() + 0.5
+            wait_until(lambda: time.monotonic() > until_s or sent > already)
+            return sent == already
+
+        wait_until(held_back)
         with client.act_stream(open_session(client, "quick").session_id) as stream:
             for seed in range(1, 100):
                 ask(stream, seed)

@@ -17,7 +17,7 @@ from dataset_store.verify import verify
 from manyhands.clients.dataset import AppendStream, DatasetClient, EpisodeDigest
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.errors import Overloaded, TooLate, Unreachable
-from tests.store_lab import StoreProcess, check_contents, episode_uuid, lab_frame, lab_spec, record
+from tests.support.store_lab import StoreProcess, check_contents, episode_uuid, lab_frame, lab_spec, record
 from tests.support.waiting import wait_until
 
 SPEC = lab_spec()

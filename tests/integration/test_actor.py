@@ -10,7 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from actor_peers import (
+
+from manyhands import codec, errors
+from manyhands.actor.v1 import actor_pb2
+from manyhands.clients.actor import ActorClient, roll_out, teleoperate
+from manyhands.clients.robot import RobotClient, RobotMode
+from manyhands.dataset.v1 import dataset_pb2
+from manyhands.spec import Spec
+from tests.support.actor_peers import (
     MemoryStore,
     Process,
     ScriptedPolicy,
@@ -19,15 +26,8 @@ from actor_peers import (
     serve_store,
     start_actor,
     start_robot,
-    wait_until,
 )
-
-from manyhands import codec, errors
-from manyhands.actor.v1 import actor_pb2
-from manyhands.clients.actor import ActorClient, roll_out, teleoperate
-from manyhands.clients.robot import RobotClient, RobotMode
-from manyhands.dataset.v1 import dataset_pb2
-from manyhands.spec import Spec
+from tests.support.waiting import wait_until
 
 RATE_HZ = 60
 
@@ -149,9 +149,9 @@ def test_the_served_policy_acts_and_every_chunk_is_told(site: Site) -> None:
     assert site.policy.holders == {}, "the session too"
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
+def test_a_run_that_cannot_be_is_refused_by_field_and_nothing_moves(site: Site) -> None:
+    _, actor = site.start()
+    wrong: list[tuple[dict[str, object], str]] = [
         ({"max_episode_steps": 0}, "run.max_episode_steps"),
         ({"episode_count": -1}, "run.episode_count"),
         ({"replan_interval_steps": 0}, "run.replan_interval_steps"),
@@ -159,16 +159,12 @@ def test_the_served_policy_acts_and_every_chunk_is_told(site: Site) -> None:
         ({"task": "fold the shirt"}, "run.task"),
         ({"teleoperator": "pedal"}, "run.teleoperator"),
         ({"dataset": "Not A Name"}, "run.dataset"),
-    ],
-)
-def test_a_run_that_cannot_be_is_refused_by_field_and_nothing_moves(
-    site: Site, change: dict[str, object], field: str
-) -> None:
-    _, actor = site.start()
-    with pytest.raises(errors.InvalidInput) as caught:
-        actor.start_run(long_run(**change))
-    assert caught.value.field == field
-    assert actor.status().state == actor_pb2.RUN_STATE_FAILED
+    ]
+    for change, name in wrong:
+        with pytest.raises(errors.InvalidInput) as caught:
+            actor.start_run(long_run(**change))
+        assert caught.value.field == name
+        assert actor.status().state == actor_pb2.RUN_STATE_FAILED
     with site.robot_client as robot:
         assert robot.describe().status.lease_epoch == 0, "nobody ever had control"
 

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from actor_peers import (
+
+from actor.commands import summary
+from manyhands.actor.v1 import actor_pb2
+from manyhands.clients.robot import RobotClient
+from manyhands.dataset.v1 import dataset_pb2
+from tests.support.actor_peers import (
     REPOSITORY,
     MemoryStore,
     Process,
@@ -20,13 +25,8 @@ from actor_peers import (
     serve_store,
     start_actor,
     start_robot,
-    wait_until,
 )
-
-from actor.commands import summary
-from manyhands.actor.v1 import actor_pb2
-from manyhands.clients.robot import RobotClient
-from manyhands.dataset.v1 import dataset_pb2
+from tests.support.waiting import wait_until
 
 
 @dataclass

@@ -259,10 +259,18 @@ async def test_it_ends_at_once_on_sigterm_although_tabs_are_open(
     async with aiohttp.ClientSession() as session:
         socket = await session.ws_connect(f"{url}/api/live")
         await socket.receive()
+        heard = asyncio.create_task(drained(socket))
         started = time.monotonic()
         await asyncio.to_thread(topology.stop, "dashboard")
         assert time.monotonic() - started < 5
         assert topology.services["dashboard"].process.returncode == 0
+        await asyncio.wait_for(heard, 5)
+        assert socket.close_code == aiohttp.WSCloseCode.GOING_AWAY, "tabs are told"
+
+
+async def drained(socket: aiohttp.ClientWebSocketResponse) -> None:
+    async for _ in socket:
+        pass
 
 
 async def test_elsewhere_than_loopback_it_needs_tls_and_shows_itself_to_tokens_only(

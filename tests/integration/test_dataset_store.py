@@ -20,7 +20,7 @@ from manyhands import codec
 from manyhands.clients.dataset import DatasetClient, EpisodeDigest, fetch_snapshot
 from manyhands.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from manyhands.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound, OutOfOrder, Refused
-from tests.store_lab import (
+from tests.support.store_lab import (
     CAMERAS,
     StoreProcess,
     check_contents,

@@ -40,7 +40,7 @@ def test_short_demo_goes_through_every_stage_and_leaves_what_it_promises(tmp_pat
     assert result.returncode == 0, result.stdout + result.stderr
 
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["episodes_recorded"] == 6
+    assert summary["episodes_recorded"] == 8
     assert sum(task["num_episodes"] for task in summary["success_after"].values()) == 3
     assert len(summary["versions_published"]) >= 2
     assert len(summary["versions_served"]) >= 2

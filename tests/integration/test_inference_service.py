@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from manyhands import codec, stamps
+from manyhands import channel, codec, stamps
 from manyhands.clients.inference import ActStream, Chunk, Drain, InferenceClient, Refusal, Reply
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Overloaded, Refused, Unreachable
-from manyhands.inference.v1 import inference_pb2
+from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import Spec
-from tests.inference_lab import (
+from services.inference.service import DRAIN_S
+from tests.support.inference_lab import (
     ACTION_SIZE,
     CAMERA_SIZE,
     CAMERAS,
@@ -34,8 +35,8 @@ from tests.inference_lab import (
     next_refusal,
     next_reply,
     open_session,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -491,6 +492,32 @@ def test_a_draining_server_answers_what_was_asked_and_refuses_new_robots(
     stream.close()
     waiting.close()
     draining.result(10.0)
+
+
+def test_a_draining_server_waits_for_a_slow_chunk_of_a_robot_that_stays(
+    service: InProcessService, stream: ActStream, policy: GatedPolicy
+) -> None:
+    shut_gate(policy, stream)
+    draining = service.start(service.servicer.drain())
+    assert isinstance(next_reply(stream).result, Drain)
+    until_s = time.monotonic() + DRAIN_S + 0.2
+    wait_until(lambda: time.monotonic() > until_s)
+    policy.gate.set()
+    next_chunk(stream)
+    with pytest.raises(Unreachable, match="ended the stream"):
+        next_reply(stream)
+    draining.result(10.0)
+
+
+def test_a_client_that_has_ended_its_side_still_gets_its_chunk(
+    service: InProcessService, client: InferenceClient, policy: GatedPolicy
+) -> None:
+    session = open_session(client, "left")
+    request = good_request()
+    request.session_id, request.request_id = session.session_id, 1
+    with channel.connect(service.address) as raw:
+        responses = list(inference_pb2_grpc.InferenceServiceStub(raw).Act(iter([request]), timeout=20.0))
+    assert [response.WhichOneof("result") for response in responses] == ["chunk"]
 
 
 def test_a_model_without_a_text_head_says_so(client: InferenceClient) -> None:

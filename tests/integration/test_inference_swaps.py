@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import NotFound, Refused
 from policies import checkpoint
 from policies.flow import FlowPolicy
-from tests.inference_lab import (
+from tests.support.inference_lab import (
     ENVIRONMENT,
     SPEC,
     ask,
@@ -33,8 +34,8 @@ from tests.inference_lab import (
     next_reply,
     open_session,
     serve,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -177,6 +178,22 @@ def test_a_bad_version_is_refused_with_the_reason_and_the_old_one_keeps_serving(
         np.testing.assert_array_equal(chunk_now(client)[1], local_chunk(make_policy(5), make_observation(1), 1))
 
 
+def test_a_version_that_shares_tensors_with_earlier_ones_is_served_whole(
+    topology: Topology, tmp_path: Path, weights_address: str, learner: WeightsClient
+) -> None:
+    service = serve(topology, tmp_path / "start", make_policy(0), "--weights", weights_address, "--follow")
+    with InferenceClient(service.address) as client:
+        policy = make_policy(1)
+        for step, shift in enumerate((0.0, 0.5, -0.5, 0.0, 0.25), start=1):
+            bias = make_policy(1).chunk_in.bias.detach() + shift
+            version = publish(learner, policy, step, **{"chunk_in.bias": bias})
+            wait_until(lambda number=version.number: serving(client) == number)  # type: ignore[misc]
+            expected = make_policy(1)
+            with torch.no_grad():
+                expected.chunk_in.bias.copy_(bias)
+            np.testing.assert_array_equal(chunk_now(client)[1], local_chunk(expected, make_observation(1), 1))
+
+
 def test_an_operator_swaps_rolls_back_and_goes_forward_again(
     topology: Topology, tmp_path: Path, weights_address: str, learner: WeightsClient
 ) -> None:
@@ -194,6 +211,8 @@ def test_an_operator_swaps_rolls_back_and_goes_forward_again(
         publish(learner, make_policy(3), 3)
         versions = learner.list_versions("tiny")
         assert versions[-1].version.number == 3
+        until_s = time.monotonic() + 1.5
+        wait_until(lambda: time.monotonic() > until_s or serving(client) != 1)
         assert serving(client) == 1
         assert client.swap_weights("tiny").current.number == 3
         publish(learner, make_policy(4), 4)

@@ -142,8 +142,9 @@ def test_trained_prefix_per_row(pi05_golden: Golden) -> None:
     of_fixture = _three_rows(golden)
     count = golden["in.action"].shape[0]
     committed = rows.select(pi.committed_of(golden, [0] * count, [0] * count), of_fixture)
-    # The last asks for more than training ever kept.
-    committed = replace(committed, delay_steps=torch.tensor([0, 2, 99]))
+    # The second asks for more than it has, the last for more than training ever kept.
+    length = int(committed.length[0])
+    committed = replace(committed, delay_steps=torch.tensor([0, 3, 99]), length=torch.tensor([length, 2, length]))
     inputs, noise = rows.select(pi.acting(pi.inputs_of(golden)), of_fixture), golden["in.noise"][of_fixture]
     committed = policy.anchored(committed, inputs)
     state = policy.prefix_state(inputs, hidden=False)

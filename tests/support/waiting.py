@@ -18,4 +18,4 @@ def wait_until(condition: Callable[[], T], timeout_s: float = 20.0, what: str = 
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:.0f} s: {what or condition}")
-        time.sleep(0.05)
+        time.sleep(0.01)

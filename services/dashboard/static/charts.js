@@ -31,6 +31,15 @@ export function ticks(low, high, count = 4) {
   return found;
 }
 
+// The same on a logarithmic axis, as exponents: 1, 2 and 5 of each decade, or decades alone where those are too many.
+export function logTicks(low, high) {
+  const exponents = [];
+  for (let decade = Math.floor(low); decade <= high; decade += 1) {
+    for (const factor of high - low < 2 ? [1, 2, 5] : [1]) exponents.push(decade + Math.log10(factor));
+  }
+  return exponents.filter((at) => at >= low && at <= high);
+}
+
 function range(points) {
   let low = Infinity;
   let high = -Infinity;
@@ -55,7 +64,7 @@ export function lineChart(canvas, { series, x, xTicks, xLabel, yLabel, marks = [
   const py = (at) => height - edge.bottom - ((at - low) / (high - low)) * (height - edge.top - edge.bottom);
   context.strokeStyle = context.fillStyle = ink;
   context.lineWidth = 1;
-  for (const at of ticks(low, high)) {
+  for (const at of logarithmic ? logTicks(low, high) : ticks(low, high)) {
     context.globalAlpha = 0.14;
     context.beginPath();
     context.moveTo(edge.left, Math.round(py(at)) + 0.5);

@@ -16,14 +16,14 @@ export function renderServices() {
   }
   list.querySelector(".empty")?.remove();
   services.forEach((service, index) => {
-    const key = `${service.kind}:${service.name}`;
-    let item = list.querySelector(`[data-service="${CSS.escape(key)}"]`);
+    let item = list.querySelector(`[data-service="${CSS.escape(service.id)}"]`);
     if (!item) {
-      item = h("li", { class: "service", "data-service": key }, h("div", {}, h("strong", {}, service.kind === service.name ? kinds[service.kind] : `${kinds[service.kind]} ${service.name}`)),
+      item = h("li", { class: "service", "data-service": service.id }, h("div", {}, h("strong")),
         h("div", {}, h("span", { class: "state" }), " ", h("span", { class: "for soft" })), h("div", { class: "where soft" }));
       list.insertBefore(item, list.children[index] ?? null);
     }
     item.dataset.state = service.state;
+    write(item.querySelector("strong"), service.name ? `${kinds[service.kind]} ${service.name}` : kinds[service.kind]);
     write(item.querySelector(".state"), service.state);
     write(item.querySelector(".for"), service.since_t === undefined ? "" : `for ${ago(nowS() - service.since_t)}`);
     write(item.querySelector(".where"), `${service.address}${service.latency_ms === null || service.latency_ms === undefined ? "" : `, answers in ${ms(service.latency_ms)}`}`);
@@ -66,7 +66,7 @@ export function renderLatency() {
   body.replaceChildren(...parts);
 }
 
-const pair = (one) => `${ms(one.p50_ms)} / ${ms(one.p99_ms)}`;
+const pair = (one) => `${ms(one.p50_ms).replace(" ms", "")} / ${ms(one.p99_ms)}`;
 const same = (a, b) => a && b && a.model === b.model && a.number === b.number && a.digest === b.digest;
 
 export function renderVersions() {
@@ -135,7 +135,7 @@ export function renderLearning() {
     body.replaceChildren(status, note, ...parts, others);
   }
   const { status, note, others, parts } = charts.get("status");
-  const newest = points.at(-1);
+  const newest = points.findLast((point) => Object.keys(point.metrics).length) ?? points.at(-1);
   status.replaceChildren(...[
     ["State", learner.state || "unknown", "state"], ["Run", learner.run_id || "none yet"], learner.recipe && ["Recipe", learner.recipe],
     ["Step", learner.max_steps ? `${learner.step} of ${learner.max_steps}` : String(learner.step), "step"],
@@ -165,13 +165,12 @@ export function renderLearning() {
     ...(marks.length ? [h("p", { class: "soft", "data-field": "published" }, `Published: ${points.filter((point) => point.published).map((point) => `${versionText(point.published)} at step ${point.step}`).join(", ")}`)] : []));
 }
 
-// A step's metrics and its publishing may come as two points.
+// A step's metrics and its publishing come as two points, and the second may come late.
 function mergedPoints() {
-  const merged = [];
+  const merged = new Map();
   for (const point of values("learner:points")) {
-    const before = merged.at(-1);
-    if (before?.step === point.step) merged[merged.length - 1] = { step: point.step, metrics: { ...before.metrics, ...point.metrics }, published: point.published ?? before.published };
-    else merged.push(point);
+    const before = merged.get(point.step);
+    merged.set(point.step, { step: point.step, metrics: { ...before?.metrics, ...point.metrics }, published: point.published ?? before?.published });
   }
-  return merged;
+  return [...merged.values()].sort((a, b) => a.step - b.step);
 }

@@ -48,12 +48,14 @@ class RobotCard {
     this.task = h("p", { class: "soft", "data-field": "task" });
     this.note = h("p", { class: "refusal", role: "status" });
     this.facts = h("dl", { class: "facts" });
+    this.results = h("ol", { class: "results", "aria-label": "Episodes of this run" });
     this.cameraList = h("div", { class: "cameras" });
     this.select = h("select", { "aria-label": `What to plot of ${name}`, onchange: () => this.choose(this.select.value) });
     this.plot = h("canvas", { class: "plot", role: "img", "aria-label": "No values yet" });
     this.legend = h("ul", { class: "legend" });
     this.all = h("div", { class: "values" });
     this.allDetails = h("details", { ontoggle: () => this.updateAll() }, h("summary", {}, "All values, choose what is plotted"), this.all);
+    this.joints = h("div", { hidden: true }, h("div", { class: "row spread" }, h("h4", {}, `Last ${WINDOW_S} s`), this.select), this.plot, this.legend, this.allDetails);
     this.timeline = svg("svg", { class: "timeline", role: "img", "aria-label": "No chunk yet", preserveAspectRatio: "none" });
     this.chunkNote = h("div");
     this.refusal = h("p", { class: "refusal", role: "status", "data-field": "refusal" });
@@ -65,8 +67,7 @@ class RobotCard {
     this.element = h("article", { class: "robot", "data-robot": name, "aria-label": `Robot ${name}` },
       h("div", { class: "row spread" }, h("div", { class: "row" }, h("h3", {}, name), this.mode),
         h("div", { class: "row" }, this.holdButton, this.stopButton)),
-      this.task, this.note, this.answer, this.facts, this.cameraList,
-      h("div", { class: "row spread" }, h("h4", {}, `Last ${WINDOW_S} s`), this.select), this.plot, this.legend, this.allDetails,
+      this.task, this.note, this.answer, this.facts, this.results, this.cameraList, this.joints,
       h("h4", {}, "Action chunks"), this.timeline, this.chunkNote, this.refusal, this.chunkDetails);
   }
 
@@ -75,6 +76,7 @@ class RobotCard {
     if (!robot) return;
     if (changed("")) this.updateRobot(robot);
     if (changed("") || changed("run") || changed("tick")) this.updateFacts(robot);
+    if (changed("results")) this.updateResults();
     if (changed("samples")) this.updateSamples(robot);
     if (changed("chunks") || changed("run") || !this.chunkNote.children.length) this.updateChunks();
   }
@@ -88,7 +90,7 @@ class RobotCard {
 
   updateRobot(robot) {
     const modes = { active: "good", idle: "", holding: "warn", "emergency stop": "bad", fault: "bad" };
-    const mode = robot.connected ? robot.status?.mode || "unknown" : "away";
+    const mode = robot.connected ? robot.status?.mode || "unknown" : robot.address ? "away" : "no agent named";
     write(this.mode, mode);
     this.mode.className = `badge ${robot.connected ? modes[mode] ?? "" : "bad"}`;
     this.element.classList.toggle("away", !robot.connected);
@@ -97,6 +99,7 @@ class RobotCard {
     this.holdButton.disabled = this.stopButton.disabled = !robot.connected;
     const known = [...this.select.options].map((option) => option.value).join();
     const features = robot.features ?? [];
+    this.joints.hidden = !features.length;
     if (known !== features.map((feature) => feature.name).join()) {
       this.select.replaceChildren(...features.map((feature) => h("option", { value: feature.name }, feature.name)));
       this.choose(features[0]?.name ?? "");
@@ -128,6 +131,14 @@ class RobotCard {
       tick && ["Late by", ms(tick.lateness_ms)],
     ].filter(Boolean);
     this.facts.replaceChildren(...facts.map(([name, value, field]) => h("div", {}, h("dt", {}, name), h("dd", { "data-field": field }, value))));
+  }
+
+  updateResults() {
+    this.results.replaceChildren(...values(`${this.topic}:results`).slice(-40).map((one) => {
+      const text = `Episode ${one.episode_number}: ${one.success ? "success" : one.reason || "no success"}, ${one.frame_count} frames`
+        + (one.versions.length ? `, ${one.versions.map(versionText).join(", ")}` : "") + (one.held_tick_count ? `, ${one.held_tick_count} ticks held` : "");
+      return h("li", { class: one.success ? "good" : "bad", title: text, "aria-label": text }, one.success ? "✓" : "✕");
+    }));
   }
 
   choose(feature) {

@@ -18,7 +18,7 @@ def chunk(first_tick: int, steps: int = 8, *, request_id: int = 0, observed_s: f
         request_id=request_id or first_tick + 1,
         first_tick=first_tick,
         actions=actions,
-        model_actions=np.concatenate([actions, actions], axis=1) / 100,
+        model_actions=np.concatenate([actions, actions], axis=1) / np.float32(100),
         version=common_pb2.PolicyVersion(model="m", number=version),
         observed_s=observed_s,
     )

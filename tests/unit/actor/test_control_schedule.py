@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from actor.inference_stream import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, STABLE_S, Backoff
 from actor.schedule import MonotonicClock, Schedule
 
 
@@ -73,3 +74,15 @@ def test_the_real_clock_keeps_100_hz() -> None:
     for _ in range(21):
         schedule.wait()
     assert 0.2 <= clock.now() - began_s < 0.25
+
+
+def test_attempts_at_a_stream_grow_apart_until_one_lives() -> None:
+    backoff = Backoff()
+    assert backoff.next_s(0.0) == 0.0, "the first one is not waited for"
+    waits = [backoff.next_s(0.0) for _ in range(10)]
+    assert FIRST_BACKOFF_S / 2 <= waits[0] <= FIRST_BACKOFF_S
+    assert all(LONGEST_BACKOFF_S / 2 <= wait <= LONGEST_BACKOFF_S for wait in waits[5:])
+    backoff.opened(100.0)
+    assert backoff.next_s(100.0 + STABLE_S / 2) > 0.5, "one that breaks at once does not count"
+    backoff.opened(200.0)
+    assert backoff.next_s(201.0 + STABLE_S) == 0.0

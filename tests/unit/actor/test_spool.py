@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -70,7 +71,9 @@ def test_a_crash_at_any_byte_leaves_the_whole_frames_as_an_interrupted_episode(t
     whole = log.path.read_bytes()
     name = log.path.name
     first.close()
-    for length in range(len(whole) + 1):
+    # Every byte of the second frame and its neighbours; of the rest every ninth.
+    lengths = {*range(0, len(whole), 9), *range(ends[1] - 2, ends[2] + 2), *ends, len(whole) - 1, len(whole)}
+    for length in sorted(lengths):
         root = tmp_path / "crashed"
         root.mkdir()
         (root / name).write_bytes(whole[:length])
@@ -187,6 +190,15 @@ def test_the_recorder_stops_before_the_limit_and_keeps_what_it_has(tmp_path: Pat
     spool.close()
 
 
+def test_frames_on_their_way_when_the_episode_ends_belong_to_it(spool: Spool) -> None:
+    recorder = Recorder(spool)
+    recorder.begin(meta())
+    for number in range(50):
+        recorder.frame(frame(number))
+    assert recorder.end(dataset_pb2.EPISODE_END_INTERRUPTED) == 50
+    recorder.close()
+
+
 def test_a_disk_without_room_refuses_before_anything_moves(tmp_path: Path) -> None:
     spool = open_spool(tmp_path, min_free_bytes=2**62)
     recorder = Recorder(spool)
@@ -196,23 +208,29 @@ def test_a_disk_without_room_refuses_before_anything_moves(tmp_path: Path) -> No
     spool.close()
 
 
-def test_a_write_that_fails_is_told_at_the_next_frame(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_is_told_and_nothing_is_written_behind_the_hole(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = Recorder(spool)
     recorder.begin(meta())
     recorder.frame(frame(0))
     recorder.flush()
+    append, calls = EpisodeLog.append_frame, iter([True])
 
-    def full(self: EpisodeLog, frame: dataset_pb2.Frame) -> int:
-        raise OSError(28, "No space left on device")
+    def full_once(self: EpisodeLog, frame: dataset_pb2.Frame) -> int:
+        if next(calls, False):
+            raise OSError(28, "No space left on device")
+        return append(self, frame)
 
-    monkeypatch.setattr(EpisodeLog, "append_frame", full)
+    monkeypatch.setattr(EpisodeLog, "append_frame", full_once)
     recorder.frame(frame(1))
+    with contextlib.suppress(errors.Overloaded):  # It may have been told already.
+        recorder.frame(frame(2))
     with pytest.raises(errors.Overloaded, match="No space left"):
         recorder.flush()
     with pytest.raises(errors.Overloaded, match="No space left"):
-        recorder.frame(frame(2))
-    monkeypatch.undo()
-    assert recorder.end(dataset_pb2.EPISODE_END_INTERRUPTED) == 1, "the frame before it is kept"
+        recorder.frame(frame(3))
+    assert recorder.end(dataset_pb2.EPISODE_END_INTERRUPTED) == 1, "the frame before it is kept, none after it"
     recorder.close()
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands import framelog
@@ -28,6 +28,7 @@ def test_records_come_back_in_order(tmp_path: Path) -> None:
     assert valid_length == path.stat().st_size
 
 
+@settings(max_examples=40, deadline=None)
 @given(payloads=st.lists(st.binary(max_size=40), min_size=1, max_size=6), data=st.data())
 def test_cut_anywhere_leaves_exactly_the_whole_records(
     payloads: list[bytes], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from dataset_store.ingest import AppendSession
 from dataset_store.reader import DatasetReader
 from dataset_store.store import Store, StoreLimits
 from dataset_store.verify import verify
+from dataset_store.video import Pixels, VideoWriter
 from manyhands.dataset.v1 import dataset_pb2
-from tests.store_lab import check_contents, episode_uuid, lab_frame, lab_spec
+from manyhands.errors import Cancelled
+from tests.support.store_lab import check_contents, episode_uuid, lab_frame, lab_spec, number_in
 
 SPEC = lab_spec()
 NEVER = StoreLimits(publish_delay_s=1e9, min_free_mib=0)
@@ -154,6 +158,31 @@ def test_encoding_lost_in_a_restart_is_made_from_the_log(tmp_path: Path, monkeyp
     check_contents(tmp_path / "datasets" / DATASET, {1: 9})
 
 
+def test_closing_does_not_wait_for_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_write = VideoWriter.write
+
+    def slow(writer: VideoWriter, pixels: Pixels) -> None:
+        time.sleep(0.05)  # 20 s for this episode.
+        real_write(writer, pixels)
+
+    monkeypatch.setattr(VideoWriter, "write", slow)
+    store = open_store(tmp_path)
+    ingest(store, 1, 200)
+    with ThreadPoolExecutor(1) as pool:
+        publishing = pool.submit(store.publish, DATASET)
+        began = time.monotonic()
+        store.interrupt()
+        with pytest.raises(Cancelled, match="store is closing"):
+            publishing.result(timeout=10)
+        store.close()
+    assert time.monotonic() - began < 5.0
+    monkeypatch.undo()
+    store = open_store(tmp_path)
+    store.publish(DATASET)
+    store.close()
+    check_contents(tmp_path / "datasets" / DATASET, {1: 200})
+
+
 def test_large_batches_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(tmp_path)
     for episode in range(5):
@@ -167,6 +196,28 @@ def test_large_batches_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     check_contents(root, dict.fromkeys(range(5), 4))
     assert verify(root).problems == ()
+
+
+@pytest.mark.parametrize("codec", ["h264", "libsvtav1"])
+@pytest.mark.parametrize("keyframe_interval", [1, 15])
+def test_any_encoding_can_be_joined_and_read_at_random(tmp_path: Path, codec: str, keyframe_interval: int) -> None:
+    store = Store(tmp_path, NEVER)
+    video = VideoSettings(
+        codec=codec, crf=30, preset={"h264": "veryfast", "libsvtav1": "12"}[codec], keyframe_interval=keyframe_interval
+    )
+    store.create_dataset(Definition(name=DATASET, spec=SPEC, video=video))
+    lengths = {1: 9, 2: 1, 3: 20}
+    for episode, length in lengths.items():
+        ingest(store, episode, length)
+    store.publish(DATASET)
+    store.close()
+    root = tmp_path / "datasets" / DATASET
+    assert verify(root).problems == ()
+    check_contents(root, lengths)
+    reader = DatasetReader(root)
+    for episode, frame in ((2, 19), (0, 3), (2, 5), (1, 0), (2, 18), (0, 8)):
+        shown = number_in(next(reader.pictures("observation.images.top", episode, [frame])))
+        assert shown == (episode + 1) * 256 + frame
 
 
 def test_reader_that_is_open_keeps_what_it_saw(tmp_path: Path) -> None:

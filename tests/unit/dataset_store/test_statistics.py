@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset_store.statistics import QUANTILES, DatasetStatistics, Moments, PictureHistogram, QuantileRows, summarise
 
 
+@settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6), seed=st.integers(0, 1000))
 def test_merged_statistics_are_those_of_all_values(lengths: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -29,6 +30,7 @@ def test_merged_statistics_are_those_of_all_values(lengths: list[int], seed: int
         np.testing.assert_allclose(entry[name], np.quantile(everything, level, axis=0), rtol=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
 @given(cuts=st.lists(st.integers(1, 400), min_size=1, max_size=20))
 def test_rows_for_quantiles_depend_on_the_data_alone(cuts: list[int]) -> None:
     total = sum(cuts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from dataset_store.reader import DatasetReader
 from dataset_store.verify import verify
 from dataset_store.view import TrainingView
 from manyhands.errors import Corrupt, InvalidInput, NotFound
+from tests.support.store_lab import number_in
 from tests.unit.dataset_store.test_publishing import DATASET, ingest, open_store
 
 VIDEO = "videos/observation.images.top/chunk-000/file-000.mp4"
@@ -215,3 +217,20 @@ def test_view_is_told_what_it_needs(root: Path) -> None:
         TrainingView(root, horizon=0)
     with pytest.raises(InvalidInput, match="indices"):
         TrainingView(root, horizon=1).batch(np.array([10]))
+
+
+def test_pictures_come_back_in_any_order_after_a_fork_and_with_few_decoders(root: Path) -> None:
+    reader = DatasetReader(root, max_open_videos=1)
+    cameras = ("observation.images.top", "observation.images.wrist")
+
+    def read_all() -> list[int]:
+        wanted = [(camera, episode, frame) for frame in (3, 0, 2) for episode in (1, 0) for camera in cameras]
+        return [number_in(next(reader.pictures(camera, episode, [frame]))) for camera, episode, frame in wanted]
+
+    numbers = [((e + 1) * 256 + frame) ^ mask for frame in (3, 0, 2) for e in (1, 0) for mask in (0, 65535)]
+    assert read_all() == numbers
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if read_all() == numbers else 1)
+    assert read_all() == numbers
+    assert os.waitpid(child, 0)[1] == 0

@@ -142,6 +142,17 @@ def test_a_model_that_became_slow_is_believed_and_what_was_long_ago_is_not() -> 
     assert times.careful_s(("other", False), 1, 8.0) == 0.0
 
 
+def test_a_batch_size_that_once_was_slow_is_tried_again() -> None:
+    times = ServiceTimes()
+    times.observe(GROUP, 2, 5.0, 0.0)  # While the machine was busy with something else.
+    for pass_number in range(40):
+        times.observe(GROUP, 1, 0.010, 0.1 * pass_number)
+    scheduler: Scheduler[None] = Scheduler(max_batch=2, times=times)
+    for owner in "ab":
+        scheduler.submit(work(owner, at=4.0, within=0.2), 4.0)
+    assert owners(scheduler.next_batch(4.0).batch) == ["a", "b"]
+
+
 @dataclass
 class Robot:
     """Asks again a period after its last answer, never with two requests in flight."""

@@ -14,10 +14,11 @@ from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies import registry, rows
 from policies.pi052 import config as configs
-from policies.pi052 import losses
+from policies.pi052 import losses, text
 from policies.pi052.config import ChunkMode, NetworkConfig, Pi052Config, TowerSize, VisionSize
 from policies.pi052.gemma import AdaptiveRmsNorm
-from policies.pi052.policy import Pi05Policy, Pi052Policy, Prompt
+from policies.pi052.policy import Pi05Policy, Pi052Policy
+from policies.pi052.prompt import Prompt
 from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
 
 CPU = torch.device("cpu")
@@ -309,6 +310,34 @@ def test_samples_that_do_not_predict_train_text_alone() -> None:
     assert terms["flow"][1] > 0
 
 
+def test_which_terms_run_does_not_depend_on_what_the_samples_hold() -> None:
+    """Ranks with other samples would wait for this one's missing layers."""
+
+    class Silent(Letters):
+        def training(self, sample: Sample, state: np.ndarray, actions: np.ndarray) -> Prompt:
+            return Prompt(tokens=self._tokens(sample.task), predicts_actions=False)
+
+    policy = _policy()
+    policy.prompter = Silent()
+    inputs = policy.preprocess([_sample(0, actions=True)], CPU)
+    found = policy.loss(inputs, torch.Generator().manual_seed(0))
+    assert found.terms.keys() == {"flow", "text", "fast"}
+    assert found.total == 0
+    torch.autograd.backward(found.total)
+    for name, parameter in policy.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("cls", [Pi05Policy, Pi052Policy])
+def test_every_parameter_that_trains_gets_a_gradient(cls: type[Pi052Policy]) -> None:
+    """DDP waits for each of them."""
+    policy = cls.from_config(cls.tiny_config(), SPEC)
+    inputs = policy.preprocess([replace(_sample(0), actions=np.zeros((8, 3), dtype=np.float32))], CPU)
+    torch.autograd.backward(policy.loss(inputs, torch.Generator().manual_seed(0)).total)
+    found = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert found == {name for name, p in policy.named_parameters() if p.requires_grad}
+
+
 # -- acting ------------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +369,14 @@ def test_relative_actions_leave_grippers_absolute() -> None:
     given = _sample(0, actions=True).actions
     assert given is not None
     np.testing.assert_allclose(policy.postprocess(inputs.actions, inputs)[0], given, atol=1e-5)
+
+
+def test_actions_without_a_state_of_their_own_are_absolute() -> None:
+    short = Feature(name="observation.state", kind=FeatureKind.STATE, dtype="float32", shape=(1,))
+    spec = replace(SPEC, observation=(*SPEC.images, short))
+    policy = Pi052Policy(Pi052Config(network=NETWORK, horizon=4, relative_actions=True), spec)
+    assert policy.relative_action_mask() is not None
+    np.testing.assert_array_equal(policy.relative_action_mask(), [True, False, False])
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -390,6 +427,21 @@ def test_text_comes_in_pieces_and_a_seed_repeats_it() -> None:
     assert "".join(policy.generate([_sample(0)], request, CPU)) == "".join(pieces)
     texts = {"".join(policy.generate([_sample(0)], replace(request, seed=seed), CPU)) for seed in range(5)}
     assert len(texts) > 1
+
+
+def test_only_an_answer_about_a_picture_may_hold_locations(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def generate(network: object, state: object, rules: text.Decoding, generators: object) -> list[torch.Tensor]:
+        asked.append(rules)
+        return []
+
+    monkeypatch.setattr(text, "generate", generate)
+    for kind in TextKind:
+        assert not list(_policy().generate([_sample(0)], TextRequest(kind=kind), CPU))
+    suppressed = {kind: rules.suppress_locations for kind, rules in zip(TextKind, asked, strict=True)}
+    assert suppressed == {kind: kind is not TextKind.VISUAL_QUESTION for kind in TextKind}
+    assert {rules.max_new_tokens for rules in asked} == {128}
 
 
 def test_text_is_for_one_sample() -> None:

@@ -95,3 +95,29 @@ def test_the_front_picture_is_the_right_way_up():
     assert columns.mean() < picture.shape[1] / 2
     yellow = (picture[..., 0] > 120) & (picture[..., 1] > 80) & (picture[..., 2] < 40)
     assert np.nonzero(yellow)[1].mean() > columns.mean()
+
+
+def drive_by_expert(options, *, seed=1, max_ticks=150):
+    """The expert's actions up to the end of the episode, which must come before max_ticks."""
+    robot = registry.create("metaworld", {"task": "reach", **options})
+    robot.connect()
+    robot.reset(seed, INSTRUCTIONS["reach"])
+    actions = []
+    while robot.outcome() is not EpisodeOutcome.SUCCESS:
+        actions.append(action_vector(robot.teleoperators["expert"].action(robot.observe(include_images=False)), robot.spec))
+        robot.apply(actions[-1])
+        assert len(actions) < max_ticks
+    robot.disconnect()
+    return np.stack(actions)
+
+
+def test_an_episode_goes_on_after_its_success_for_as_long_as_asked():
+    assert len(drive_by_expert({"settle_ticks": 10})) == len(drive_by_expert({})) + 10
+
+
+def test_a_noisy_expert_is_a_function_of_the_seed_and_still_succeeds():
+    clean, noisy = drive_by_expert({}), drive_by_expert({"expert_noise": 0.3})
+    length = min(len(clean), len(noisy))
+    assert 0.1 < np.abs(clean[:length] - noisy[:length]).mean() < 0.4
+    np.testing.assert_array_equal(noisy, drive_by_expert({"expert_noise": 0.3}))
+    assert np.abs(noisy).max() <= 1.0

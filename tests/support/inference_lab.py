@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -244,13 +244,3 @@ def next_refusal(stream: ActStream) -> Refusal:
     result = next_reply(stream).result
     assert isinstance(result, Refusal), result
     return result
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    """Polls until condition() holds."""
-    waiting = threading.Event()
-    for _ in range(int(timeout_s / 0.01)):
-        if condition():
-            return
-        waiting.wait(0.01)
-    raise AssertionError(f"did not happen within {timeout_s} s")

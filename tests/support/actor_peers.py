@@ -32,18 +32,6 @@ from manyhands.spec import Spec
 REPOSITORY = Path(__file__).parents[2]
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
-    """Polls condition until it is true and returns its value."""
-    give_up_s = time.monotonic() + timeout_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > give_up_s:
-            raise AssertionError(f"not within {timeout_s} s: {what or condition}")
-        time.sleep(0.01)
-
-
 class Process:
     """A manyhands command that prints READY."""
 

@@ -1,0 +1,53 @@
+"""What this policy wants of whoever makes prompts: recipes and tokenizers, which it does not know itself.
+
+Shapes: l and f tokens, S state size, T horizon, R action size of the robot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..policy import Sample, TextRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One sample's tokens, not padded.
+
+    Attributes:
+        tokens: (l,) int64, at most the config's prompt_length.
+        marks: (l,) bool, text that attends causally though it is no target: in joint mode, the given subtask; or None.
+        labels: (l,) int64, losses.IGNORED_LABEL where nothing is learnt; None when acting or asking.
+        predicts_actions: The flow and FAST terms count this sample.
+        fast_tokens: (f,) int64 wrapped FAST sequence of the actions, or None.
+        fast_is_code: (f,) bool, codes among them.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    marks: npt.NDArray[np.bool_] | None = None
+    labels: npt.NDArray[np.int64] | None = None
+    predicts_actions: bool = True
+    fast_tokens: npt.NDArray[np.int64] | None = None
+    fast_is_code: npt.NDArray[np.bool_] | None = None
+
+
+class Prompter(Protocol):
+    """Recipes, prompts and tokenizers, as this policy needs them. Numbers come normalised."""
+
+    eos_token: int
+    special_tokens: Sequence[int]
+
+    def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
+        """state (S,), actions (T, R)."""
+
+    def acting(self, sample: Sample, state: npt.NDArray[np.float32]) -> Prompt: ...
+
+    def asking(self, sample: Sample, request: TextRequest, state: npt.NDArray[np.float32]) -> Prompt: ...
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Special tokens left out."""
