@@ -22,7 +22,7 @@ import numpy.typing as npt
 from manyhands.errors import InvalidInput
 
 from ..pi052.losses import IGNORED_LABEL
-from ..pi052.policy import Prompt
+from ..pi052.prompt import Prompt
 from ..policy import Sample, TextKind, TextRequest
 from ..recipes.annotations import Annotations
 from ..recipes.recipe import Recipe

@@ -23,7 +23,7 @@ from manyhands.errors import InvalidInput
 
 from ..fast import FastTokenizer
 from ..pi052.losses import IGNORED_LABEL
-from ..pi052.policy import Prompt
+from ..pi052.prompt import Prompt
 from ..policy import Sample, TextKind, TextRequest
 from ..recipes.recipe import Recipe
 from ..recipes.render import Message, Messages, PromptDropout

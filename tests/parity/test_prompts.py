@@ -14,7 +14,7 @@ import torch
 
 from policies.normalization import Normalization, Normalizer, relative_mask, to_relative
 from policies.pi052.losses import IGNORED_LABEL
-from policies.pi052.policy import Prompt
+from policies.pi052.prompt import Prompt
 from policies.policy import Sample, TextKind, TextRequest
 from policies.prompts import smolvla
 from policies.prompts.pi052 import Pi05Prompter, Pi052Prompter, Pi052PromptOptions

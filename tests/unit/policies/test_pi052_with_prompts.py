@@ -10,11 +10,12 @@ from manyhands.spec import Feature, FeatureKind, Spec
 from policies import fast
 from policies.pi052.config import NetworkConfig, Pi052Config, TowerSize, VisionSize
 from policies.pi052.losses import IGNORED_LABEL
-from policies.pi052.policy import Pi052Policy, Prompter
+from policies.pi052.policy import Pi052Policy
+from policies.pi052.prompt import Prompter
 from policies.policy import Sample, TextKind, TextRequest
 from policies.prompts.pi052 import Pi052Prompter, Pi052PromptOptions
 from policies.recipes import recipe as recipes
-from tests.text_lab import pi_tokenizer
+from tests.support.text_lab import pi_tokenizer
 
 CAMERA, HORIZON = "observation.images.front", 6
 SPEC = Spec(

@@ -20,7 +20,7 @@ from policies.prompts.tokenizer import Tokenizer
 from policies.recipes import recipe as recipes
 from policies.recipes.recipe import ImageBlock, TextBlock
 from policies.recipes.render import Message, PromptDropout
-from tests.text_lab import pi_tokenizer, smol_tokenizer
+from tests.support.text_lab import pi_tokenizer, smol_tokenizer
 
 STATE = np.array([0.0, -1.0, 2.0], dtype=np.float32)
 ACTIONS = np.zeros((4, 2), dtype=np.float32)
