@@ -9,7 +9,6 @@ Tokens run from <loc0000> to <loc1023> over the picture, y before x. Which camer
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 
@@ -17,7 +16,9 @@ LOCATION_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024))
 
 _LAST = 1023
 _JSON_RANGE = 1000
-_LOCATION = re.compile(r"<loc(\d{4})>")
+# No coordinate of a picture; infinities and NaN neither.
+_FAR = 1e6
+_LOCATION = re.compile(r"<loc([0-9]{4})>")
 # Other formats of coordinates stay as they are written.
 _FORMATS = {"point": ("point_format", "xy", 2), "bbox": ("bbox_format", "xyxy", 4)}
 
@@ -36,7 +37,7 @@ def from_json(answer: str) -> str | None:
     """The answer with location tokens; None where it is not JSON or has no labelled place: leave it as it is."""
     try:
         value = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict):
         return None
@@ -76,4 +77,4 @@ def _index(coordinate: float) -> int:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FAR

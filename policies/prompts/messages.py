@@ -132,7 +132,7 @@ def _said(call: Mapping[str, Any]) -> str | None:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     text = arguments.get("text") if isinstance(arguments, Mapping) else None
     return text if isinstance(text, str) else None

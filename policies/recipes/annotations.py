@@ -104,7 +104,7 @@ def _tool_call(value: object, field_name: str) -> Mapping[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
     if not isinstance(value, Mapping):
         raise InvalidInput("has a tool call that is no object", field=field_name)

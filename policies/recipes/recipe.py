@@ -277,7 +277,7 @@ def _turn(value: object, key: str, place: _Place) -> Turn:
 
 def _block(value: object, key: str, place: _Place) -> TextBlock | ImageBlock:
     kind = value.get("type") if isinstance(value, Mapping) else None
-    if kind not in _BLOCK_KEYS:
+    if not isinstance(kind, str) or kind not in _BLOCK_KEYS:
         place.fail(f"{key}.type", f"is {kind!r}, must be one of {', '.join(_BLOCK_KEYS)}")
     name = _BLOCK_KEYS[kind]
     block = place.mapping(value, {"type", name}, key)

@@ -339,6 +339,8 @@ def test_either_order_is_read_and_anything_else_left_out():
         '{"label": "cup", "point": [1, 2]}',
         '{"detections": [3, {"label": "a", "bbox": [1, 2, 3]}]}',
         '{"detections": 3}',
+        '{"label": "cup", "point": [1, 1' + "0" * 400 + '], "point_format": "xy"}',
+        "[" * 100_000,
     ],
 )
 def test_other_answers_stay_as_they_are(answer):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 
 import pytest
+import yaml
 
 from manyhands.errors import InvalidInput, NotFound
 from policies.recipes import recipe as recipes
@@ -82,6 +85,7 @@ def test_an_unknown_name_lists_what_there_is(tmp_path):
         (turn(tool_calls_from="speach"), r"messages\[0\] refers to 'speach'"),
         (turn(tool_calls_from="task"), "a task has no tool calls"),
         (turn(content=[{"type": "video"}]), r"messages\[0\].content\[0\].type is 'video'"),
+        (turn(content=[{"type": {}}]), r"content\[0\].type is {}"),
         (turn(content=["text"]), r"messages\[0\].content\[0\].type is None"),
         (turn(content=[{"type": "text", "text": "${nobody}"}]), "refers to 'nobody'"),
         (turn(content=[{"type": "image"}]), r"messages\[0\].content\[0\].feature is None"),
@@ -170,3 +174,50 @@ def test_a_binding_reads_back():
     text = "nth_prev(style=memory, role=assistant, offset=2)"
     assert str(parse_binding(text)) == text
     assert parse_binding("active_at(t, style='plan')") == parse_binding("active_at(style=plan)")
+
+
+JUNK = (
+    None,
+    True,
+    -1,
+    0.5,
+    float("nan"),
+    10**400,
+    "",
+    "x",
+    "${",
+    "${nobody}",
+    "task",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    [None],
+    {None: 2},
+)
+
+
+def places(value, path=()):
+    """Of everything inside a recipe as YAML gives it."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+@pytest.mark.parametrize("name", recipes.SHIPPED)
+def test_a_recipe_with_anything_changed_is_read_or_refused(name):
+    """Never another error: whatever stands in a file, the message says where."""
+    whole = yaml.safe_load((Path(recipes.__file__).parent / "shipped" / f"{name}.yaml").read_text())
+    messages = []
+    for path in list(places(whole)):
+        for junk in JUNK:
+            value = copy.deepcopy(whole)
+            inner = functools.reduce(lambda part, key: part[key], path[:-1], value)
+            inner[path[-1]] = junk
+            try:
+                recipes.parse(value, name="mine")
+            except InvalidInput as error:
+                messages.append(str(error))
+    assert len(messages) > 100
+    assert all("recipe mine: " in message for message in messages)
