@@ -12,7 +12,7 @@ A range of zero counts as 1e-8. Nothing is clipped.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +104,18 @@ def compute_statistics(values: npt.NDArray[np.generic]) -> dict[str, npt.NDArray
         statistics[name] = value
     statistics["count"] = np.array([len(rows)], dtype=np.float64)
     return statistics
+
+
+def relative_mask(size: int, names: Sequence[str] | None, exclude: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """(size,) True where an action is relative: all but those whose name holds one of exclude, in any case.
+
+    names: Of the actions, in order; those beyond its end, or all where it is None, have no name to go by.
+    """
+    parts = [part.lower() for part in exclude]
+    mask = np.ones(size, dtype=np.bool_)
+    for index, name in enumerate((names or ())[:size]):
+        mask[index] = not any(part in name.lower() for part in parts)
+    return mask
 
 
 def to_relative(actions: torch.Tensor, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

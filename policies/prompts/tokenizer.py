@@ -1,0 +1,71 @@
+"""A Hugging Face tokenizer.json, read without the transformers library: no network, no code from the folder.
+
+Special tokens are never added by themselves; each policy writes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as RawTokenizer
+
+from manyhands.errors import Corrupt, InvalidInput, NotFound
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Attributes:
+    tokens: (l,) int64.
+    offsets: (l, 2) int64, the characters [begin, end) a token stands for.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+
+class Tokenizer:
+    """Attributes:
+    vocabulary: Entries of the base vocabulary, V; tokens added on top do not count.
+    """
+
+    def __init__(self, raw: RawTokenizer, added: Sequence[str] = ()) -> None:
+        """added: Strings that must be one token each; they get the ids the vocabulary has for them."""
+        self._raw = raw
+        if added:
+            raw.add_tokens(list(added))
+        self.vocabulary = raw.get_vocab_size(with_added_tokens=False)
+
+    @classmethod
+    def load(cls, folder: Path, added: Sequence[str] = ()) -> Tokenizer:
+        """Raises NotFound, or Corrupt for a file that cannot be read."""
+        path = folder / TOKENIZER_FILE
+        if not path.is_file():
+            raise NotFound(f"{path} is not there; a tokenizer is a folder with {TOKENIZER_FILE}", field="tokenizer")
+        try:
+            return cls(RawTokenizer.from_file(str(path)), added)
+        except Exception as error:  # The library raises nothing narrower.
+            raise Corrupt(f"{path} is no tokenizer: {error}", field="tokenizer") from None
+
+    def encode(self, text: str) -> Encoded:
+        encoding = self._raw.encode(text, add_special_tokens=False)
+        return Encoded(
+            tokens=np.asarray(encoding.ids, dtype=np.int64),
+            offsets=np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2),
+        )
+
+    def decode(self, tokens: Iterable[int], *, with_special: bool = False) -> str:
+        text: str = self._raw.decode(list(tokens), skip_special_tokens=not with_special)
+        return text
+
+    def id_of(self, token: str) -> int:
+        """InvalidInput if the vocabulary lacks it."""
+        found = self._raw.token_to_id(token)
+        if found is None:
+            raise InvalidInput(f"has no token {token!r}; this is another model's tokenizer", field="tokenizer")
+        return int(found)
