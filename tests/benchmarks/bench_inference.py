@@ -9,6 +9,7 @@ through a server that does nothing. Writes docs/benchmarks/2026-11-22-inference.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ from manyhands.server import SERVER_OPTIONS
 from manyhands.spec import Feature, FeatureKind, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "docs" / "benchmarks" / "2026-11-22-inference.md"
+REPORT = ROOT / "docs" / "benchmarks" / f"{datetime.date.today().isoformat()}-inference.md"
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 CAMERA_SIZE, STATE_SIZE, ACTION_SIZE, HORIZON = 128, 39, 4, 16
 CONTROL_RATE_HZ = 20.0
