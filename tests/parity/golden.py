@@ -1,6 +1,6 @@
 """Reads the golden fixtures: a folder of <policy>.json and <policy>.safetensors as its README describes.
 
-The folder is MANYHANDS_GOLDEN, else ../shared/golden next to the repository. Weights are not stored; they are drawn again
+The folder is MANYHANDS_GOLDEN, else fixtures beside this file. Weights are not stored; they are drawn again
 from their names and checked against the recorded hashes.
 """
 
@@ -19,13 +19,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 def folder() -> Path:
     """AssertionError tells how to point to the fixtures when they are not there."""
     named = os.environ.get("MANYHANDS_GOLDEN")
-    path = Path(named) if named else REPOSITORY.parent / "shared" / "golden"
+    path = Path(named) if named else Path(__file__).parent / "fixtures"
     assert path.is_dir(), f"no golden fixtures at {path}; set MANYHANDS_GOLDEN to the folder that holds pi05.json"
     return path
 
