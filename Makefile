@@ -16,6 +16,7 @@ PROTOS := $(sort $(shell find protos -name '*.proto'))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 export PYTHONDONTWRITEBYTECODE :=
+export PATH := $(abspath $(BIN)):$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 

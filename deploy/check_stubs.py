@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = [f"--{plugin}_out={scratch}" for plugin in ("python", "grpc_python")]
         out += [f"--{plugin}_out=quiet:{scratch}" for plugin in ("mypy", "mypy_grpc")]
-        subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "-I", "protos", *out, *protos], cwd=ROOT, check=True)
+        command = [sys.executable, "-m", "grpc_tools.protoc", "-I", "protos", *out, *protos]
+        # protoc looks for its mypy plugins on PATH; they lie beside the interpreter, whether or not it was activated.
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
         fresh = {path.relative_to(scratch): path.read_bytes() for path in Path(scratch).rglob("*_pb2*")}
     committed = {
         path.relative_to(ROOT): path.read_bytes()
