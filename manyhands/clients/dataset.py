@@ -26,10 +26,12 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from .. import channel
 from ..dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from ..errors import Conflict, Corrupt, InvalidInput, TooLate, Unreachable
+from ..retry import call_with_retry
 from ..security import SecuritySettings
 from ..spec import Spec
 from .append_stream import AppendStream
@@ -37,7 +39,7 @@ from .append_stream import AppendStream
 __all__ = ["AppendStream", "DatasetClient", "EpisodeDigest", "fetch_snapshot"]
 
 ResponseT = TypeVar("ResponseT")
-# Of calls that the contract says are idempotent: enough for a store that restarts.
+# Between attempts at a broken stream of samples: enough for a store that restarts.
 _RETRY_DELAYS_S = (0.1, 0.3, 1.0, 2.0)
 _MAX_SNAPSHOT_ATTEMPTS = 20
 _REPLACED_FILES = frozenset({"meta/info.json", "meta/stats.json", "meta/tasks.parquet"})
@@ -105,15 +107,15 @@ class DatasetClient:
         """Makes the dataset, or finds the equal one that is there; AlreadyExists names the first difference."""
         definition = dataset_pb2.DatasetDefinition(name=name, spec=spec.to_proto(), video=video)
         request = dataset_pb2.CreateDatasetRequest(definition=definition)
-        return self._retried(lambda: self._stub.CreateDataset(request, timeout=self._timeout_s)).dataset
+        return self._call(self._stub.CreateDataset, request).dataset
 
     def list_datasets(self) -> Sequence[dataset_pb2.DatasetInfo]:
         request = dataset_pb2.ListDatasetsRequest()
-        return self._retried(lambda: self._stub.ListDatasets(request, timeout=self._timeout_s)).datasets
+        return self._call(self._stub.ListDatasets, request).datasets
 
     def get_dataset(self, name: str) -> dataset_pb2.DatasetInfo:
         request = dataset_pb2.GetDatasetRequest(dataset=name)
-        return self._retried(lambda: self._stub.GetDataset(request, timeout=self._timeout_s)).dataset
+        return self._call(self._stub.GetDataset, request).dataset
 
     def publish(self, name: str, *, timeout_s: float = 300.0) -> dataset_pb2.DatasetInfo:
         """Returns when readers see every episode that was sealed before the call.
@@ -121,7 +123,7 @@ class DatasetClient:
         Raises Overloaded while the store's disk is full; it goes on by itself when there is space.
         """
         request = dataset_pb2.PublishRequest(dataset=name)
-        return self._retried(lambda: self._stub.Publish(request, timeout=timeout_s)).dataset
+        return self._call(self._stub.Publish, request, timeout_s=timeout_s).dataset
 
     def list_episodes(self, name: str, *, from_index: int = 0) -> Iterator[dataset_pb2.Episode]:
         """Published episodes in index order, fetched a page at a time."""
@@ -135,7 +137,7 @@ class DatasetClient:
     def get_snapshot(self, name: str) -> dataset_pb2.GetSnapshotResponse:
         """The published files of this moment, with their digests."""
         request = dataset_pb2.GetSnapshotRequest(dataset=name)
-        return self._retried(lambda: self._stub.GetSnapshot(request, timeout=self._timeout_s))
+        return self._call(self._stub.GetSnapshot, request)
 
     def read_shard(
         self, name: str, path: str, *, offset: int = 0, length: int = 0, timeout_s: float = 600.0
@@ -176,18 +178,13 @@ class DatasetClient:
         return AppendStream(self._stub, max_queued_frames=max_queued_frames)
 
     def _list_page(self, request: dataset_pb2.ListEpisodesRequest) -> dataset_pb2.ListEpisodesResponse:
-        return self._retried(lambda: self._stub.ListEpisodes(request, timeout=self._timeout_s))
+        return self._call(self._stub.ListEpisodes, request)
 
-    def _retried(self, call: Callable[[], ResponseT]) -> ResponseT:
-        for delay_s in (*_RETRY_DELAYS_S, None):
-            try:
-                with channel.translated_errors():
-                    return call()
-            except Unreachable:
-                if delay_s is None:
-                    raise
-                time.sleep(delay_s)
-        raise AssertionError("the last attempt returns or raises")
+    def _call(self, method: Callable[..., ResponseT], request: Message, *, timeout_s: float | None = None) -> ResponseT:
+        """Every call that comes here is idempotent: it is tried again within its deadline."""
+        return call_with_retry(
+            lambda left_s: method(request, timeout=left_s), timeout_s=timeout_s or self._timeout_s, idempotent=True
+        )
 
 
 def fetch_snapshot(client: DatasetClient, dataset: str, cache_dir: Path) -> Path:

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
+from google.protobuf.message import Message
+
 from .. import channel
 from ..errors import Unreachable
 from ..learner.v1 import learner_pb2, learner_pb2_grpc
+from ..retry import call_with_retry
 from ..security import SecuritySettings
 
 ResponseT = TypeVar("ResponseT")
-# Every call is idempotent; this is enough for a learner that restarts with its Ray.
+# Between attempts at a broken stream; enough for a learner that restarts with its Ray.
 _RETRY_DELAYS_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -29,10 +32,10 @@ class LearnerClient:
 
     Args:
         address: "host:port".
-        timeout_s: Deadline of every call but watch().
+        timeout_s: Deadline of every call but watch(), attempts at a learner that is not there included.
     """
 
-    def __init__(self, address: str, *, security_settings: SecuritySettings | None = None, timeout_s: float = 10.0) -> None:
+    def __init__(self, address: str, *, security_settings: SecuritySettings | None = None, timeout_s: float = 20.0) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._channel = channel.connect(address, security_settings=security_settings)
@@ -51,7 +54,7 @@ class LearnerClient:
 
     def status(self) -> learner_pb2.GetStatusResponse:
         request = learner_pb2.GetStatusRequest()
-        return self._retried(lambda: self._stub.GetStatus(request, timeout=self._timeout_s))
+        return self._call(self._stub.GetStatus, request)
 
     def start_run(self, run: learner_pb2.RunDefinition) -> str:
         """Begins or resumes run and answers its run_id at once.
@@ -62,12 +65,12 @@ class LearnerClient:
             AlreadyExists: run_id was another run.
         """
         request = learner_pb2.StartRunRequest(run=run)
-        return self._retried(lambda: self._stub.StartRun(request, timeout=self._timeout_s)).run_id
+        return self._call(self._stub.StartRun, request).run_id
 
     def stop_run(self, run_id: str) -> None:
         """Ends the run after its present step, with a checkpoint; watch() shows when."""
         request = learner_pb2.StopRunRequest(run_id=run_id)
-        self._retried(lambda: self._stub.StopRun(request, timeout=self._timeout_s))
+        self._call(self._stub.StopRun, request)
 
     def watch(self, from_step: int = 0) -> Iterator[learner_pb2.WatchProgressResponse]:
         """The present run's points from from_step on, each new one, and a response for every change of state, for ever.
@@ -90,13 +93,5 @@ class LearnerClient:
                     raise
                 time.sleep(delay_s)
 
-    def _retried(self, call: Callable[[], ResponseT]) -> ResponseT:
-        for delay_s in (*_RETRY_DELAYS_S, None):
-            try:
-                with channel.translated_errors():
-                    return call()
-            except Unreachable:
-                if delay_s is None:
-                    raise
-                time.sleep(delay_s)
-        raise AssertionError("the last attempt returns or raises")
+    def _call(self, method: Callable[..., ResponseT], request: Message) -> ResponseT:
+        return call_with_retry(lambda left_s: method(request, timeout=left_s), timeout_s=self._timeout_s, idempotent=True)
