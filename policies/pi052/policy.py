@@ -19,16 +19,16 @@ from torch.nn import functional
 from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Spec
 
-from .. import images, normalization, rows, vectors
+from .. import images, losses, normalization, rows, text, vectors
+from ..byte_prompts import BytePrompter
 from ..normalization import Normalizer, Statistics
 from ..policy import CommittedPrefix, Losses, ParameterGroup, Policy, Sample, TextKind, TextRequest
+from ..prompt import Prompt, Prompter
 from . import config as configs
-from . import flow, losses, sampling, text
-from .byte_prompts import BytePrompter
+from . import flow, sampling
 from .config import ChunkMode, Pi052Config
 from .gemma import GemmaLayer
 from .model import Pi052Network, PrefixState
-from .prompt import Prompt, Prompter
 
 PAD_TOKEN = 0
 EMPTY_CAMERA = "observation.images.empty_camera_"

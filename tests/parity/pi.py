@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from manyhands.spec import Feature, FeatureKind, Spec
-from policies import images
+from policies import images, losses, text
 from policies.normalization import Normalization
-from policies.pi052 import checkpoint_keys, flow, losses, sampling, text
+from policies.pi052 import checkpoint_keys, flow, sampling
 from policies.pi052 import model as pi052_model
 from policies.pi052.config import NetworkConfig, Pi052Config, TowerSize, VisionSize, pi05_config
 from policies.pi052.policy import Pi05Policy, Pi052Inputs, Pi052Policy

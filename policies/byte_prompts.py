@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..policy import Sample, TextRequest
 from .losses import IGNORED_LABEL
+from .policy import Sample, TextRequest
 from .prompt import Prompt
 
 END, BEGIN = 1, 2
@@ -24,7 +24,7 @@ MAX_CODES = 24
 
 
 class BytePrompter:
-    """See policies.pi052.prompt.Prompter. with_text: Training teaches text and codes."""
+    """See policies.prompt.Prompter. with_text: Training teaches text and codes."""
 
     eos_token = END
     special_tokens: Sequence[int] = (0, END, BEGIN, 3)
