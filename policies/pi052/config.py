@@ -6,18 +6,18 @@ pi05 is the same network without a text head in use: no text loss, no FAST loss,
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from manyhands.errors import InvalidInput
 
+from .. import configuration
+from ..configuration import STRICT, NonNegative, Positive, PositiveInt, Precision, TowerSize, VisionSize
 from ..normalization import Normalization
 from ..rtc import PrefixSchedule
-from ..sizes import STRICT, NonNegative, Positive, PositiveInt, Precision, TowerSize, VisionSize
 
 
 class ChunkMode(enum.Enum):
@@ -182,16 +182,8 @@ _CONFIG = TypeAdapter(Pi052Config)
 
 def parse(values: Mapping[str, Any]) -> Pi052Config:
     """From the JSON-able form; InvalidInput names the key."""
-    try:
-        return _CONFIG.validate_json(json.dumps(dict(values)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(f"{first['msg']}; got {first['input']!r}", field=f"config.{name}") from None
-    except TypeError as error:
-        raise InvalidInput(f"is not JSON: {error}", field="config") from None
+    return configuration.parse(_CONFIG, values)
 
 
 def dump(config: Pi052Config) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(_CONFIG.dump_json(config))
-    return values
+    return configuration.dump(_CONFIG, config)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils import checkpoint
 
 from ..attention import KeysValues, attend, rotate, rotation
-from .config import TowerSize
+from ..configuration import TowerSize
 
 RMS_EPS = 1e-6
 

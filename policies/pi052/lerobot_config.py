@@ -15,10 +15,11 @@ from manyhands.errors import InvalidInput
 from manyhands.spec import Spec
 
 from .. import vectors
+from ..configuration import Precision
 from ..normalization import Normalization
 from ..rtc import DEFAULT_MAX_GUIDANCE_WEIGHT, PrefixSchedule
 from . import config as configs
-from .config import TOWERS, ChunkMode, Pi052Config, Precision
+from .config import TOWERS, ChunkMode, Pi052Config
 
 # Ours under another name: Pi052Config.
 _SAME = {

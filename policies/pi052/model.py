@@ -23,10 +23,11 @@ from torch import nn
 from torch.nn import functional
 
 from ..attention import KeysValues
+from ..configuration import Precision
 from ..flow_matching import embed_time
 from ..siglip import Siglip
 from . import masks
-from .config import NetworkConfig, Precision
+from .config import NetworkConfig
 from .gemma import GemmaTower
 
 
