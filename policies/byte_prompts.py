@@ -1,7 +1,7 @@
 """Prompts of plain bytes: a whole large policy for tests and demonstrations, without a tokenizer's files.
 
-The forms are those of pi05 and pi052, or without the state, which SmolVLA takes as numbers. The text head learns the subtask,
-or the task where a sample has none. Actions become one code a number. Nothing of this fits published weights.
+The forms are those of pi05 and pi052, or without the state, which SmolVLA takes as numbers. The text head learns the
+subtask, or the task where a sample has none. Actions become one code a number. Nothing of this fits published weights.
 
 Tokens: 0 padding, 1 end, 2 begin, 3 unknown, 4 to 259 bytes, 260 to 515 codes.
 """

@@ -35,8 +35,11 @@ class RmsNorm(nn.Module):
         return (x * self.weight.float()).to(x_BSD.dtype)
 
 
-class LlamaLayer(nn.Module):
-    """key_width: Of what keys and values are projected from; the tower's own width unless told otherwise."""
+class Block(nn.Module):
+    """Weights and halves that both kinds of layers have.
+
+    key_width: Of what keys and values are projected from; the tower's own width unless told otherwise.
+    """
 
     def __init__(self, size: TowerSize, eps: float, *, key_width: int | None = None) -> None:
         super().__init__()
@@ -51,6 +54,19 @@ class LlamaLayer(nn.Module):
         self.up = nn.Linear(size.width, size.mlp, bias=False)
         self.down = nn.Linear(size.mlp, size.width, bias=False)
 
+    def _after_attention(self, x_BSD: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        x_BSD = x_BSD + self.o(mixed)
+        normed_BSD = self.norm_2(x_BSD)
+        mlp: torch.Tensor = self.down(functional.silu(self.gate(normed_BSD)) * self.up(normed_BSD))
+        return x_BSD + mlp
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+
+class LlamaLayer(Block):
+    """Self attention, over keys and values that came before and the tokens' own."""
+
     def forward(
         self,
         x_BSD: torch.Tensor,
@@ -59,10 +75,7 @@ class LlamaLayer(nn.Module):
         past: KeysValues | None,
         keys_values_only: bool = False,
     ) -> tuple[torch.Tensor, KeysValues]:
-        """Self attention, over past first: the tokens after this layer and their own keys and values.
-
-        With keys_values_only the tokens come back as they were.
-        """
+        """The tokens after this layer and their own keys and values; with keys_values_only the tokens as they came."""
         normed_BSD = self.norm_1(x_BSD)
         k = rotate(self._heads(self.k(normed_BSD)), *cos_sin)
         v = self._heads(self.v(normed_BSD))
@@ -75,17 +88,8 @@ class LlamaLayer(nn.Module):
             mixed = attend(q, torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2), bias)
         return self._after_attention(x_BSD, mixed), (k, v)
 
-    def _after_attention(self, x_BSD: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        x_BSD = x_BSD + self.o(mixed)
-        normed_BSD = self.norm_2(x_BSD)
-        mlp: torch.Tensor = self.down(functional.silu(self.gate(normed_BSD)) * self.up(normed_BSD))
-        return x_BSD + mlp
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-
-
-class CrossLayer(LlamaLayer):
+class CrossLayer(Block):
     """An expert layer that attends to the prefix alone."""
 
     def __init__(self, size: TowerSize, eps: float) -> None:
@@ -96,10 +100,14 @@ class CrossLayer(LlamaLayer):
         k, v = (x.transpose(1, 2).flatten(2) for x in keys_values)
         return self._heads(self.k(k)), self._heads(self.v(v))
 
-    def cross(self, x_BTD: torch.Tensor, cos_sin: CosSin, bias: torch.Tensor, seen: KeysValues) -> torch.Tensor:
-        """seen: What project() made."""
+    def forward(
+        self, x_BTD: torch.Tensor, cos_sin: CosSin, bias: torch.Tensor, keys_values: KeysValues, is_projected: bool
+    ) -> torch.Tensor:
+        """The tokens after this layer. keys_values: What project() made, or with is_projected False what it takes."""
+        if not is_projected:
+            keys_values = self.project(keys_values)
         q = rotate(self._heads(self.q(self.norm_1(x_BTD))), *cos_sin)
-        return self._after_attention(x_BTD, attend(q, *seen, bias))
+        return self._after_attention(x_BTD, attend(q, *keys_values, bias))
 
 
 class LlamaTower(nn.Module):
@@ -156,7 +164,7 @@ class ExpertTower(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(size, eps) if own else CrossLayer(size, eps) for own in is_self)
         self.norm = RmsNorm(size.width, eps)
 
-    def seen(self, keys_values: Sequence[KeysValues]) -> list[KeysValues]:
+    def project(self, keys_values: Sequence[KeysValues]) -> list[KeysValues]:
         """Per layer what actions see of the language tower: the same for every Euler step."""
         return [
             layer.project(made) if isinstance(layer, CrossLayer) else made
@@ -170,7 +178,8 @@ class ExpertTower(nn.Module):
         bias: torch.Tensor,
         cross_positions_BT: torch.Tensor,
         cross_bias: torch.Tensor,
-        seen: Sequence[KeysValues],
+        keys_values: Sequence[KeysValues],
+        is_projected: bool,
     ) -> torch.Tensor:
         """(B, T, D) after the final norm.
 
@@ -178,17 +187,18 @@ class ExpertTower(nn.Module):
             x_BTD: Embedded actions.
             positions_BT, bias: int64, and (B, 1, T, S + T): in layers with self attention.
             cross_positions_BT, cross_bias: int64, and (B, 1, T, S): in the others.
-            seen: What seen() made.
+            keys_values, is_projected: Of the language tower, or what project() made of them.
         """
         cos_sin, cross_cos_sin = (rotation(positions, self.head_dim) for positions in (positions_BT, cross_positions_BT))
 
         def run(layer: nn.Module, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             if isinstance(layer, CrossLayer):
-                return layer.cross(x, cross_cos_sin, cross_bias, (keys, values))
-            after: torch.Tensor = layer(x, cos_sin, bias, (keys, values))[0]
+                after: torch.Tensor = layer(x, cross_cos_sin, cross_bias, (keys, values), is_projected)
+            else:
+                after, _ = layer(x, cos_sin, bias, (keys, values))
             return after
 
-        for layer, (keys, values) in zip(self.layers, seen, strict=True):
+        for layer, (keys, values) in zip(self.layers, keys_values, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint.checkpoint(run, layer, x_BTD, keys, values, use_reentrant=False)
             else:

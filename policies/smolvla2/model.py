@@ -68,10 +68,17 @@ class PrefixState:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What actions see of the prefix: per layer, and valid (B, S) bool. It does not change from step to step."""
+    """What actions see of the prefix. It does not change from step to step.
+
+    Attributes:
+        keys_values: Per layer.
+        valid: (B, S) bool.
+        is_projected: Layers that project what they see need not do it again.
+    """
 
     keys_values: Sequence[KeysValues]
     valid: torch.Tensor
+    is_projected: bool
 
 
 class SmolVLA2Network(nn.Module):
@@ -177,8 +184,10 @@ class SmolVLA2Network(nn.Module):
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
-    def seen(self, state: PrefixState) -> Seen:
-        return Seen(keys_values=self.expert.seen(state.keys_values), valid=state.valid)
+    def seen(self, state: PrefixState, *, project: bool = True) -> Seen:
+        """project: For several steps. A single one, as in training, does it layer by layer, where hooks of FSDP see it."""
+        keys_values = self.expert.project(state.keys_values) if project else state.keys_values
+        return Seen(keys_values=keys_values, valid=state.valid, is_projected=project)
 
     def embed_actions(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """(B, T, A) float32 noisy actions at times (B,) to (B, T, E)."""
@@ -199,6 +208,7 @@ class SmolVLA2Network(nn.Module):
             masks.cross_positions(seen.valid, horizon),
             attention.bias(masks.prefix_to_actions(seen.valid, horizon), embedded.dtype),
             seen.keys_values,
+            seen.is_projected,
         )
         velocity: torch.Tensor = self.action_out(hidden.float())
         return velocity

@@ -200,7 +200,7 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs]):
         """(B, T, A), of the velocity."""
         assert inputs.actions is not None
         x, target = flow_matching.interpolate(inputs.actions, noise, time)
-        return (target - self.network.expert_step(self.network.seen(state), x, time)).square()
+        return (target - self.network.expert_step(self.network.seen(state, project=False), x, time)).square()
 
     def _flow_term(self, inputs: SmolVLA2Inputs, errors: torch.Tensor) -> losses.Term:
         predicts, counted = inputs.predicts, None

@@ -234,21 +234,25 @@ def _actions_bidirectional(patch: Patch) -> None:
 def _cross_layers_made_self_attention(patch: Patch) -> None:
     """Own keys as well, of the same projections; possible where the widths happen to fit, so they are cut to fit."""
 
-    def cross(
-        self: llama.CrossLayer, x: torch.Tensor, cos_sin: llama.CosSin, bias: torch.Tensor, seen: llama.KeysValues
+    def forward(
+        self: llama.CrossLayer,
+        x: torch.Tensor,
+        cos_sin: llama.CosSin,
+        bias: torch.Tensor,
+        keys_values: llama.KeysValues,
+        is_projected: bool,
     ) -> torch.Tensor:
         normed = self.norm_1(x)
         q = attention.rotate(self._heads(self.q(normed)), *cos_sin)
         own = normed[..., : self.k.in_features]
-        keys = torch.cat([seen[0], attention.rotate(self._heads(self.k(own)), *cos_sin)], dim=2)
-        values = torch.cat([seen[1], self._heads(self.v(own))], dim=2)
-        horizon = x.shape[1]
-        causal = torch.ones(x.shape[0], horizon, horizon, dtype=torch.bool).tril()
-        return self._after_attention(
-            x, attention.attend(q, keys, values, torch.cat([bias, attention.bias(causal, bias.dtype)], dim=3))
-        )
+        before = keys_values if is_projected else self.project(keys_values)
+        keys = torch.cat([before[0], attention.rotate(self._heads(self.k(own)), *cos_sin)], dim=2)
+        values = torch.cat([before[1], self._heads(self.v(own))], dim=2)
+        causal = torch.ones(x.shape[0], x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        allowed = torch.cat([bias, attention.bias(causal, bias.dtype)], dim=3)
+        return self._after_attention(x, attention.attend(q, keys, values, allowed))
 
-    patch.setattr(llama.CrossLayer, "cross", cross)
+    patch.setattr(llama.CrossLayer, "forward", forward)
 
 
 def _cross_keys_not_projected(patch: Patch) -> None:
@@ -374,8 +378,8 @@ def _insulated(patch: Patch) -> None:
     """As pi052 does it; SmolVLA2 lets the flow loss train what the expert reads."""
     real = smol_model.SmolVLA2Network.seen
 
-    def seen(self: smol_model.SmolVLA2Network, state: smol_model.PrefixState) -> smol_model.Seen:
-        return real(self, replace(state, keys_values=[(k.detach(), v.detach()) for k, v in state.keys_values]))
+    def seen(self: smol_model.SmolVLA2Network, state: smol_model.PrefixState, **named: Any) -> smol_model.Seen:
+        return real(self, replace(state, keys_values=[(k.detach(), v.detach()) for k, v in state.keys_values]), **named)
 
     patch.setattr(smol_model.SmolVLA2Network, "seen", seen)
 
@@ -433,6 +437,7 @@ MISTAKES = [
     Mistake(name="masked camera seen", make=_masked_camera_seen, found=_masked_camera),
     Mistake(name="time before action", make=_time_before_action, found=_suffix),
     Mistake(name="another time", make=_time_of_next_step, found=_chunks),
+    Mistake(name="cross keys not projected, in steps", make=_cross_keys_not_projected, found=_chunks),
     Mistake(name="noise and actions swapped", make=_noise_and_actions_swapped, found=_flow_tensor),
     Mistake(name="delay ignored", make=_delay_ignored, found=_guided),
     Mistake(name="padded steps counted", make=_padded_steps_counted, found=_masked_loss),
