@@ -9,8 +9,9 @@ import torch
 
 from policies import rows
 from policies.configuration import TowerSize
-from policies.smolvla2.config import LANGUAGE, expert_size
+from policies.smolvla2.config import LANGUAGE, NetworkConfig, expert_size
 from policies.smolvla2.connector import shuffle_patches
+from policies.smolvla2.model import SmolVLA2Network
 from policies.smolvla2.policy import SmolVLA2Policy
 
 from . import pi, smol
@@ -65,7 +66,7 @@ def test_guided_real_time_chunking(smolvla: SmolVLA2Policy, smolvla_golden: Gold
 def test_guidance_has_a_delay_per_row(smolvla: SmolVLA2Policy, smolvla_golden: Golden) -> None:
     """One batch: a row as in the fixture, one without a previous chunk, one with a delay of its own."""
     golden = smolvla_golden
-    case = next(c for c in golden.meta["rtc"] if c["schedule"] == "LINEAR")
+    case = next(c for c in golden.meta["rtc"] if c["schedule"] == "LINEAR" and c["steps"] == 4)
     count, delay = golden["in.noise"].shape[0], case["inference_delay"]
     of_fixture = torch.arange(3) % count
     whole = pi.committed_of(golden, [delay] * count, [case["execution_horizon"]] * count)
@@ -169,3 +170,21 @@ def test_shuffled_patches_go_row_by_row_with_channels_last() -> None:
 def test_size_of_the_expert(width: float, expected: tuple[int, int]) -> None:
     size: TowerSize = expert_size(LANGUAGE, width)
     assert (size.width, size.mlp) == expected
+
+
+@torch.no_grad()
+def test_full_size_fits_together() -> None:
+    """Shapes alone, on the meta device: three cameras, 48 tokens and the state, as lerobot's smolvla_base."""
+    with torch.device("meta"):
+        network = SmolVLA2Network(NetworkConfig())
+        pictures = network.encode_pictures(torch.zeros(1, 3, 3, 512, 512))
+        assert pictures.shape == (1, 3, 64, 960)
+        tokens = torch.zeros(1, 48, dtype=torch.int64)
+        valid, seen_pictures = torch.ones(1, 48, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
+        prefix = network.embed_prefix(pictures, seen_pictures, tokens, valid, torch.zeros(1, 6))
+        assert prefix.embeddings.shape == (1, 241, 960)
+        state = network.run_prefix(prefix, hidden=True)
+        velocity = network.expert_step(network.seen(state), torch.zeros(1, 50, 32), torch.ones(1))
+        assert velocity.shape == (1, 50, 32)
+        assert state.hidden is not None
+        assert network.text_logits(state.hidden[:, prefix.language]).shape == (1, 48, 49280)
