@@ -6,6 +6,7 @@ Shapes: B rows, H horizon, A action size of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,17 @@ def draw_times(num_rows: int, generator: torch.Generator) -> torch.Tensor:
     # With beta = 1 the distribution function is t^alpha, so its inverse is a root: torch's own Beta takes no generator.
     uniform = torch.rand(num_rows, generator=generator)
     return uniform.pow(1.0 / BETA_ALPHA) * TIME_SCALE + TIME_OFFSET
+
+
+def embed_time(time: torch.Tensor, size: int, min_period: float, max_period: float) -> torch.Tensor:
+    """(..., size) float32: sines, then cosines, of periods in equal ratios from min_period to max_period.
+
+    Computed in float64: the shortest period turns a rounding error of time into one 1500 times as large.
+    """
+    fraction = torch.linspace(0.0, 1.0, size // 2, dtype=torch.float64, device=time.device)
+    period = min_period * (max_period / min_period) ** fraction
+    angle = 2.0 * math.pi * time.double()[..., None] / period
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
 def interpolate(actions: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,8 @@ from .policy import Policy
 
 POLICIES: dict[str, str] = {
     "flow": "policies.flow:FlowPolicy",
+    "smolvla": "policies.smolvla2.policy:SmolVLAPolicy",
+    "smolvla2": "policies.smolvla2.policy:SmolVLA2Policy",
     "pi05": "policies.pi052.policy:Pi05Policy",
     "pi052": "policies.pi052.policy:Pi052Policy",
 }

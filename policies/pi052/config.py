@@ -6,28 +6,18 @@ pi05 is the same network without a text head in use: no text loss, no FAST loss,
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from manyhands.errors import InvalidInput
 
+from .. import configuration
+from ..configuration import STRICT, NonNegative, Positive, PositiveInt, Precision, TowerSize, VisionSize
 from ..normalization import Normalization
 from ..rtc import PrefixSchedule
-
-PositiveInt = Annotated[int, Field(gt=0, le=1 << 20)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Precision(enum.Enum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"  # Projections and tables; norms, vision, action and time projections stay float32.
 
 
 class ChunkMode(enum.Enum):
@@ -35,33 +25,6 @@ class ChunkMode(enum.Enum):
 
     GUIDED = "guided"  # Pulls every step towards it; works with any weights.
     TRAINED = "trained"  # Keeps it as it is, at time 0; needs weights trained with trained_prefix_max_delay > 0.
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionSize:
-    """SigLIP So400m/14 unless told otherwise."""
-
-    __pydantic_config__ = _STRICT
-
-    width: PositiveInt = 1152
-    depth: PositiveInt = 27
-    mlp: PositiveInt = 4304
-    heads: PositiveInt = 16
-    patch: PositiveInt = 14
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerSize:
-    """One Gemma tower. Both towers of a model have the same depth, heads and head_dim: the expert reads the other's keys."""
-
-    __pydantic_config__ = _STRICT
-
-    width: PositiveInt
-    depth: PositiveInt
-    mlp: PositiveInt
-    heads: PositiveInt = 8
-    kv_heads: PositiveInt = 1
-    head_dim: PositiveInt = 256
 
 
 TOWERS = {
@@ -81,9 +44,9 @@ class NetworkConfig:
         gradient_checkpointing: Training recomputes each layer instead of keeping its activations.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
-    vision: VisionSize = VisionSize()
+    vision: VisionSize = field(default_factory=VisionSize)
     language: TowerSize = TOWERS["gemma_2b"]
     expert: TowerSize = TOWERS["gemma_300m"]
     vocabulary: PositiveInt = 257152
@@ -135,12 +98,12 @@ class Pi052Config:
         fast_skip_tokens: FAST codes lie so far below the end of the vocabulary.
         trained_prefix_max_delay: Training keeps up to so many first actions clean, for ChunkMode.TRAINED.
         train_expert_only, freeze_vision: What does not train.
-        byte_prompts: Prompts without a tokenizer, for tests: policies/pi052/byte_prompts.py.
+        byte_prompts: Prompts without a tokenizer, for tests: policies/byte_prompts.py.
         backbone_lr_scale, expert_lr_scale, head_lr_scale: Factors on the learning rate of vision and language
         tower; of the expert with the action and time projections; of text head and token table.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
     horizon: PositiveInt = 50
@@ -219,16 +182,8 @@ _CONFIG = TypeAdapter(Pi052Config)
 
 def parse(values: Mapping[str, Any]) -> Pi052Config:
     """From the JSON-able form; InvalidInput names the key."""
-    try:
-        return _CONFIG.validate_json(json.dumps(dict(values)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(f"{first['msg']}; got {first['input']!r}", field=f"config.{name}") from None
-    except TypeError as error:
-        raise InvalidInput(f"is not JSON: {error}", field="config") from None
+    return configuration.parse(_CONFIG, values)
 
 
 def dump(config: Pi052Config) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(_CONFIG.dump_json(config))
-    return values
+    return configuration.dump(_CONFIG, config)

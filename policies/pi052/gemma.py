@@ -18,13 +18,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import checkpoint
 
-from .config import TowerSize
+from ..attention import KeysValues, attend, rotate, rotation
+from ..configuration import TowerSize
 
 RMS_EPS = 1e-6
-ROPE_BASE = 10000.0
-
-# Of one layer: keys after rotation and values, both (B, V, L, H).
-KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class RmsNorm(nn.Module):
@@ -59,29 +56,6 @@ class AdaptiveRmsNorm(nn.Module):
 def normalized(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + RMS_EPS)
-
-
-def rotation(positions_BS: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of rotary position embedding, each (B, 1, S, H) float32."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
-    angle = positions_BS[:, None, :, None].float() * (1.0 / ROPE_BASE**exponent)
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """(B, heads, S, H), first half against second half."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-
-def attend(q_BNSH: torch.Tensor, k_BVLH: torch.Tensor, v_BVLH: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """(B, S, N*H). Query heads share key heads in equal groups."""
-    group = q_BNSH.shape[1] // k_BVLH.shape[1]
-    # A view with stride 0 where there is one key head, as in Gemma 2B.
-    k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_BVLH, v_BVLH))
-    mixed_BNSH = functional.scaled_dot_product_attention(q_BNSH, k, v, attn_mask=bias)
-    return mixed_BNSH.transpose(1, 2).flatten(2)
 
 
 class GemmaLayer(nn.Module):

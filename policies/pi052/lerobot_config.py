@@ -14,11 +14,11 @@ from typing import Any
 from manyhands.errors import InvalidInput
 from manyhands.spec import Spec
 
-from .. import vectors
+from .. import lerobot_fields, vectors
+from ..configuration import Precision
 from ..normalization import Normalization
-from ..rtc import DEFAULT_MAX_GUIDANCE_WEIGHT, PrefixSchedule
 from . import config as configs
-from .config import TOWERS, ChunkMode, Pi052Config, Precision
+from .config import TOWERS, ChunkMode, Pi052Config
 
 # Ours under another name: Pi052Config.
 _SAME = {
@@ -109,10 +109,9 @@ def read(values: Mapping[str, Any]) -> Imported:
     if type_name not in ("pi05", "pi052"):
         raise InvalidInput(f"is {type_name!r}, must be 'pi05' or 'pi052'", field="type")
     same = _SAME | (_SAME_PI052 if type_name == "pi052" else {})
-    notes = _notes(values, known={*same, *_SAME_NETWORK, *_PROMPTING, *_ELSEWHERE, *_FIXED})
-    for name, expected in _FIXED.items():
-        if values.get(name, expected) != expected:
-            raise InvalidInput(f"is {values[name]!r}; only {expected!r} is implemented", field=name)
+    known = {*same, *_SAME_NETWORK, *_PROMPTING, *_ELSEWHERE, *_FIXED}
+    notes = lerobot_fields.notes(values, known=known, old=_OLD)
+    lerobot_fields.refuse_other(values, _FIXED)
 
     settings: dict[str, Any] = {ours: values[theirs] for theirs, ours in same.items() if theirs in values}
     if "relative_exclude_joints" in values:
@@ -120,32 +119,25 @@ def read(values: Mapping[str, Any]) -> Imported:
     if type_name == "pi052":
         enabled = values.get("enable_fast_action_loss", True)
         settings["fast_weight"] = values.get("fast_action_loss_weight", 1.0) if enabled else 0.0
-    mapping = values.get("normalization_mapping", {})
-    if mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
-        raise InvalidInput(f"VISUAL is {mapping['VISUAL']!r}; pictures are taken as they are", field="normalization_mapping")
-    settings["state_normalization"] = _normalization(mapping.get("STATE", "QUANTILES")).value
-    settings["action_normalization"] = _normalization(mapping.get("ACTION", "QUANTILES")).value
-    settings |= _chunking(values.get("rtc_config"))
+    settings |= lerobot_fields.read_normalization(values, Normalization.QUANTILES)
+    settings |= lerobot_fields.read_guidance(values)
+    if values.get("rtc_config") is not None:
+        settings["chunk_mode"] = values["rtc_config"].get("mode", ChunkMode.GUIDED.value)
     settings["network"] = _network(values)
     defaults = Pi052Config() if type_name == "pi052" else configs.pi05_config()
     config = configs.parse(configs.dump(defaults) | settings)
 
-    inputs, outputs = values.get("input_features") or {}, values.get("output_features") or {}
-    cameras = {
-        name: (feature["shape"][1], feature["shape"][2])
-        for name, feature in inputs.items()
-        if feature["type"] == "VISUAL" and ".empty_camera_" not in name
-    }
+    features = lerobot_fields.read_features(values)
     names = values.get("action_feature_names")
     return Imported(
         type_name=type_name,
         config=config,
-        cameras=cameras,
-        state_size=sum(feature["shape"][0] for feature in inputs.values() if feature["type"] == "STATE"),
-        action_size=sum(feature["shape"][0] for feature in outputs.values() if feature["type"] == "ACTION"),
+        cameras=features.cameras,
+        state_size=features.state_size,
+        action_size=features.action_size,
         action_names=None if names is None else tuple(names),
         prompting={name: values[name] for name in sorted(_PROMPTING & values.keys())},
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -158,20 +150,11 @@ def write(type_name: str, config: Pi052Config, spec: Spec, prompting: Mapping[st
             raise InvalidInput("is no size that lerobot has a name for", field=f"network.{name}")
     dumped = configs.dump(config)
     same = _SAME | (_SAME_PI052 if type_name == "pi052" else {})
-    cameras = {feature.name: feature.shape for feature in spec.images}
     values: dict[str, Any] = {
         "type": type_name,
-        "input_features": {
-            **{name: {"type": "VISUAL", "shape": [3, *shape[:2]]} for name, shape in cameras.items()},
-            "observation.state": {"type": "STATE", "shape": [vectors.size(spec.states)]},
-        },
-        "output_features": {"action": {"type": "ACTION", "shape": [vectors.size(spec.action)]}},
+        **lerobot_fields.write_features(spec),
         "action_feature_names": vectors.element_names(spec.action),
-        "normalization_mapping": {
-            "VISUAL": "IDENTITY",
-            "STATE": config.state_normalization.name,
-            "ACTION": config.action_normalization.name,
-        },
+        **lerobot_fields.write_normalization(config.state_normalization, config.action_normalization),
         "dtype": network.precision.value,
         "paligemma_variant": variants[network.language],
         "action_expert_variant": variants[network.expert],
@@ -205,36 +188,3 @@ def _network(values: Mapping[str, Any]) -> dict[str, Any]:
     height, width = values.get("image_resolution", (224, 224))
     settings |= {"precision": dtype, "image_height": height, "image_width": width}
     return {**dumped, **settings}
-
-
-def _chunking(rtc: Mapping[str, Any] | None) -> dict[str, Any]:
-    if rtc is None:
-        return {}
-    schedule = str(rtc.get("prefix_attention_schedule", "LINEAR")).upper()
-    if schedule not in PrefixSchedule.__members__:
-        raise InvalidInput(f"is {schedule!r}, must be one of {', '.join(PrefixSchedule.__members__)}", field="rtc_config")
-    return {
-        "prefix_schedule": PrefixSchedule[schedule].value,
-        "max_guidance_weight": rtc.get("max_guidance_weight", DEFAULT_MAX_GUIDANCE_WEIGHT),
-        "chunk_mode": rtc.get("mode", ChunkMode.GUIDED.value),
-    }
-
-
-def _normalization(name: str) -> Normalization:
-    if name not in Normalization.__members__:
-        raise InvalidInput(f"{name!r} is not one of {', '.join(Normalization.__members__)}", field="normalization_mapping")
-    return Normalization[name]
-
-
-def _notes(values: Mapping[str, Any], known: set[str]) -> list[str]:
-    notes = []
-    for name in sorted(values.keys() - known):
-        if name in _OLD:
-            notes.append(f"{name} has no meaning any more and is ignored")
-        elif values[name]:
-            raise InvalidInput(
-                f"is {values[name]!r}; this field is not known and may change what the weights mean", field=name
-            )
-        else:
-            notes.append(f"{name} is not known; it is off, and ignored")
-    return notes

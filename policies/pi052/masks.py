@@ -18,20 +18,11 @@ from __future__ import annotations
 
 import torch
 
-# Not -inf: a row that may see nothing (padding) becomes uniform rather than NaN. bfloat16 holds it.
-MASKED_BIAS = -2.3819763e38
+from ..attention import bias, prefix_attention, prefix_positions
 
-
-def prefix_attention(valid_BS: torch.Tensor, marks_BS: torch.Tensor) -> torch.Tensor:
-    """(B, S, S) bool, query by key. marks: bool, where a block begins."""
-    block_BS = marks_BS.cumsum(dim=1)
-    ordered_BSS = block_BS[:, None, :] <= block_BS[:, :, None]
-    return ordered_BSS & valid_BS[:, None, :] & valid_BS[:, :, None]
-
-
-def prefix_positions(valid_BS: torch.Tensor) -> torch.Tensor:
-    """(B, S) int64: padding takes no position."""
-    return valid_BS.cumsum(dim=1) - 1
+__all__ = [
+    "bias", "prefix_attention", "prefix_positions", "suffix_attention", "suffix_positions", "visible_to_actions",
+]  # fmt: skip
 
 
 def visible_to_actions(valid_BS: torch.Tensor, is_fast_S: torch.Tensor) -> torch.Tensor:
@@ -51,9 +42,3 @@ def suffix_positions(visible_BS: torch.Tensor, repeats: int, horizon: int) -> to
     """(B, K*T) int64: every repeat takes the same positions."""
     step = torch.arange(horizon, device=visible_BS.device).repeat(repeats)
     return visible_BS.sum(dim=1, keepdim=True) + step
-
-
-def bias(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, queries, keys) bool to what is added to scores, (B, 1, queries, keys)."""
-    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return zeros.masked_fill(~allowed, MASKED_BIAS)[:, None]

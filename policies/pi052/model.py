@@ -22,10 +22,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..attention import KeysValues
+from ..configuration import Precision
+from ..flow_matching import embed_time
+from ..siglip import Siglip
 from . import masks
-from .config import NetworkConfig, Precision
-from .gemma import GemmaTower, KeysValues
-from .siglip import Siglip
+from .config import NetworkConfig
+from .gemma import GemmaTower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,14 +246,3 @@ class Pi052Network(nn.Module):
         for layer in (*self.language.layers, *self.expert.layers):
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
                 getattr(layer, name).to(torch.bfloat16)
-
-
-def embed_time(time: torch.Tensor, size: int, min_period: float, max_period: float) -> torch.Tensor:
-    """(..., size) float32: sines, then cosines, of periods in equal ratios from min_period to max_period.
-
-    Computed in float64: the shortest period turns a rounding error of time into one 1500 times as large.
-    """
-    fraction = torch.linspace(0.0, 1.0, size // 2, dtype=torch.float64, device=time.device)
-    period = min_period * (max_period / min_period) ** fraction
-    angle = 2.0 * math.pi * time.double()[..., None] / period
-    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()

@@ -5,7 +5,6 @@ Shapes: B rows, I cameras, L prompt tokens, F FAST tokens, T horizon, A action s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,24 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional
 
-from manyhands.errors import InvalidInput, NotOffered
+from manyhands.errors import InvalidInput
 from manyhands.spec import Spec
 
-from .. import images, normalization, rows, vectors
-from ..normalization import Normalizer, Statistics
-from ..policy import CommittedPrefix, Losses, ParameterGroup, Policy, Sample, TextKind, TextRequest
+from .. import images, losses, rows, text, vectors
+from ..byte_prompts import BytePrompter
+from ..policy import CommittedPrefix, Losses, ParameterGroup, Sample, TextKind, TextRequest
+from ..prompt import Prompt, Prompter
+from ..prompted import PAD_TOKEN, PromptedPolicy, ones_like, padded
 from . import config as configs
-from . import flow, losses, sampling, text
-from .byte_prompts import BytePrompter
+from . import flow, sampling
 from .config import ChunkMode, Pi052Config
 from .gemma import GemmaLayer
 from .model import Pi052Network, PrefixState
-from .prompt import Prompt, Prompter
-
-PAD_TOKEN = 0
-EMPTY_CAMERA = "observation.images.empty_camera_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,37 +57,27 @@ class Pi052Inputs:
     actions: torch.Tensor | None = None
 
 
-class Pi052Policy(Policy[Pi052Inputs]):
-    """Policy's docstrings say what each method promises.
-
-    Attributes:
-        network: The model; a server calls its steps one by one.
-        prompter: Makes prompts; without one, preprocess() and generate() are not offered.
+class Pi052Policy(PromptedPolicy[Pi052Inputs]):
+    """Attributes:
+    network: The model; a server calls its steps one by one.
     """
 
     type_name: ClassVar[str] = "pi052"
     has_text_head: ClassVar[bool] = True
-    masks_missing_cameras: ClassVar[bool] = True
 
     def __init__(self, config: Pi052Config, spec: Spec, prompter: Prompter | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.spec = spec
         if prompter is None and config.byte_prompts:
             prompter = BytePrompter(config.prompt_length, with_text=config.text_weight > 0)
-        self.prompter = prompter
-        self.horizon = config.horizon
-        self.model_action_size = config.network.action_size
-        self.robot_action_size = vectors.size(spec.action)
-        if self.robot_action_size > self.model_action_size:
-            raise InvalidInput(
-                f"has {self.robot_action_size} numbers, the model holds {self.model_action_size}", field="spec.action"
-            )
-        self.cameras = (*(f.name for f in spec.images), *(f"{EMPTY_CAMERA}{i}" for i in range(config.num_empty_cameras)))
-        if not spec.images:
-            raise InvalidInput("has no camera; this policy needs at least one", field="spec.observation")
-        self.state_normalizer = Normalizer(config.state_normalization, vectors.size(spec.states))
-        self.action_normalizer = Normalizer(config.action_normalization, self.robot_action_size)
+        super().__init__(
+            spec,
+            prompter,
+            horizon=config.horizon,
+            action_size=config.network.action_size,
+            num_empty_cameras=config.num_empty_cameras,
+            state_normalization=config.state_normalization,
+            action_normalization=config.action_normalization,
+        )
+        self.config = config
         self.network = Pi052Network(config.network)
         for parameter in self._frozen():
             parameter.requires_grad_(False)
@@ -107,10 +92,6 @@ class Pi052Policy(Policy[Pi052Inputs]):
     @classmethod
     def tiny_config(cls) -> Mapping[str, Any]:
         return configs.dump(configs.TINY)
-
-    def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
-        self.state_normalizer.set(vectors.join_statistics(statistics, self.spec.states), field="observation")
-        self.action_normalizer.set(vectors.join_statistics(statistics, self.spec.action), field="action")
 
     def relative_action_mask(self) -> npt.NDArray[np.bool_] | None:
         if not self.config.relative_actions:
@@ -151,17 +132,8 @@ class Pi052Policy(Policy[Pi052Inputs]):
 
     def preprocess(self, samples: Sequence[Sample], device: torch.device) -> Pi052Inputs:
         state = self._state(samples)
-        normalised = self.state_normalizer.normalize(state).cpu().numpy()
         actions = self._actions(samples, state)
-        prompter = self._prompter()
-        if actions is None:
-            prompts = [prompter.acting(sample, row) for sample, row in zip(samples, normalised, strict=True)]
-        else:
-            targets = actions.cpu().numpy()
-            prompts = [
-                prompter.training(sample, row, target)
-                for sample, row, target in zip(samples, normalised, targets, strict=True)
-            ]
+        prompts = self._prompts(samples, state, actions)
         return self._inputs(samples, prompts, state, actions, self.config.prompt_length, device)
 
     def _inputs(
@@ -174,25 +146,14 @@ class Pi052Policy(Policy[Pi052Inputs]):
         device: torch.device,
     ) -> Pi052Inputs:
         """Prompts are padded to length tokens."""
-        pictures, picture_valid = self._pictures(samples)
-        for prompt in prompts:
-            if len(prompt.tokens) > length:
-                raise InvalidInput(f"has {len(prompt.tokens)} tokens, prompt_length is {length}", field="task")
+        network = self.config.network
+        pictures, picture_valid = self._pictures(samples, network.image_height, network.image_width, images.Padding.CENTRED)
+        self._check_lengths(prompts, length)
         # In training by configuration, not by what these samples hold: see loss_terms().
         has_labels = actions is not None and self.config.text_weight > 0
         has_fast = actions is not None and self.config.fast_weight > 0
         has_marks = any(prompt.marks is not None for prompt in prompts)
         fast_length = max((len(p.fast_tokens) for p in prompts if p.fast_tokens is not None), default=1)
-
-        def padded(values: Sequence[npt.NDArray[Any] | None], width: int, filler: int) -> torch.Tensor:
-            out = torch.full((len(values), width), filler, dtype=torch.int64)
-            for index, row in enumerate(values):
-                if row is not None:
-                    out[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
-            return out
-
-        def ones(values: Sequence[npt.NDArray[Any] | None]) -> list[npt.NDArray[Any] | None]:
-            return [None if row is None else np.ones_like(row) for row in values]
 
         tokens = [prompt.tokens for prompt in prompts]
         fast = [prompt.fast_tokens for prompt in prompts]
@@ -201,50 +162,16 @@ class Pi052Policy(Policy[Pi052Inputs]):
             picture_valid=picture_valid,
             state=state,
             tokens=padded(tokens, length, PAD_TOKEN),
-            token_valid=padded(ones(tokens), length, 0).bool(),
+            token_valid=padded(ones_like(tokens), length, 0).bool(),
             token_marks=padded([p.marks for p in prompts], length, 0).bool() if has_marks else None,
             labels=padded([p.labels for p in prompts], length, losses.IGNORED_LABEL) if has_labels else None,
             predicts=torch.tensor([p.predicts_actions for p in prompts]) if actions is not None else None,
             fast_tokens=padded(fast, fast_length, PAD_TOKEN) if has_fast else None,
-            fast_valid=padded(ones(fast), fast_length, 0).bool() if has_fast else None,
+            fast_valid=padded(ones_like(fast), fast_length, 0).bool() if has_fast else None,
             fast_is_code=padded([p.fast_is_code for p in prompts], fast_length, 0).bool() if has_fast else None,
             actions=None if actions is None else self._pad_actions(actions),
         )
         return rows.to_device(inputs, device)
-
-    def _pictures(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every camera at its own place, rows apart: attention masks what is missing and gives it no position."""
-        network = self.config.network
-        shape = (len(samples), len(self.cameras), 3, network.image_height, network.image_width)
-        pictures = torch.full(shape, images.MISSING_VALUE)
-        valid = torch.zeros(shape[:2], dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            for column, name in enumerate(self.cameras):
-                picture = sample.observation.get(name)
-                if picture is not None:
-                    floats = images.to_unit_range(picture, field=name)
-                    pictures[row, column] = images.prepare(floats, network.image_height, network.image_width, field=name)[0]
-                    valid[row, column] = True
-            if not valid[row].any():
-                raise InvalidInput(f"lacks every camera; one of {', '.join(self.cameras)} is needed", field="observation")
-        return pictures, valid
-
-    def _state(self, samples: Sequence[Sample]) -> torch.Tensor:
-        rows = np.stack([vectors.concatenate(sample.observation, self.spec.states) for sample in samples])
-        return torch.from_numpy(rows).to(self._statistics_device())
-
-    def _actions(self, samples: Sequence[Sample], state: torch.Tensor) -> torch.Tensor | None:
-        """(B, T, R) normalised."""
-        given = [sample.actions for sample in samples if sample.actions is not None]
-        if not given:
-            return None
-        expected = (self.horizon, self.robot_action_size)
-        for actions in given:
-            if actions.shape != expected or not np.isfinite(actions).all():
-                raise InvalidInput(f"has shape {actions.shape}, must be {expected} of finite numbers", field="actions")
-        if len(given) != len(samples):
-            raise InvalidInput("some samples have actions and some have not", field="actions")
-        return self._to_model_space(torch.from_numpy(np.stack(given).astype(np.float32)).to(state.device), state)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -327,33 +254,15 @@ class Pi052Policy(Policy[Pi052Inputs]):
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def act(
-        self,
-        inputs: Pi052Inputs,
-        noise: torch.Tensor,
-        committed: CommittedPrefix | None = None,
-        num_steps: int | None = None,
-    ) -> torch.Tensor:
-        # Row by row: a matrix kernel chosen for another batch size adds in another order, and a robot's chunk must be the
-        # same bits whoever else is served. A server that batches takes the network's steps itself, and says how near it is.
-        chunks = []
-        for row in range(noise.shape[0]):
-            at = slice(row, row + 1)
-            prefix = None if committed is None or not int(committed.length[row]) else rows.select(committed, at)
-            chunks.append(self._act_one(rows.select(inputs, at), noise[at], prefix, num_steps or self.config.num_steps))
-        return torch.cat(chunks)
-
     def _act_one(
-        self, inputs: Pi052Inputs, noise: torch.Tensor, committed: CommittedPrefix | None, num_steps: int
+        self, inputs: Pi052Inputs, noise: torch.Tensor, committed: CommittedPrefix | None, num_steps: int | None
     ) -> torch.Tensor:
         config = self.config
+        num_steps = num_steps or config.num_steps
         velocity = sampling.velocity_of(self.network, self.prefix_state(inputs, hidden=False))
-        if committed is not None:
-            committed = self.anchored(committed, inputs)
-            if config.chunk_mode is ChunkMode.TRAINED:
-                max_delay = config.trained_prefix_max_delay
-                return sampling.trained_chunk(velocity, noise, num_steps, committed=committed, max_delay=max_delay)
+        if committed is not None and config.chunk_mode is ChunkMode.TRAINED:
+            max_delay = config.trained_prefix_max_delay
+            return sampling.trained_chunk(velocity, noise, num_steps, committed=committed, max_delay=max_delay)
         return sampling.guided_chunk(
             velocity,
             noise,
@@ -363,55 +272,17 @@ class Pi052Policy(Policy[Pi052Inputs]):
             max_guidance_weight=config.max_guidance_weight,
         )
 
-    def anchored(self, committed: CommittedPrefix, inputs: Pi052Inputs) -> CommittedPrefix:
-        """What carried() gave, in the model space of inputs; zero beyond the robot's numbers, anything beyond its length."""
-        actions = committed.actions[..., : self.robot_action_size]
-        if self.config.relative_actions:
-            actions = self._to_model_space(actions, inputs.state)
-        return dataclasses.replace(committed, actions=self._pad_actions(actions))
-
-    @torch.no_grad()
-    def postprocess(self, chunk: torch.Tensor, inputs: Pi052Inputs) -> npt.NDArray[np.float32]:
-        actions: npt.NDArray[np.float32] = self._to_robot_space(chunk, inputs.state).float().cpu().numpy()
-        return actions
-
-    def carried(self, chunk: torch.Tensor, inputs: Pi052Inputs) -> torch.Tensor:
-        if self.config.relative_actions:
-            return self._pad_actions(self._to_robot_space(chunk, inputs.state))
-        return self._pad_actions(chunk[..., : self.robot_action_size])
-
-    def _to_model_space(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """(B, T, R) in the robot's units to normalised."""
-        mask = self.relative_action_mask()
-        if mask is not None:
-            actions = normalization.to_relative(actions, *self._relative(mask, state))
-        return self.action_normalizer.normalize(actions)
-
-    def _to_robot_space(self, chunk: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        actions = self.action_normalizer.unnormalize(chunk[..., : self.robot_action_size])
-        mask = self.relative_action_mask()
-        return actions if mask is None else normalization.to_absolute(actions, *self._relative(mask, state))
-
-    def _relative(self, mask: npt.NDArray[np.bool_], state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """State (B, R) and mask (R,): numbers of the state that no action stands for are left out."""
-        size = self.robot_action_size
-        return functional.pad(state, (0, max(0, size - state.shape[1])))[:, :size], torch.from_numpy(mask).to(state.device)
-
-    def _pad_actions(self, actions: torch.Tensor) -> torch.Tensor:
-        return functional.pad(actions, (0, self.model_action_size - actions.shape[-1]))
-
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def generate(self, samples: Sequence[Sample], request: TextRequest, device: torch.device) -> Iterator[str]:
-        if not self.has_text_head:
-            raise NotOffered(f"policy type {self.type_name!r} has no text head", field="model")
-        if len(samples) != 1:
-            raise InvalidInput(f"text is generated for one sample at a time, not {len(samples)}", field="samples")
+    def _text_tokens(
+        self,
+        samples: Sequence[Sample],
+        prompt: Prompt,
+        state: torch.Tensor,
+        request: TextRequest,
+        device: torch.device,
+    ) -> Iterator[int]:
         prompter = self._prompter()
-        state = self._state(samples)
-        normalised = self.state_normalizer.normalize(state).cpu().numpy()
-        prompt = prompter.asking(samples[0], request, normalised[0])
         prefix = self.prefix_state(self._inputs(samples, [prompt], state, None, len(prompt.tokens), device), hidden=True)
         rules = text.Decoding(
             max_new_tokens=request.max_new_tokens or self.config.max_new_tokens,
@@ -424,15 +295,8 @@ class Pi052Policy(Policy[Pi052Inputs]):
             top_p=request.top_p,
         )
         generators = [torch.Generator().manual_seed(request.seed)]
-        ids: list[int] = []
-        written = ""
         for token in text.generate(self.network, prefix, rules, generators):
-            ids.append(int(token))
-            # A token may end inside a character; its text comes with the token that completes it.
-            whole = prompter.text(ids)
-            if whole.startswith(written) and not whole.endswith("\ufffd"):
-                yield whole[len(written) :]
-                written = whole
+            yield int(token)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -452,14 +316,6 @@ class Pi052Policy(Policy[Pi052Inputs]):
             parts += [network.text_head, network.language.norm, last.q, last.o, last.norm_2, last.gate, last.up, last.down]
         for part in parts:
             yield from part.parameters()
-
-    def _prompter(self) -> Prompter:
-        if self.prompter is None:
-            raise NotOffered("this policy was built without a tokenizer: it acts on prepared inputs only", field="prompter")
-        return self.prompter
-
-    def _statistics_device(self) -> torch.device:
-        return next(iter(self.state_normalizer.buffers()), torch.empty(0)).device
 
 
 class Pi05Policy(Pi052Policy):

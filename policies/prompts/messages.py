@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from manyhands.errors import InvalidInput
 
-from ..pi052.losses import IGNORED_LABEL
-from ..pi052.prompt import Prompt
+from ..losses import IGNORED_LABEL
 from ..policy import Sample, TextKind, TextRequest
+from ..prompt import Prompt
 from ..recipes.annotations import Annotations
 from ..recipes.recipe import Recipe
 from ..recipes.render import Message, Messages, PromptDropout, fallback, plain_text, predicts_actions, render, task_variant

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer as RawTokenizer
 from manyhands.errors import InvalidInput
 
 from ..fast import FastTokenizer
-from ..pi052.losses import IGNORED_LABEL
-from ..pi052.prompt import Prompt
+from ..losses import IGNORED_LABEL
 from ..policy import Sample, TextKind, TextRequest
+from ..prompt import Prompt
 from ..recipes.recipe import Recipe
 from ..recipes.render import Message, Messages, PromptDropout
 from . import messages as conversations

@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from manyhands.errors import InvalidInput
 
-from ..pi052.losses import IGNORED_LABEL
-from ..pi052.prompt import Prompt
+from ..losses import IGNORED_LABEL
 from ..policy import Sample, TextRequest
+from ..prompt import Prompt
 from ..recipes.recipe import Recipe
 from ..recipes.render import Messages, PromptDropout
 from . import messages as conversations

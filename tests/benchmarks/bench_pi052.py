@@ -23,7 +23,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from policies.pi052 import sampling, text  # noqa: E402
+from policies import text  # noqa: E402
+from policies.pi052 import sampling  # noqa: E402
 from policies.pi052.config import NetworkConfig, Precision, TowerSize, VisionSize  # noqa: E402
 from policies.pi052.model import Pi052Network  # noqa: E402
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from policies.pi052.policy import Pi052Policy
+from policies.smolvla2.policy import SmolVLA2Policy
 
-from . import pi
+from . import pi, smol
 from .golden import Golden
 
 
@@ -40,3 +41,23 @@ def pi05(pi05_golden: Golden) -> Pi052Policy:
 @pytest.fixture(scope="session")
 def pi052(pi052_golden: Golden) -> Pi052Policy:
     return pi.build(pi052_golden)
+
+
+@pytest.fixture(scope="session")
+def smolvla_golden() -> Golden:
+    return Golden("smolvla")
+
+
+@pytest.fixture(scope="session")
+def smolvla2_golden() -> Golden:
+    return Golden("smolvla2")
+
+
+@pytest.fixture(scope="session")
+def smolvla(smolvla_golden: Golden) -> SmolVLA2Policy:
+    return smol.build(smolvla_golden)
+
+
+@pytest.fixture(scope="session")
+def smolvla2(smolvla2_golden: Golden) -> SmolVLA2Policy:
+    return smol.build(smolvla2_golden)

@@ -14,16 +14,16 @@ import torch
 from torch.nn import functional
 
 from manyhands.spec import Feature, FeatureKind, Spec
-from policies import images
+from policies import images, losses, text
 from policies.normalization import Normalization
-from policies.pi052 import checkpoint_keys, flow, losses, sampling, text
+from policies.pi052 import checkpoint_keys, flow, sampling
 from policies.pi052 import model as pi052_model
 from policies.pi052.config import NetworkConfig, Pi052Config, TowerSize, VisionSize, pi05_config
 from policies.pi052.policy import Pi05Policy, Pi052Inputs, Pi052Policy
 from policies.policy import CommittedPrefix
 from policies.rtc import PrefixSchedule
 
-from .golden import Golden, relative_error
+from .golden import Golden, digest_errors, relative_error
 
 AIM = 2e-6  # Prefix, flow tensor, chunks.
 LOSS_AIM = 1e-6
@@ -292,26 +292,7 @@ def gradients(policy: Pi052Policy, golden: Golden, case: str) -> dict[str, torch
 
 def measure_gradients(policy: Pi052Policy, golden: Golden, case: str) -> Errors:
     """Worst difference of norm, first values and probes, each as a part of the recorded norm."""
-    found = {}
-    actual = gradients(policy, golden, case)
-    assert actual.keys() == golden.meta["grads"][case].keys()
-    for name, expected in golden.meta["grads"][case].items():
-        if "vision_tower" in name and name.endswith("self_attn.k_proj.bias"):
-            continue  # Zero but for rounding: it shifts every score of a query alike.
-        gradient = actual[name]
-        if expected is None:
-            found[name] = 0.0 if gradient is None else float(gradient.abs().sum())
-            continue
-        if gradient is None:
-            found[name] = 1.0
-            continue
-        flat = gradient.flatten().double()
-        norm = max(expected["norm"], 1e-30)
-        worst = abs(float(flat.norm()) - expected["norm"])
-        for values, wanted in ((flat[:8], expected["first"]), (flat[expected["probe_idx"]], expected["probe"])):
-            worst = max(worst, float((values - torch.tensor(wanted, dtype=torch.float64)).abs().max()))
-        found[name] = worst / norm
-    return found
+    return digest_errors(gradients(policy, golden, case), golden.meta["grads"][case])
 
 
 def is_language_model(name: str) -> bool:

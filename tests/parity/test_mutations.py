@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from policies import flow_matching, images, rtc
-from policies.pi052 import flow, gemma, losses, masks, text
+from policies import attention, flow_matching, images, losses, rtc, text
+from policies.pi052 import flow, gemma, masks
 from policies.pi052 import model as pi052_model
 from policies.pi052.policy import Pi052Policy
 
@@ -119,7 +119,7 @@ def _rms_eps(patch: Patch) -> None:
 
 
 def _rope_base(patch: Patch) -> None:
-    patch.setattr(gemma, "ROPE_BASE", 100_000.0)
+    patch.setattr(attention, "ROPE_BASE", 100_000.0)
 
 
 def _interleaved_rope(patch: Patch) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from policies import rows
-from policies.pi052 import flow, losses, sampling
+from policies import losses, rows
+from policies.pi052 import flow, sampling
 from policies.pi052 import model as pi052_model
 from policies.pi052.policy import Pi052Policy
 from policies.policy import CommittedPrefix

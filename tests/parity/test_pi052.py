@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from policies import rows
-from policies.pi052 import checkpoint_keys, losses, text
+from policies import losses, rows, text
+from policies.pi052 import checkpoint_keys
 from policies.pi052 import model as pi052_model
 from policies.pi052.policy import Pi052Inputs, Pi052Policy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from policies.pi052 import text
+from policies import text
 from policies.pi052.config import Precision
 from policies.pi052.policy import Pi052Policy
 

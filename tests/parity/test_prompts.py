@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from policies.losses import IGNORED_LABEL
 from policies.normalization import Normalization, Normalizer, relative_mask, to_relative
-from policies.pi052.losses import IGNORED_LABEL
-from policies.pi052.prompt import Prompt
 from policies.policy import Sample, TextKind, TextRequest
+from policies.prompt import Prompt
 from policies.prompts import smolvla
 from policies.prompts.pi052 import Pi05Prompter, Pi052Prompter, Pi052PromptOptions
 from policies.prompts.smolvla import SmolVLA2Prompter, SmolVLA2PromptOptions, SmolVLAPrompter

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.pi052.byte_prompts import END, FIRST_BYTE, FIRST_CODE, VOCABULARY, BytePrompter
-from policies.pi052.losses import IGNORED_LABEL
+from policies.byte_prompts import END, FIRST_BYTE, FIRST_CODE, VOCABULARY, BytePrompter
+from policies.losses import IGNORED_LABEL
 from policies.policy import Sample
 
 STATE = np.array([-1.0, 0.0, 1.5, -2.0], dtype=np.float32)

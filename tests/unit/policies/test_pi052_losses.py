@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from policies.pi052 import losses
+from policies import losses
 
 
 def test_flow_is_the_mean_over_samples_that_predict() -> None:

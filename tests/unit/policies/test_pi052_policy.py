@@ -12,14 +12,13 @@ import torch
 
 from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Feature, FeatureKind, Spec
-from policies import registry, rows
+from policies import losses, registry, rows, text
 from policies.pi052 import config as configs
-from policies.pi052 import losses, text
 from policies.pi052.config import ChunkMode, NetworkConfig, Pi052Config, TowerSize, VisionSize
 from policies.pi052.gemma import AdaptiveRmsNorm
 from policies.pi052.policy import Pi05Policy, Pi052Policy
-from policies.pi052.prompt import Prompt
 from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
+from policies.prompt import Prompt
 
 CPU = torch.device("cpu")
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"

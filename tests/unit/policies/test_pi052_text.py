@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from policies.pi052 import text
-from policies.pi052.text import Decoding
+from policies import text
+from policies.text import Decoding
 
 VOCABULARY = 257152
 

@@ -8,11 +8,11 @@ import torch
 
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies import fast
+from policies.losses import IGNORED_LABEL
 from policies.pi052.config import NetworkConfig, Pi052Config, TowerSize, VisionSize
-from policies.pi052.losses import IGNORED_LABEL
 from policies.pi052.policy import Pi052Policy
-from policies.pi052.prompt import Prompter
 from policies.policy import Sample, TextKind, TextRequest
+from policies.prompt import Prompter
 from policies.prompts.pi052 import Pi052Prompter, Pi052PromptOptions
 from policies.recipes import recipe as recipes
 from tests.support.text_lab import pi_tokenizer

@@ -10,7 +10,7 @@ import pytest
 
 from manyhands.errors import Corrupt, InvalidInput, NotFound
 from policies import fast
-from policies.pi052.losses import IGNORED_LABEL
+from policies.losses import IGNORED_LABEL
 from policies.policy import Sample, TextKind, TextRequest
 from policies.prompts import lerobot_options, locations
 from policies.prompts.messages import parse_spoken, shown, spoken_text, state_bins

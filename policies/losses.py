@@ -1,4 +1,4 @@
-"""The loss terms of pi052, each as one number and per sample.
+"""The loss terms of the large policies, each as one number and per sample.
 
 Shapes: B rows, K repeats, T horizon, A action size, L tokens, D width, V vocabulary, N chosen positions.
 """

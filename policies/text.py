@@ -8,14 +8,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
-
-from .model import Pi052Network, PrefixState
 
 # <loc0000> to <loc1023>: coordinates, which only an answer about a picture may hold.
 FIRST_LOCATION, END_LOCATION = 256_000, 257_024
 NUM_FAST_CODES = 1024
+
+
+class TextState(Protocol):
+    """What a network knows of the tokens so far: which are valid, (B, S) bool, and their hidden states (B, S, D)."""
+
+    @property
+    def valid(self) -> torch.Tensor: ...
+
+    @property
+    def hidden(self) -> torch.Tensor | None: ...
+
+
+StateT = TypeVar("StateT", bound=TextState)
+
+
+class TextNetwork(Protocol[StateT]):
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) to (..., V) float32."""
+
+    def text_step(self, state: StateT, tokens: torch.Tensor) -> tuple[torch.Tensor, StateT]:
+        """Reads one more token a row, (B,): logits of the token after it (B, V), and the state with this one added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +96,8 @@ def choose(
 
 
 def generate(
-    network: Pi052Network,
-    state: PrefixState,
+    network: TextNetwork[StateT],
+    state: StateT,
     rules: Decoding,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Iterator[torch.Tensor]:
@@ -104,8 +124,8 @@ def generate(
 
 
 def generate_ids(
-    network: Pi052Network,
-    state: PrefixState,
+    network: TextNetwork[StateT],
+    state: StateT,
     rules: Decoding,
     generators: Sequence[torch.Generator] | None = None,
 ) -> list[list[int]]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import checkpoint
 
-from .config import VisionSize
+from .configuration import VisionSize
 
 LAYER_NORM_EPS = 1e-6
 

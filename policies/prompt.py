@@ -1,4 +1,4 @@
-"""What this policy wants of whoever makes prompts: recipes and tokenizers, which it does not know itself.
+"""What the large policies want of whoever makes prompts: recipes and tokenizers, which they do not know themselves.
 
 Shapes: l and f tokens, S state size, T horizon, R action size of the robot.
 """
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..policy import Sample, TextRequest
+from .policy import Sample, TextRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Prompt:
 
 
 class Prompter(Protocol):
-    """Recipes, prompts and tokenizers, as this policy needs them. Numbers come normalised."""
+    """Recipes, prompts and tokenizers, as a policy needs them. Numbers come normalised."""
 
     eos_token: int
     special_tokens: Sequence[int]

@@ -1,0 +1,258 @@
+"""What policies with prompts, cameras and an action expert share: samples to tensors and back, one row at a time.
+
+Shapes: B rows, I cameras, L prompt tokens, T horizon, A action size of the model, R of the robot, S state.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from manyhands.errors import InvalidInput, NotOffered
+from manyhands.spec import Spec
+
+from . import images, normalization, rows, vectors
+from .normalization import Normalization, Normalizer, Statistics
+from .policy import CommittedPrefix, Policy, Sample, TextRequest
+from .prompt import Prompt, Prompter
+
+PAD_TOKEN = 0
+EMPTY_CAMERA = "observation.images.empty_camera_"
+
+
+class PromptedInputs(Protocol):
+    """The state, (B, S) float32 in the robot's units, is in all inputs: relative actions are anchored at it."""
+
+    @property
+    def state(self) -> torch.Tensor: ...
+
+
+InputsT = TypeVar("InputsT", bound=PromptedInputs)
+
+
+class PromptedPolicy(Policy[InputsT]):
+    """Policy's docstrings say what each method promises.
+
+    Attributes:
+        prompter: Makes prompts; without one, preprocess() and generate() are not offered.
+        cameras: Names in the order the model takes them, empty ones last.
+        robot_action_size: R.
+    """
+
+    masks_missing_cameras = True
+
+    def __init__(
+        self,
+        spec: Spec,
+        prompter: Prompter | None,
+        *,
+        horizon: int,
+        action_size: int,
+        num_empty_cameras: int,
+        state_normalization: Normalization,
+        action_normalization: Normalization,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.prompter = prompter
+        self.horizon = horizon
+        self.model_action_size = action_size
+        self.robot_action_size = vectors.size(spec.action)
+        if self.robot_action_size > self.model_action_size:
+            raise InvalidInput(
+                f"has {self.robot_action_size} numbers, the model holds {self.model_action_size}", field="spec.action"
+            )
+        self.cameras = (*(f.name for f in spec.images), *(f"{EMPTY_CAMERA}{i}" for i in range(num_empty_cameras)))
+        if not spec.images:
+            raise InvalidInput("has no camera; this policy needs at least one", field="spec.observation")
+        self.state_normalizer = Normalizer(state_normalization, vectors.size(spec.states))
+        self.action_normalizer = Normalizer(action_normalization, self.robot_action_size)
+
+    def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
+        self.state_normalizer.set(vectors.join_statistics(statistics, self.spec.states), field="observation")
+        self.action_normalizer.set(vectors.join_statistics(statistics, self.spec.action), field="action")
+
+    # -- samples to tensors --------------------------------------------------------------------------------------------
+
+    def _pictures(
+        self, samples: Sequence[Sample], height: int, width: int, padding: images.Padding
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, I, 3, height, width) and (B, I) bool.
+
+        Every camera at its own place, rows apart: attention masks what is missing and gives it no position.
+        """
+        shape = (len(samples), len(self.cameras), 3, height, width)
+        pictures = torch.full(shape, images.MISSING_VALUE)
+        valid = torch.zeros(shape[:2], dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            for column, name in enumerate(self.cameras):
+                picture = sample.observation.get(name)
+                if picture is not None:
+                    floats = images.to_unit_range(picture, field=name)
+                    pictures[row, column] = images.prepare(floats, height, width, padding=padding, field=name)[0]
+                    valid[row, column] = True
+            if not valid[row].any():
+                raise InvalidInput(f"lacks every camera; one of {', '.join(self.cameras)} is needed", field="observation")
+        return pictures, valid
+
+    def _state(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """(B, S) in the robot's units."""
+        rows = np.stack([vectors.concatenate(sample.observation, self.spec.states) for sample in samples])
+        return torch.from_numpy(rows).to(self._statistics_device())
+
+    def _actions(self, samples: Sequence[Sample], state: torch.Tensor) -> torch.Tensor | None:
+        """(B, T, R) normalised."""
+        given = [sample.actions for sample in samples if sample.actions is not None]
+        if not given:
+            return None
+        expected = (self.horizon, self.robot_action_size)
+        for actions in given:
+            if actions.shape != expected or not np.isfinite(actions).all():
+                raise InvalidInput(f"has shape {actions.shape}, must be {expected} of finite numbers", field="actions")
+        if len(given) != len(samples):
+            raise InvalidInput("some samples have actions and some have not", field="actions")
+        return self._to_model_space(torch.from_numpy(np.stack(given).astype(np.float32)).to(state.device), state)
+
+    def _prompts(self, samples: Sequence[Sample], state: torch.Tensor, actions: torch.Tensor | None) -> list[Prompt]:
+        """For training where there are actions, else for acting. state in the robot's units, actions normalised."""
+        prompter = self._prompter()
+        normalised = self.state_normalizer.normalize(state).cpu().numpy()
+        if actions is None:
+            return [prompter.acting(sample, row) for sample, row in zip(samples, normalised, strict=True)]
+        targets = actions.cpu().numpy()
+        return [
+            prompter.training(sample, row, target) for sample, row, target in zip(samples, normalised, targets, strict=True)
+        ]
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(
+        self,
+        inputs: InputsT,
+        noise: torch.Tensor,
+        committed: CommittedPrefix | None = None,
+        num_steps: int | None = None,
+    ) -> torch.Tensor:
+        # Row by row: a matrix kernel chosen for another batch size adds in another order, and a robot's chunk must be the
+        # same bits whoever else is served. A server that batches takes the network's steps itself, and says how near it is.
+        chunks = []
+        for row in range(noise.shape[0]):
+            at = slice(row, row + 1)
+            one = rows.select(inputs, at)
+            prefix = None
+            if committed is not None and int(committed.length[row]):
+                prefix = self.anchored(rows.select(committed, at), one)
+            chunks.append(self._act_one(one, noise[at], prefix, num_steps))
+        return torch.cat(chunks)
+
+    @abc.abstractmethod
+    def _act_one(
+        self, inputs: InputsT, noise: torch.Tensor, committed: CommittedPrefix | None, num_steps: int | None
+    ) -> torch.Tensor:
+        """act() for one row; committed is anchored."""
+
+    def anchored(self, committed: CommittedPrefix, inputs: InputsT) -> CommittedPrefix:
+        """What carried() gave, in the model space of inputs; zero beyond the robot's numbers, anything beyond its length."""
+        actions = committed.actions[..., : self.robot_action_size]
+        if self.relative_action_mask() is not None:
+            actions = self._to_model_space(actions, inputs.state)
+        return dataclasses.replace(committed, actions=self._pad_actions(actions))
+
+    @torch.no_grad()
+    def postprocess(self, chunk: torch.Tensor, inputs: InputsT) -> npt.NDArray[np.float32]:
+        actions: npt.NDArray[np.float32] = self._to_robot_space(chunk, inputs.state).float().cpu().numpy()
+        return actions
+
+    def carried(self, chunk: torch.Tensor, inputs: InputsT) -> torch.Tensor:
+        if self.relative_action_mask() is not None:
+            return self._pad_actions(self._to_robot_space(chunk, inputs.state))
+        return self._pad_actions(chunk[..., : self.robot_action_size])
+
+    def _to_model_space(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """(B, T, R) in the robot's units to normalised."""
+        mask = self.relative_action_mask()
+        if mask is not None:
+            actions = normalization.to_relative(actions, *self._relative(mask, state))
+        return self.action_normalizer.normalize(actions)
+
+    def _to_robot_space(self, chunk: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        actions = self.action_normalizer.unnormalize(chunk[..., : self.robot_action_size])
+        mask = self.relative_action_mask()
+        return actions if mask is None else normalization.to_absolute(actions, *self._relative(mask, state))
+
+    def _relative(self, mask: npt.NDArray[np.bool_], state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """State (B, R) and mask (R,): numbers of the state that no action stands for are left out."""
+        size = self.robot_action_size
+        return functional.pad(state, (0, max(0, size - state.shape[1])))[:, :size], torch.from_numpy(mask).to(state.device)
+
+    def _pad_actions(self, actions: torch.Tensor) -> torch.Tensor:
+        return functional.pad(actions, (0, self.model_action_size - actions.shape[-1]))
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, samples: Sequence[Sample], request: TextRequest, device: torch.device) -> Iterator[str]:
+        if not self.has_text_head:
+            raise NotOffered(f"policy type {self.type_name!r} has no text head", field="model")
+        if len(samples) != 1:
+            raise InvalidInput(f"text is generated for one sample at a time, not {len(samples)}", field="samples")
+        prompter = self._prompter()
+        state = self._state(samples)
+        prompt = prompter.asking(samples[0], request, self.state_normalizer.normalize(state).cpu().numpy()[0])
+        ids: list[int] = []
+        written = ""
+        for token in self._text_tokens(samples, prompt, state, request, device):
+            ids.append(token)
+            # A token may end inside a character; its text comes with the token that completes it.
+            whole = prompter.text(ids)
+            if whole.startswith(written) and not whole.endswith("\ufffd"):
+                yield whole[len(written) :]
+                written = whole
+
+    @abc.abstractmethod
+    def _text_tokens(
+        self,
+        samples: Sequence[Sample],
+        prompt: Prompt,
+        state: torch.Tensor,
+        request: TextRequest,
+        device: torch.device,
+    ) -> Iterator[int]:
+        """The answer to one sample's prompt, the end token included. state: (1, S) in the robot's units."""
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _check_lengths(self, prompts: Sequence[Prompt], length: int) -> None:
+        for prompt in prompts:
+            if len(prompt.tokens) > length:
+                raise InvalidInput(f"has {len(prompt.tokens)} tokens, prompt_length is {length}", field="task")
+
+    def _prompter(self) -> Prompter:
+        if self.prompter is None:
+            raise NotOffered("this policy was built without a tokenizer: it acts on prepared inputs only", field="prompter")
+        return self.prompter
+
+    def _statistics_device(self) -> torch.device:
+        return next(iter(self.state_normalizer.buffers()), torch.empty(0)).device
+
+
+def padded(values: Sequence[npt.NDArray[Any] | None], width: int, filler: int) -> torch.Tensor:
+    """(B, width) int64: rows of different length, padded on the right; one that is None is all filler."""
+    out = torch.full((len(values), width), filler, dtype=torch.int64)
+    for index, row in enumerate(values):
+        if row is not None:
+            out[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
+    return out
+
+
+def ones_like(values: Sequence[npt.NDArray[Any] | None]) -> list[npt.NDArray[Any] | None]:
+    """For padded(): which positions are there."""
+    return [None if row is None else np.ones_like(row) for row in values]

@@ -1,0 +1,475 @@
+"""Tests of the tests, for SmolVLA: each likely mistake, made on purpose, must be seen by the check that is there for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from policies import attention, flow_matching, images, losses, rtc, siglip, text
+from policies.smolvla2 import connector, llama, masks
+from policies.smolvla2 import model as smol_model
+from policies.smolvla2.policy import SmolVLA2Policy
+
+from . import pi, smol
+from .golden import Golden
+
+Patch = pytest.MonkeyPatch
+Measured = tuple[pi.Errors, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """make changes the implementation; found measures, with the limit that the real tests use."""
+
+    name: str
+    make: Callable[[Patch], None]
+    found: Callable[[Golden, Golden], Measured]
+
+
+def _pictures(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_pictures(smolvla), smol.PICTURE_LIMIT
+
+
+def _prefix(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_prefix(smol.build(smolvla), smolvla, "all."), smol.AIM
+
+
+def _missing_camera(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_prefix(smol.build(smolvla), smolvla, "missing0."), smol.AIM
+
+
+def _flow_tensor(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_flow_tensor(smol.build(smolvla), smolvla, "all"), smol.AIM
+
+
+def _masked_camera(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_flow_tensor(smol.build(smolvla), smolvla, "masked0"), smol.AIM
+
+
+def _suffix(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_suffix(smol.build(smolvla), smolvla), smol.AIM
+
+
+def _chunks(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_chunks(smol.build(smolvla), smolvla, "all."), smol.AIM
+
+
+def _guided(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_guided(smol.build(smolvla), smolvla), smol.AIM
+
+
+def _masked_loss(smolvla: Golden, _: Golden) -> Measured:
+    return smol.measure_losses(smol.build(smolvla), smolvla, "masked"), smol.LOSS_AIM
+
+
+def _losses(*names: str) -> Callable[[Golden, Golden], Measured]:
+    def measure(_: Golden, smolvla2: Golden) -> Measured:
+        errors = smol.measure_losses(smol.build(smolvla2), smolvla2, "time0")
+        return {name: errors[name] for name in names}, smol.LOSS_AIM
+
+    return measure
+
+
+def _gradients(_: Golden, smolvla2: Golden) -> Measured:
+    return smol.measure_gradients(smol.build(smolvla2), smolvla2, "time0"), smol.GRADIENT_LIMIT
+
+
+def _text(_: Golden, smolvla2: Golden) -> Measured:
+    policy = smol.build(smolvla2)
+    # The first case that differs is enough.
+    wrong = (float(smol.generated_ids(policy, smolvla2, case) != case["ids"]) for case in smolvla2.meta["select"])
+    return {"ids": next(filter(None, wrong), 0.0)}, 0.0
+
+
+# -- the mistakes ------------------------------------------------------------------------------------------------------
+
+
+def _pad_centred(patch: Patch) -> None:
+    real = images.prepare
+
+    def prepare(picture: torch.Tensor, height: int, width: int, **arguments: Any) -> torch.Tensor:
+        return real(picture, height, width, **(arguments | {"padding": images.Padding.CENTRED}))
+
+    patch.setattr(images, "prepare", prepare)
+
+
+def _exact_gelu(patch: Patch) -> None:
+    real = functional.gelu
+    patch.setattr(functional, "gelu", lambda x, approximate="none": real(x))
+
+
+def _vision_eps(patch: Patch) -> None:
+    real = siglip.SiglipLayer.forward
+
+    def forward(self: siglip.SiglipLayer, x: torch.Tensor) -> torch.Tensor:
+        self.norm_1.eps = self.norm_2.eps = 1e-5
+        return real(self, x)
+
+    patch.setattr(siglip.SiglipLayer, "forward", forward)
+
+
+def _patch_positions_shifted(patch: Patch) -> None:
+    """What an older transformers computes in float32: every patch but the first takes its neighbour's place."""
+
+    def forward(self: siglip.Siglip, pictures: torch.Tensor) -> torch.Tensor:
+        places = (torch.arange(self.position.num_embeddings) - 1).clamp(min=0)
+        x = self.patch(pictures).flatten(2).transpose(1, 2) + self.position(places)
+        for layer in self.layers:
+            x = layer(x)
+        out: torch.Tensor = self.norm(x)
+        return out
+
+    patch.setattr(siglip.Siglip, "forward", forward)
+
+
+def _channels_first_shuffle(patch: Patch) -> None:
+    real = connector.shuffle_patches
+
+    def shuffle(features: torch.Tensor, patches: tuple[int, int], side: int) -> torch.Tensor:
+        cells = real(features, patches, side)
+        return cells.unflatten(2, (side * side, -1)).transpose(2, 3).flatten(2)
+
+    patch.setattr(connector, "shuffle_patches", shuffle)
+
+
+def _columns_before_rows(patch: Patch) -> None:
+    real = connector.shuffle_patches
+
+    def shuffle(features: torch.Tensor, patches: tuple[int, int], side: int) -> torch.Tensor:
+        cells = real(features, patches, side)
+        return cells.unflatten(2, (side, side, -1)).transpose(2, 3).flatten(2)
+
+    patch.setattr(connector, "shuffle_patches", shuffle)
+
+
+def _pictures_not_scaled(patch: Patch) -> None:
+    real = smol_model.SmolVLA2Network.encode_pictures
+
+    def encode(self: smol_model.SmolVLA2Network, pictures: torch.Tensor) -> torch.Tensor:
+        return real(self, pictures) / math.sqrt(self.config.language.width)
+
+    patch.setattr(smol_model.SmolVLA2Network, "encode_pictures", encode)
+
+
+def _text_not_scaled(patch: Patch) -> None:
+    patch.setattr(smol_model.SmolVLA2Network, "embed_tokens", lambda self, tokens: self.token_table(tokens))
+
+
+def _state_before_text(patch: Patch) -> None:
+    real = smol_model.SmolVLA2Network.embed_prefix
+
+    def embed(self: smol_model.SmolVLA2Network, *arguments: Any, **named: Any) -> smol_model.Prefix:
+        prefix = real(self, *arguments, **named)
+        begin, length = prefix.language.start, prefix.valid.shape[1]
+        order = torch.tensor([*range(begin), length - 1, *range(begin, length - 1)])
+        return replace(
+            prefix,
+            embeddings=prefix.embeddings[:, order],
+            valid=prefix.valid[:, order],
+            marks=prefix.marks[:, order],
+            language=slice(begin + 1, length),
+        )
+
+    patch.setattr(smol_model.SmolVLA2Network, "embed_prefix", embed)
+
+
+def _state_not_marked(patch: Patch) -> None:
+    real = attention.prefix_attention
+
+    def allowed(valid: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+        marks = marks.clone()
+        marks[:, -1] = False
+        return real(valid, marks)
+
+    patch.setattr(attention, "prefix_attention", allowed)
+
+
+def _state_forgotten(patch: Patch) -> None:
+    real = smol_model.SmolVLA2Network.embed_prefix
+
+    def embed(self: smol_model.SmolVLA2Network, *arguments: Any, **named: Any) -> smol_model.Prefix:
+        *others, state = arguments
+        return real(self, *others, None if state is None else torch.zeros_like(state), **named)
+
+    patch.setattr(smol_model.SmolVLA2Network, "embed_prefix", embed)
+
+
+def _rope_base_of_the_config(patch: Patch) -> None:
+    patch.setattr(attention, "ROPE_BASE", 100_000.0)
+
+
+def _rms_plus_one(patch: Patch) -> None:
+    real = llama.RmsNorm.forward
+    patch.setattr(llama.RmsNorm, "forward", lambda self, x: real(self, x) + real(self, x) / self.weight)
+
+
+def _rms_eps(patch: Patch) -> None:
+    real = llama.RmsNorm.forward
+
+    def forward(self: llama.RmsNorm, x: torch.Tensor) -> torch.Tensor:
+        self.eps = 1e-6
+        return real(self, x)
+
+    patch.setattr(llama.RmsNorm, "forward", forward)
+
+
+def _gelu_for_silu(patch: Patch) -> None:
+    patch.setattr(functional, "silu", functional.gelu)
+
+
+def _actions_bidirectional(patch: Patch) -> None:
+    def suffix_attention(valid: torch.Tensor, horizon: int) -> torch.Tensor:
+        own = torch.ones(valid.shape[0], horizon, horizon, dtype=torch.bool)
+        return torch.cat([masks.prefix_to_actions(valid, horizon), own], dim=2)
+
+    patch.setattr(masks, "suffix_attention", suffix_attention)
+
+
+def _cross_layers_made_self_attention(patch: Patch) -> None:
+    """Own keys as well, of the same projections; possible where the widths happen to fit, so they are cut to fit."""
+
+    def forward(
+        self: llama.CrossLayer,
+        x: torch.Tensor,
+        cos_sin: llama.CosSin,
+        bias: torch.Tensor,
+        keys_values: llama.KeysValues,
+        is_projected: bool,
+    ) -> torch.Tensor:
+        normed = self.norm_1(x)
+        q = attention.rotate(self._heads(self.q(normed)), *cos_sin)
+        own = normed[..., : self.k.in_features]
+        before = keys_values if is_projected else self.project(keys_values)
+        keys = torch.cat([before[0], attention.rotate(self._heads(self.k(own)), *cos_sin)], dim=2)
+        values = torch.cat([before[1], self._heads(self.v(own))], dim=2)
+        causal = torch.ones(x.shape[0], x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        allowed = torch.cat([bias, attention.bias(causal, bias.dtype)], dim=3)
+        return self._after_attention(x, attention.attend(q, keys, values, allowed))
+
+    patch.setattr(llama.CrossLayer, "forward", forward)
+
+
+def _cross_keys_not_projected(patch: Patch) -> None:
+    patch.setattr(llama.CrossLayer, "project", lambda self, keys_values: keys_values)
+
+
+def _cross_positions_behind_the_prefix(patch: Patch) -> None:
+    patch.setattr(masks, "cross_positions", masks.suffix_positions)
+
+
+def _cross_keys_rotated_again(patch: Patch) -> None:
+    real = llama.CrossLayer.project
+
+    def project(self: llama.CrossLayer, keys_values: llama.KeysValues) -> llama.KeysValues:
+        k, v = real(self, keys_values)
+        positions = torch.arange(k.shape[2]).expand(k.shape[0], -1)
+        return attention.rotate(k, *attention.rotation(positions, self.head_dim)), v
+
+    patch.setattr(llama.CrossLayer, "project", project)
+
+
+def _positions_count_padding(patch: Patch) -> None:
+    def suffix_positions(valid: torch.Tensor, horizon: int) -> torch.Tensor:
+        return (valid.shape[1] + torch.arange(horizon)).expand(valid.shape[0], -1)
+
+    patch.setattr(masks, "suffix_positions", suffix_positions)
+
+
+def _masked_camera_seen(patch: Patch) -> None:
+    def valid(self: smol_model.SmolVLA2Network, picture_valid: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.ones(tokens.shape[:3], dtype=torch.bool).flatten(1)
+
+    patch.setattr(smol_model.SmolVLA2Network, "_picture_token_valid", valid)
+
+
+def _missing_cameras_appended(patch: Patch) -> None:
+    real = images.prepare_cameras
+
+    def prepare(*arguments: Any, **named: Any) -> images.Pictures:
+        return real(*arguments, **(named | {"max_missing": None}))
+
+    patch.setattr(images, "prepare_cameras", prepare)
+
+
+def _time_before_action(patch: Patch) -> None:
+    real = smol_model.SmolVLA2Network.embed_actions
+
+    def embed(self: smol_model.SmolVLA2Network, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        weight = self.action_time_in.weight
+        swapped = torch.cat(weight.detach().chunk(2, dim=1)[::-1], dim=1)
+        self.action_time_in.weight = torch.nn.Parameter(swapped)
+        out = real(self, x, time)
+        self.action_time_in.weight = weight
+        return out
+
+    patch.setattr(smol_model.SmolVLA2Network, "embed_actions", embed)
+
+
+def _time_of_next_step(patch: Patch) -> None:
+    real = smol_model.SmolVLA2Network.expert_step
+    patch.setattr(smol_model.SmolVLA2Network, "expert_step", lambda self, seen, x, time: real(self, seen, x, time - 0.05))
+
+
+def _delay_ignored(patch: Patch) -> None:
+    real = rtc.prefix_weights
+
+    def weights(schedule: rtc.PrefixSchedule, **arguments: Any) -> torch.Tensor:
+        return real(schedule, **(arguments | {"delay_steps": torch.zeros_like(arguments["delay_steps"])}))
+
+    patch.setattr(rtc, "prefix_weights", weights)
+
+
+def _padded_steps_counted(patch: Patch) -> None:
+    real = losses.flow_term
+    patch.setattr(losses, "flow_term", lambda *args, **named: real(*args, **(named | {"counted": None})))
+
+
+def _padded_numbers_counted(patch: Patch) -> None:
+    real = losses.flow_term
+    patch.setattr(losses, "flow_term", lambda *args, **named: real(*args, **(named | {"action_size": 32})))
+
+
+def _padded_steps_divided_out(patch: Patch) -> None:
+    real = SmolVLA2Policy._flow_term
+
+    def flow_term(self: SmolVLA2Policy, inputs: Any, errors: torch.Tensor) -> losses.Term:
+        patch.setattr(self, "config", replace(self.config, padded_steps_dilute=False))
+        return real(self, inputs, errors)
+
+    patch.setattr(SmolVLA2Policy, "_flow_term", flow_term)
+
+
+def _flow_of_all_samples(patch: Patch) -> None:
+    real = losses.flow_term
+    patch.setattr(losses, "flow_term", lambda e, predicts, **named: real(e, torch.ones_like(predicts), **named))
+
+
+def _targets_not_causal(patch: Patch) -> None:
+    real = attention.prefix_attention
+
+    def allowed(valid: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+        only_state = torch.zeros_like(marks)
+        only_state[:, -1] = marks[:, -1]
+        return real(valid, only_state)
+
+    patch.setattr(attention, "prefix_attention", allowed)
+
+
+def _labels_not_shifted(patch: Patch) -> None:
+    def targets(labels: torch.Tensor) -> losses.Targets:
+        row, position = (labels != losses.IGNORED_LABEL).nonzero(as_tuple=True)
+        return losses.Targets(row=row, position=position, token=labels[row, position], num_rows=labels.shape[0])
+
+    patch.setattr(losses, "text_targets", targets)
+
+
+def _z_loss(patch: Patch) -> None:
+    real = losses.text_term
+    patch.setattr(losses, "text_term", lambda logits, targets, z_weight: real(logits, targets, z_weight=1e-4))
+
+
+def _insulated(patch: Patch) -> None:
+    """As pi052 does it; SmolVLA2 lets the flow loss train what the expert reads."""
+    real = smol_model.SmolVLA2Network.seen
+
+    def seen(self: smol_model.SmolVLA2Network, state: smol_model.PrefixState, **named: Any) -> smol_model.Seen:
+        return real(self, replace(state, keys_values=[(k.detach(), v.detach()) for k, v in state.keys_values]), **named)
+
+    patch.setattr(smol_model.SmolVLA2Network, "seen", seen)
+
+
+def _state_in_the_text_prefix(patch: Patch) -> None:
+    def text_state(self: SmolVLA2Policy, inputs: Any) -> smol_model.PrefixState:
+        return self.network.run_prefix(self.embed_prefix(inputs, inputs.state), hidden=True)
+
+    patch.setattr(SmolVLA2Policy, "text_state", text_state)
+
+
+def _end_token_early(patch: Patch) -> None:
+    real = text.allowed_logits
+    patch.setattr(text, "allowed_logits", lambda logits, rules, n: real(logits, replace(rules, min_new_tokens=0), n))
+
+
+def _text_position_repeated(patch: Patch) -> None:
+    real = llama.LlamaTower.forward
+
+    def forward(self: llama.LlamaTower, x: torch.Tensor, positions: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        return real(self, x, positions - int(named.get("past") is not None), *rest, **named)
+
+    patch.setattr(llama.LlamaTower, "forward", forward)
+
+
+def _noise_and_actions_swapped(patch: Patch) -> None:
+    real = flow_matching.interpolate
+    patch.setattr(flow_matching, "interpolate", lambda actions, noise, time: real(noise, actions, time))
+
+
+MISTAKES = [
+    Mistake(name="padding centred", make=_pad_centred, found=_pictures),
+    Mistake(name="exact GELU", make=_exact_gelu, found=_prefix),
+    Mistake(name="vision epsilon", make=_vision_eps, found=_prefix),
+    Mistake(name="patch positions shifted", make=_patch_positions_shifted, found=_prefix),
+    Mistake(name="shuffle with channels first", make=_channels_first_shuffle, found=_prefix),
+    Mistake(name="shuffle by columns", make=_columns_before_rows, found=_prefix),
+    Mistake(name="pictures not scaled", make=_pictures_not_scaled, found=_prefix),
+    Mistake(name="text not scaled", make=_text_not_scaled, found=_prefix),
+    Mistake(name="state before text", make=_state_before_text, found=_prefix),
+    Mistake(name="state before text, seen in the flow", make=_state_before_text, found=_flow_tensor),
+    Mistake(name="state seen by the prompt", make=_state_not_marked, found=_flow_tensor),
+    Mistake(name="state forgotten", make=_state_forgotten, found=_flow_tensor),
+    Mistake(name="RoPE base of the config", make=_rope_base_of_the_config, found=_flow_tensor),
+    Mistake(name="RoPE base of the config, in text", make=_rope_base_of_the_config, found=_losses("text_loss")),
+    Mistake(name="RMS weight plus one", make=_rms_plus_one, found=_flow_tensor),
+    Mistake(name="RMS epsilon", make=_rms_eps, found=_flow_tensor),
+    Mistake(name="GELU for SiLU", make=_gelu_for_silu, found=_flow_tensor),
+    Mistake(name="actions bidirectional", make=_actions_bidirectional, found=_flow_tensor),
+    Mistake(name="cross layers made self attention", make=_cross_layers_made_self_attention, found=_flow_tensor),
+    Mistake(name="cross keys not projected", make=_cross_keys_not_projected, found=_flow_tensor),
+    Mistake(name="cross positions behind the prefix", make=_cross_positions_behind_the_prefix, found=_flow_tensor),
+    Mistake(name="cross keys rotated again", make=_cross_keys_rotated_again, found=_flow_tensor),
+    Mistake(name="positions count padding", make=_positions_count_padding, found=_flow_tensor),
+    Mistake(name="masked camera seen", make=_masked_camera_seen, found=_masked_camera),
+    Mistake(name="time before action", make=_time_before_action, found=_suffix),
+    Mistake(name="another time", make=_time_of_next_step, found=_chunks),
+    Mistake(name="cross keys not projected, in steps", make=_cross_keys_not_projected, found=_chunks),
+    Mistake(name="noise and actions swapped", make=_noise_and_actions_swapped, found=_flow_tensor),
+    Mistake(name="delay ignored", make=_delay_ignored, found=_guided),
+    Mistake(name="padded steps counted", make=_padded_steps_counted, found=_masked_loss),
+    Mistake(name="padded numbers counted", make=_padded_numbers_counted, found=_masked_loss),
+    Mistake(name="padded steps divided out", make=_padded_steps_divided_out, found=_losses("flow_loss")),
+    Mistake(name="flow of all samples", make=_flow_of_all_samples, found=_losses("flow_loss")),
+    Mistake(name="targets not causal", make=_targets_not_causal, found=_losses("text_loss")),
+    Mistake(name="labels not shifted", make=_labels_not_shifted, found=_losses("text_loss")),
+    Mistake(name="z-loss", make=_z_loss, found=_losses("text_loss")),
+    Mistake(name="insulation", make=_insulated, found=_gradients),
+    Mistake(name="state in the text prefix", make=_state_in_the_text_prefix, found=_text),
+    Mistake(name="end token early", make=_end_token_early, found=_text),
+    Mistake(name="text position repeated", make=_text_position_repeated, found=_text),
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake_is_seen(
+    mistake: Mistake, smolvla_golden: Golden, smolvla2_golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mistake.make(monkeypatch)
+    errors, limit = mistake.found(smolvla_golden, smolvla2_golden)
+    assert max(errors.values()) > 2 * limit, errors
+
+
+def test_missing_cameras_must_be_skipped(smolvla_golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    if smolvla_golden.config["empty_cameras"]:
+        pytest.skip("this fixture appends them")
+    _missing_cameras_appended(monkeypatch)
+    with pytest.raises(AssertionError, match="against"):
+        _missing_camera(smolvla_golden, smolvla_golden)
+
+
+def test_what_is_patched_is_put_back(smolvla: SmolVLA2Policy, smolvla_golden: Golden) -> None:
+    assert max(smol.measure_flow_tensor(smolvla, smolvla_golden, "all").values()) <= smol.AIM
