@@ -246,12 +246,14 @@ class Runs:
             starts = [point for point in self._points if point.kind == "started"]
             notes = [point.note for point in points if point.kind == "note"]
             published = [point for point in self._points if point.kind == "published"]
+            # Other kinds carry the step they are about, which may be an earlier one.
+            steps = [point.step for point in points if point.kind in ("started", "metrics")]
             training = self._status.state is State.STARTING and bool(starts)
             self._status = dataclasses.replace(
                 self._status,
                 state=State.TRAINING if training else self._status.state,
                 detail=notes[-1] if notes else ("" if training else self._status.detail),
-                step=points[-1].step if points[-1].kind in ("started", "metrics") else self._status.step,
+                step=steps[-1] if steps else self._status.step,
                 published=published,
                 checkpoint=folder.newest_checkpoint(),
                 num_restarts=max(0, len(starts) - 1),
