@@ -59,6 +59,9 @@ class BytePrompter:
         whole = bytes(token - FIRST_BYTE for token in tokens if FIRST_BYTE <= token < FIRST_CODE)
         return whole.decode("utf-8", errors="replace").lstrip()
 
+    def shown(self, prompt: Prompt) -> str:
+        return self.text(prompt.tokens.tolist())
+
     def _state(self, state: npt.NDArray[np.float32]) -> str:
         return f", State: {_bins(state)};" if self._with_state else ""
 

@@ -2,6 +2,7 @@
 
     config.json        {"type": "flow", "config": {...}, "spec": {...}}; spec is the JSON form of common.v1.Spec
     model.safetensors  every tensor of the state dict, statistics included
+    tokenizer/, ...    what else the policy needs, under the names of files.py
 
 Reading builds the class the closed registry names; no code comes from the folder. Every tensor must be there, with its shape
 and dtype, finite, and none besides.
@@ -30,7 +31,9 @@ from manyhands.errors import Corrupt, InvalidInput, NotFound
 from manyhands.spec import Spec
 from manyhands.weights_manifest import RawTensor
 
+from . import files as policy_files
 from . import registry
+from .files import Files
 from .policy import Policy
 
 CONFIG_FILE = "config.json"
@@ -38,9 +41,11 @@ TENSORS_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
-def build(policy_type: str, config: Mapping[str, Any], spec: Spec) -> Policy[Any]:
+def build(policy_type: str, config: Mapping[str, Any], spec: Spec, files: Files | None = None) -> Policy[Any]:
     """A policy with fresh weights drawn from torch's default generator."""
-    return registry.policy_class(policy_type).from_config(config, spec)
+    policy = registry.policy_class(policy_type).from_config(config, spec)
+    policy.take_files(files or {})
+    return policy
 
 
 def save(policy: Policy[Any], folder: Path) -> None:
@@ -56,6 +61,7 @@ def write(policy: Policy[Any], folder: Path, *, tensors: Mapping[str, torch.Tens
     save_file(whole, folder / TENSORS_FILE, metadata={"format": "pt"})
     description = {"type": policy.type_name, "config": policy.config_dict(), "spec": spec_to_json(policy.spec)}
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    policy_files.write(policy.files, folder)
 
 
 @contextlib.contextmanager
@@ -66,7 +72,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        for path in (*unfinished.iterdir(), unfinished):
+        for path in (*unfinished.rglob("*"), unfinished):
             _sync(path)
         if folder.exists():
             replaced = unfinished.with_suffix(".replaced")
@@ -89,7 +95,7 @@ def load(folder: Path, device: torch.device | None = None) -> Policy[Any]:
         InvalidInput: A configuration, spec or tensor that cannot be; names it.
     """
     policy_type, config, spec = read_config(folder)
-    policy = build(policy_type, config, spec)
+    policy = build(policy_type, config, spec, policy_files.read(folder))
     load_tensors(policy, read_tensors(folder))
     return policy.to(device or torch.device("cpu")).eval()
 

@@ -99,23 +99,32 @@ class FastTokenizer:
 
     def save(self, folder: Path) -> None:
         """Two files into an existing folder, named as FAST tokenizers are published."""
-        self._bpe.save(str(folder / TOKENIZER_FILE))
-        config = {name: getattr(self.config, name) for name in FastConfig.__dataclass_fields__}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for name in (TOKENIZER_FILE, CONFIG_FILE):
-            with (folder / name).open("rb") as file:
+        for name, content in zip((TOKENIZER_FILE, CONFIG_FILE), self.contents(), strict=True):
+            with (folder / name).open("wb") as file:
+                file.write(content)
+                file.flush()
                 os.fsync(file.fileno())
+
+    def contents(self) -> tuple[bytes, bytes]:
+        """Of the two files, for parse()."""
+        config = {name: getattr(self.config, name) for name in FastConfig.__dataclass_fields__}
+        return self._bpe.to_str(pretty=True).encode(), (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
     @classmethod
     def load(cls, folder: Path) -> FastTokenizer:
         """Raises NotFound, or Corrupt for files that cannot be read; no code of the folder is run."""
-        paths = [_first_of(folder, places) for places in (_TOKENIZER_PLACES, _CONFIG_PLACES)]
+        contents = [_first_of(folder, places).read_bytes() for places in (_TOKENIZER_PLACES, _CONFIG_PLACES)]
+        return cls.parse(*contents, source=str(folder))
+
+    @classmethod
+    def parse(cls, tokenizer: bytes, config: bytes, *, source: str) -> FastTokenizer:
+        """Of the contents of the two files; Corrupt, naming source, where they are something else."""
         try:
-            return cls(Tokenizer.from_file(str(paths[0])), parse_config(json.loads(paths[1].read_text())))
+            return cls(Tokenizer.from_buffer(tokenizer), parse_config(json.loads(config)))
         except InvalidInput:
             raise
         except Exception as error:  # The tokenizers library raises nothing narrower.
-            raise Corrupt(f"{folder} holds no FAST tokenizer: {error}", field="action_tokenizer") from None
+            raise Corrupt(f"{source} holds no FAST tokenizer: {error}", field="action_tokenizer") from None
 
     def _check(self, actions: Floats) -> None:
         config = self.config

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,6 +23,8 @@ from torch import nn
 
 from manyhands.errors import NotOffered
 from manyhands.spec import Spec
+
+from .files import Files
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 InputsT = TypeVar("InputsT")
@@ -132,6 +135,7 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
         model_action_size: A; at least the robot's R, the rest is padding.
         has_text_head: generate() works.
         masks_missing_cameras: preprocess() takes samples that lack some of the spec's cameras.
+        files: What take_files() took; a checkpoint keeps them.
     """
 
     type_name: ClassVar[str]
@@ -140,11 +144,20 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
     spec: Spec
     horizon: int
     model_action_size: int
+    files: Files = types.MappingProxyType({})
 
     @classmethod
     @abc.abstractmethod
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> Policy[InputsT]:
         """Builds the module with fresh weights; unknown keys, wrong types and impossible values are InvalidInput."""
+
+    def take_files(self, files: Files) -> None:
+        """The tokenizers and the recipe of a checkpoint; most policies need none.
+
+        Raises:
+            NotFound: One that the configuration names is not there.
+            Corrupt, InvalidInput: One that is not what its name says.
+        """
 
     @classmethod
     def tiny_config(cls) -> Mapping[str, Any]:

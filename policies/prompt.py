@@ -51,3 +51,6 @@ class Prompter(Protocol):
 
     def text(self, tokens: Sequence[int]) -> str:
         """Special tokens left out."""
+
+    def shown(self, prompt: Prompt) -> str:
+        """For people: special tokens as they are written, what is learnt between [[ and ]]."""

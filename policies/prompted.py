@@ -8,17 +8,19 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.nn import functional
 
 from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Spec
 
 from . import images, normalization, rows, vectors
+from .files import Files
 from .normalization import Normalization, Normalizer, Statistics
 from .policy import CommittedPrefix, Policy, Sample, TextRequest
 from .prompt import Prompt, Prompter
@@ -34,52 +36,115 @@ class PromptedInputs(Protocol):
     def state(self) -> torch.Tensor: ...
 
 
+class PromptedConfig(Protocol):
+    """What the configurations have in common; their own docstrings say what each is."""
+
+    @property
+    def horizon(self) -> int: ...
+    @property
+    def prompt_length(self) -> int: ...
+    @property
+    def num_empty_cameras(self) -> int: ...
+    @property
+    def state_normalization(self) -> Normalization: ...
+    @property
+    def action_normalization(self) -> Normalization: ...
+    @property
+    def byte_prompts(self) -> bool: ...
+
+
+class PromptedNetwork(Protocol):
+    """The parts that both networks have under one name."""
+
+    @property
+    def vision(self) -> Any: ...
+    @property
+    def token_table(self) -> nn.Module: ...
+    @property
+    def language(self) -> Any: ...
+    @property
+    def text_head(self) -> nn.Module: ...
+    @property
+    def expert(self) -> Any: ...
+
+
 InputsT = TypeVar("InputsT", bound=PromptedInputs)
+ConfigT = TypeVar("ConfigT", bound=PromptedConfig)
 
 
-class PromptedPolicy(Policy[InputsT]):
+class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
     """Policy's docstrings say what each method promises.
 
     Attributes:
+        config: As parsed.
         prompter: Makes prompts; without one, preprocess() and generate() are not offered.
         cameras: Names in the order the model takes them, empty ones last.
         robot_action_size: R.
     """
 
     masks_missing_cameras = True
+    network: PromptedNetwork
 
-    def __init__(
-        self,
-        spec: Spec,
-        prompter: Prompter | None,
-        *,
-        horizon: int,
-        action_size: int,
-        num_empty_cameras: int,
-        state_normalization: Normalization,
-        action_normalization: Normalization,
-    ) -> None:
+    def __init__(self, config: ConfigT, spec: Spec, prompter: Prompter | None, *, action_size: int) -> None:
         super().__init__()
+        self.config = config
         self.spec = spec
-        self.prompter = prompter
-        self.horizon = horizon
+        self.prompter = self._prompter_of({}) if prompter is None and config.byte_prompts else prompter
+        self.horizon = config.horizon
         self.model_action_size = action_size
         self.robot_action_size = vectors.size(spec.action)
         if self.robot_action_size > self.model_action_size:
             raise InvalidInput(
                 f"has {self.robot_action_size} numbers, the model holds {self.model_action_size}", field="spec.action"
             )
-        self.cameras = (*(f.name for f in spec.images), *(f"{EMPTY_CAMERA}{i}" for i in range(num_empty_cameras)))
+        self.cameras = (*(f.name for f in spec.images), *(f"{EMPTY_CAMERA}{i}" for i in range(config.num_empty_cameras)))
         if not spec.images:
             raise InvalidInput("has no camera; this policy needs at least one", field="spec.observation")
-        self.state_normalizer = Normalizer(state_normalization, vectors.size(spec.states))
-        self.action_normalizer = Normalizer(action_normalization, self.robot_action_size)
+        self.state_normalizer = Normalizer(config.state_normalization, vectors.size(spec.states))
+        self.action_normalizer = Normalizer(config.action_normalization, self.robot_action_size)
+
+    def take_files(self, files: Files) -> None:
+        prompter = self._prompter_of(files)
+        if prompter is not None:
+            self.prompter, self.files = prompter, dict(files)
+
+    @abc.abstractmethod
+    def _prompter_of(self, files: Files) -> Prompter | None:
+        """As the configuration says; None where files do not suffice."""
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        network = self.network
+        return (
+            *network.vision.layers,
+            network.token_table,
+            *network.language.layers,
+            network.text_head,
+            *network.expert.layers,
+        )
 
     def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
         self.state_normalizer.set(vectors.join_statistics(statistics, self.spec.states), field="observation")
         self.action_normalizer.set(vectors.join_statistics(statistics, self.spec.action), field="action")
 
     # -- samples to tensors --------------------------------------------------------------------------------------------
+
+    def preprocess(self, samples: Sequence[Sample], device: torch.device) -> InputsT:
+        state = self._state(samples)
+        actions = self._actions(samples, state)
+        prompts = self._prompts(samples, state, actions)
+        return self._inputs(samples, prompts, state, actions, self.config.prompt_length, device)
+
+    @abc.abstractmethod
+    def _inputs(
+        self,
+        samples: Sequence[Sample],
+        prompts: Sequence[Prompt],
+        state: torch.Tensor,
+        actions: torch.Tensor | None,
+        length: int,
+        device: torch.device,
+    ) -> InputsT:
+        """state in the robot's units, actions normalised; prompts are padded to length tokens."""
 
     def _pictures(
         self, samples: Sequence[Sample], height: int, width: int, padding: images.Padding

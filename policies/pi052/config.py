@@ -17,6 +17,7 @@ from manyhands.errors import InvalidInput
 from .. import configuration
 from ..configuration import STRICT, NonNegative, Positive, PositiveInt, Precision, TowerSize, VisionSize
 from ..normalization import Normalization
+from ..prompts.settings import Pi052PromptSettings
 from ..rtc import PrefixSchedule
 
 
@@ -99,6 +100,7 @@ class Pi052Config:
         trained_prefix_max_delay: Training keeps up to so many first actions clean, for ChunkMode.TRAINED.
         train_expert_only, freeze_vision: What does not train.
         byte_prompts: Prompts without a tokenizer, for tests: policies/byte_prompts.py.
+        prompts: Else: what they are made of.
         backbone_lr_scale, expert_lr_scale, head_lr_scale: Factors on the learning rate of vision and language
         tower; of the expert with the action and time projections; of text head and token table.
     """
@@ -132,6 +134,7 @@ class Pi052Config:
     max_guidance_weight: NonNegative = 10.0
     max_new_tokens: PositiveInt = 128
     byte_prompts: bool = False
+    prompts: Pi052PromptSettings = field(default_factory=lambda: Pi052PromptSettings(recipe="subtask_mem"))
 
     def __post_init__(self) -> None:
         if self.trained_prefix_max_delay >= self.horizon:
@@ -155,6 +158,7 @@ def pi05_config(**changes: Any) -> Pi052Config:
         "fast_weight": 0.0,
         "z_weight": 0.0,
         "knowledge_insulation": False,
+        "prompts": Pi052PromptSettings(),
     }
     return Pi052Config(**(defaults | changes))
 

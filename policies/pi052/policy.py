@@ -19,9 +19,11 @@ from manyhands.spec import Spec
 
 from .. import images, losses, rows, text, vectors
 from ..byte_prompts import BytePrompter
+from ..files import Files
 from ..policy import CommittedPrefix, Losses, ParameterGroup, Sample, TextKind, TextRequest
 from ..prompt import Prompt, Prompter
 from ..prompted import PAD_TOKEN, PromptedPolicy, ones_like, padded
+from ..prompts.settings import pi052_prompter
 from . import config as configs
 from . import flow, sampling
 from .config import ChunkMode, Pi052Config
@@ -57,27 +59,17 @@ class Pi052Inputs:
     actions: torch.Tensor | None = None
 
 
-class Pi052Policy(PromptedPolicy[Pi052Inputs]):
+class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
     """Attributes:
     network: The model; a server calls its steps one by one.
     """
 
+    network: Pi052Network
     type_name: ClassVar[str] = "pi052"
     has_text_head: ClassVar[bool] = True
 
     def __init__(self, config: Pi052Config, spec: Spec, prompter: Prompter | None = None) -> None:
-        if prompter is None and config.byte_prompts:
-            prompter = BytePrompter(config.prompt_length, with_text=config.text_weight > 0)
-        super().__init__(
-            spec,
-            prompter,
-            horizon=config.horizon,
-            action_size=config.network.action_size,
-            num_empty_cameras=config.num_empty_cameras,
-            state_normalization=config.state_normalization,
-            action_normalization=config.action_normalization,
-        )
-        self.config = config
+        super().__init__(config, spec, prompter, action_size=config.network.action_size)
         self.network = Pi052Network(config.network)
         for parameter in self._frozen():
             parameter.requires_grad_(False)
@@ -85,6 +77,19 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs]):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> Pi052Policy:
         return cls(configs.parse(config), spec)
+
+    def _prompter_of(self, files: Files) -> Prompter | None:
+        config = self.config
+        if config.byte_prompts:
+            return BytePrompter(config.prompt_length, with_text=config.text_weight > 0)
+        return pi052_prompter(
+            files,
+            config.prompts,
+            prompt_length=config.prompt_length,
+            fast_skip_tokens=config.fast_skip_tokens,
+            with_text=self.has_text_head,
+            with_fast=config.fast_weight > 0,
+        )
 
     def config_dict(self) -> dict[str, Any]:
         return configs.dump(self.config)
@@ -118,23 +123,7 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs]):
             if any(p.requires_grad for p in parameters)
         ]
 
-    def shard_units(self) -> Sequence[nn.Module]:
-        network = self.network
-        return (
-            *network.vision.layers,
-            network.token_table,
-            *network.language.layers,
-            network.text_head,
-            *network.expert.layers,
-        )
-
     # -- samples to inputs ---------------------------------------------------------------------------------------------
-
-    def preprocess(self, samples: Sequence[Sample], device: torch.device) -> Pi052Inputs:
-        state = self._state(samples)
-        actions = self._actions(samples, state)
-        prompts = self._prompts(samples, state, actions)
-        return self._inputs(samples, prompts, state, actions, self.config.prompt_length, device)
 
     def _inputs(
         self,
@@ -145,7 +134,6 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs]):
         length: int,
         device: torch.device,
     ) -> Pi052Inputs:
-        """Prompts are padded to length tokens."""
         network = self.config.network
         pictures, picture_valid = self._pictures(samples, network.image_height, network.image_width, images.Padding.CENTRED)
         self._check_lengths(prompts, length)

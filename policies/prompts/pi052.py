@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as RawTokenizer
 
-from manyhands.errors import InvalidInput
+from manyhands.errors import InvalidInput, NotOffered
 
 from ..fast import FastTokenizer
 from ..losses import IGNORED_LABEL
@@ -59,6 +59,7 @@ class Pi052PromptOptions:
     dropout: In training.
     vary_task: In training: see messages.training().
     joint: Acting prompts hold task and subtask, and subtasks are asked for with the state in sight.
+    learns_fast: Training prompts without FAST tokens are an error.
     """
 
     recipe: Recipe | None = None
@@ -68,6 +69,7 @@ class Pi052PromptOptions:
     dropout: PromptDropout = field(default_factory=PromptDropout)
     vary_task: bool = False
     joint: bool = False
+    learns_fast: bool = False
 
 
 class Pi052Prompter:
@@ -97,6 +99,11 @@ class Pi052Prompter:
         fast_tokens = fast_is_code = None
         if self._fast is not None:
             fast_tokens, fast_is_code = self.wrap_codes(self._fast.encode(actions))
+        elif options.learns_fast:
+            raise NotOffered(
+                "fast_weight is over 0, and the policy has no FAST tokenizer; fit one on the data, or set fast_weight to 0",
+                field="action_tokenizer",
+            )
         return Prompt(
             tokens=tokens,
             labels=np.where(is_target, tokens, IGNORED_LABEL),
@@ -120,6 +127,9 @@ class Pi052Prompter:
 
     def text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens).lstrip()
+
+    def shown(self, prompt: Prompt) -> str:
+        return conversations.shown(prompt, self._tokenizer)
 
     def write(
         self, messages: Messages, state: npt.NDArray[np.float32] | None, *, ask: bool = False

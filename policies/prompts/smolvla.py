@@ -60,7 +60,7 @@ class SmolVLA2Prompter:
         self.pad_token = tokenizer.id_of(PAD)
         self.special_tokens: Sequence[int] = tuple(tokenizer.id_of(token) for token in _SPECIAL)
 
-    def training(self, sample: Sample) -> Prompt:
+    def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
         options = self._options
         messages, predicts = conversations.training(sample, options.recipe, options.dropout, vary_task=options.vary_task)
         tokens, is_target = self.write(messages)
@@ -71,14 +71,17 @@ class SmolVLA2Prompter:
             predicts_actions=predicts,
         )
 
-    def acting(self, sample: Sample) -> Prompt:
+    def acting(self, sample: Sample, state: npt.NDArray[np.float32]) -> Prompt:
         return Prompt(tokens=self._checked(self.write(conversations.acting(sample.task))[0]))
 
-    def asking(self, sample: Sample, request: TextRequest) -> Prompt:
+    def asking(self, sample: Sample, request: TextRequest, state: npt.NDArray[np.float32]) -> Prompt:
         return Prompt(tokens=self._checked(self.write(conversations.asking(sample.task, request), ask=True)[0]))
 
     def text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens).lstrip()
+
+    def shown(self, prompt: Prompt) -> str:
+        return conversations.shown(prompt, self._tokenizer)
 
     def write(self, messages: Messages, *, ask: bool = False) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Tokens (l,), and True (l,) on those of targets: their role and end of utterance are learnt too; at any length."""
@@ -107,10 +110,10 @@ class SmolVLA2Prompter:
 class SmolVLAPrompter(SmolVLA2Prompter):
     """The task alone; it has no text to ask for."""
 
-    def training(self, sample: Sample) -> Prompt:
+    def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
         return Prompt(tokens=self._cut(self._tokens(sample)))
 
-    def acting(self, sample: Sample) -> Prompt:
+    def acting(self, sample: Sample, state: npt.NDArray[np.float32]) -> Prompt:
         return Prompt(tokens=self._checked(self._tokens(sample)))
 
     def _tokens(self, sample: Sample) -> npt.NDArray[np.int64]:

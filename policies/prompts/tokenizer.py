@@ -47,10 +47,15 @@ class Tokenizer:
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise NotFound(f"{path} is not there; a tokenizer is a folder with {TOKENIZER_FILE}", field="tokenizer")
+        return cls.parse(path.read_bytes(), added, source=str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, added: Sequence[str] = (), *, source: str) -> Tokenizer:
+        """Of a tokenizer.json; Corrupt, naming source, where it is none."""
         try:
-            return cls(RawTokenizer.from_file(str(path)), added)
+            return cls(RawTokenizer.from_buffer(content), added)
         except Exception as error:  # The library raises nothing narrower.
-            raise Corrupt(f"{path} is no tokenizer: {error}", field="tokenizer") from None
+            raise Corrupt(f"{source} is no tokenizer: {error}", field="tokenizer") from None
 
     def encode(self, text: str) -> Encoded:
         encoding = self._raw.encode(text, add_special_tokens=False)

@@ -137,15 +137,20 @@ def load(name_or_path: str | Path) -> Recipe:
         path = Path(__file__).parent / "shipped" / f"{name}.yaml"
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise InvalidInput(f"{path} is larger than {_MAX_FILE_BYTES} bytes; that is no recipe", field="recipe_path")
+    return parse_yaml(path.read_bytes(), name=path.stem, source=str(path))
+
+
+def parse_yaml(content: bytes, *, name: str, source: str) -> Recipe:
+    """A file's content; InvalidInput names source, component and key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
         value = yaml.safe_load(text)
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), source)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} is not YAML: {error}", field="recipe_path") from None
+        raise InvalidInput(f"{source} is not YAML: {error}", field="recipe_path") from None
     except RecursionError:
-        raise InvalidInput(f"{path} is nested too deeply", field="recipe_path") from None
-    return parse(value, name=path.stem, source=str(path))
+        raise InvalidInput(f"{source} is nested too deeply", field="recipe_path") from None
+    return parse(value, name=name, source=source)
 
 
 def parse(value: object, *, name: str, source: str = "") -> Recipe:
@@ -286,7 +291,7 @@ def _block(value: object, key: str, place: _Place) -> TextBlock | ImageBlock:
     return TextBlock(text=block[name]) if kind == "text" else ImageBlock(feature=block[name])
 
 
-def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
+def _refuse_repeated_keys(node: yaml.Node | None, source: str) -> None:
     """YAML readers silently take the last of two; a component would vanish."""
     todo, seen = [node], set()
     while todo:
@@ -301,6 +306,6 @@ def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
             for name, value in node.value:
                 if name.value in names:
                     line = name.start_mark.line + 1
-                    raise InvalidInput(f"{path}, line {line}: {name.value} stands there twice", field="recipe")
+                    raise InvalidInput(f"{source}, line {line}: {name.value} stands there twice", field="recipe")
                 names.add(name.value)
                 todo.append(value)

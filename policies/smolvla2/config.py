@@ -16,6 +16,7 @@ from manyhands.errors import InvalidInput
 from .. import configuration
 from ..configuration import STRICT, NonNegative, Positive, PositiveInt, Precision, TowerSize, VisionSize
 from ..normalization import Normalization
+from ..prompts.settings import PromptSettings
 from ..rtc import DEFAULT_MAX_GUIDANCE_WEIGHT, PrefixSchedule
 
 # SmolVLM2-500M: SigLIP-B/16, and the first half of its 32 language layers.
@@ -116,6 +117,7 @@ class SmolVLA2Config:
             count at all, as SmolVLA has it.
         train_expert_only, freeze_vision, train_state: What does not train, and whether the state's projection does.
         byte_prompts: Prompts without a tokenizer, for tests: policies/byte_prompts.py.
+        prompts: Else: what they are made of.
     """
 
     __pydantic_config__ = STRICT
@@ -137,6 +139,7 @@ class SmolVLA2Config:
     max_guidance_weight: NonNegative = DEFAULT_MAX_GUIDANCE_WEIGHT
     max_new_tokens: PositiveInt = 256
     byte_prompts: bool = False
+    prompts: PromptSettings = field(default_factory=lambda: PromptSettings(recipe="subtasks_vqa"))
 
     def __post_init__(self) -> None:
         if self.train_expert_only and self.text_weight > 0:
@@ -150,6 +153,7 @@ def smolvla_config(**changes: Any) -> SmolVLA2Config:
         "text_weight": 0.0,
         "padded_steps_dilute": False,
         "train_expert_only": True,
+        "prompts": PromptSettings(),
     }
     return SmolVLA2Config(**(defaults | changes))
 

@@ -18,9 +18,11 @@ from manyhands.spec import Spec
 
 from .. import flow_matching, images, losses, rows, text, vectors
 from ..byte_prompts import BytePrompter
+from ..files import Files
 from ..policy import CommittedPrefix, Losses, Sample, TextRequest
 from ..prompt import Prompt, Prompter
 from ..prompted import PAD_TOKEN, PromptedPolicy, ones_like, padded
+from ..prompts.settings import smolvla_prompter
 from . import config as configs
 from .config import SmolVLA2Config
 from .model import Prefix, PrefixState, SmolVLA2Network
@@ -50,32 +52,22 @@ class SmolVLA2Inputs:
     is_pad: torch.Tensor | None = None
 
 
-class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs]):
+class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
     """Attributes:
     network: The model; a server calls its steps one by one.
     """
 
+    network: SmolVLA2Network
     type_name: ClassVar[str] = "smolvla2"
     has_text_head: ClassVar[bool] = True
 
     def __init__(self, config: SmolVLA2Config, spec: Spec, prompter: Prompter | None = None) -> None:
-        if prompter is None and config.byte_prompts:
-            prompter = BytePrompter(config.prompt_length, with_text=config.text_weight > 0, with_state=False)
-        super().__init__(
-            spec,
-            prompter,
-            horizon=config.horizon,
-            action_size=config.network.action_size,
-            num_empty_cameras=config.num_empty_cameras,
-            state_normalization=config.state_normalization,
-            action_normalization=config.action_normalization,
-        )
+        super().__init__(config, spec, prompter, action_size=config.network.action_size)
         state_size = vectors.size(spec.states)
         if state_size > config.network.state_size:
             raise InvalidInput(
                 f"has {state_size} numbers of state, the model holds {config.network.state_size}", field="spec.observation"
             )
-        self.config = config
         self.network = SmolVLA2Network(config.network)
         for parameter in self._frozen():
             parameter.requires_grad_(False)
@@ -84,6 +76,12 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs]):
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> SmolVLA2Policy:
         return cls(configs.parse(config), spec)
 
+    def _prompter_of(self, files: Files) -> Prompter | None:
+        config = self.config
+        if config.byte_prompts:
+            return BytePrompter(config.prompt_length, with_text=config.text_weight > 0, with_state=False)
+        return smolvla_prompter(files, config.prompts, prompt_length=config.prompt_length, with_text=self.has_text_head)
+
     def config_dict(self) -> dict[str, Any]:
         return configs.dump(self.config)
 
@@ -91,23 +89,7 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs]):
     def tiny_config(cls) -> Mapping[str, Any]:
         return configs.dump(configs.TINY)
 
-    def shard_units(self) -> Sequence[nn.Module]:
-        network = self.network
-        return (
-            *network.vision.layers,
-            network.token_table,
-            *network.language.layers,
-            network.text_head,
-            *network.expert.layers,
-        )
-
     # -- samples to inputs ---------------------------------------------------------------------------------------------
-
-    def preprocess(self, samples: Sequence[Sample], device: torch.device) -> SmolVLA2Inputs:
-        state = self._state(samples)
-        actions = self._actions(samples, state)
-        prompts = self._prompts(samples, state, actions)
-        return self._inputs(samples, prompts, state, actions, self.config.prompt_length, device)
 
     def _inputs(
         self,
@@ -118,7 +100,6 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs]):
         length: int,
         device: torch.device,
     ) -> SmolVLA2Inputs:
-        """Prompts are padded to length tokens."""
         network = self.config.network
         pictures, picture_valid = self._pictures(samples, network.image_height, network.image_width, images.Padding.LEFT_TOP)
         self._check_lengths(prompts, length)

@@ -111,6 +111,79 @@ def test_all_attempts_and_waits_together_are_bounded() -> None:
     assert time.monotonic() - start < 2.0
 
 
+class Clock:
+    """Time passes only where somebody sleeps or the test says so; stands in for the time module."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, wait_s: float) -> None:
+        self.now_s += wait_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(retry, "time", clock)
+    return clock
+
+
+STEADY = Backoff(first_s=1.0, longest_s=1.0, random=lambda: 1.0)
+
+
+def test_patience_lasts_from_the_first_failure_not_from_the_start(clock: Clock) -> None:
+    patience = retry.Patience(10.0, backoff=STEADY)
+    clock.now_s += 3600.0  # The stream lived for an hour.
+    failed_s = clock.now_s
+    gone = errors.Unreachable("gone")
+    with pytest.raises(errors.Unreachable) as raised:
+        for _ in range(100):
+            patience.wait(gone)
+    assert raised.value is gone
+    assert 8.0 <= clock.now_s - failed_s <= 10.0
+
+
+def test_progress_gives_all_the_patience_back_and_the_short_waits(clock: Clock) -> None:
+    patience = retry.Patience(10.0, backoff=Backoff(first_s=1.0, longest_s=4.0, random=lambda: 1.0))
+    for _ in range(20):
+        began_s = clock.now_s
+        patience.wait(errors.Unreachable("gone"))
+        assert clock.now_s - began_s == 1.0
+        patience.wait(errors.Unreachable("gone"))
+        assert clock.now_s - began_s == 3.0
+        patience.progress()
+
+
+def test_patience_is_with_a_server_that_is_away_or_says_when(clock: Clock) -> None:
+    patience = retry.Patience(10.0, backoff=STEADY)
+    began_s = clock.now_s
+    patience.wait(errors.Overloaded("full", retry_after_s=5.0))
+    assert clock.now_s - began_s >= 5.0
+    for error in (errors.Overloaded("full"), errors.Corrupt("bad"), errors.TooLate("late"), errors.Cancelled("closed")):
+        with pytest.raises(type(error)):
+            patience.wait(error)
+
+
+@pytest.mark.parametrize(("patience_s", "num_calls"), [(0.0, 1), (10.0, 4)])
+def test_a_call_with_patience_comes_through_and_one_without_is_made_once(
+    clock: Clock, patience_s: float, num_calls: int
+) -> None:
+    flaky = Flaky(errors.Unreachable("gone"), 3)
+
+    def run() -> int:
+        return retry.call_with_patience(lambda: flaky(1.0), patience_s=patience_s, backoff=STEADY)
+
+    if patience_s:
+        assert run() == 42
+    else:
+        with pytest.raises(errors.Unreachable):
+            run()
+    assert flaky.num_calls == num_calls
+
+
 async def test_waits_for_a_server_that_starts_late() -> None:
     server = GrpcServer("127.0.0.1:0")  # Has its port, and does not serve yet.
     waiting = asyncio.create_task(retry.wait_until_serving_aio(server.address, timeout_s=20))

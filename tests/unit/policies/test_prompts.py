@@ -237,21 +237,21 @@ def test_pi05_has_one_form(tokenizer):
 def test_smolvla2_learns_role_and_end(tokenizer):
     smol = smol_tokenizer()
     made = SmolVLA2Prompter(smol, SmolVLA2PromptOptions(recipe=recipes.load("subtask_joint"), prompt_length=200))
-    prompt = made.training(sample("tidy up", SUBTASK))
+    prompt = made.training(sample("tidy up", SUBTASK), STATE, ACTIONS)
     text = "<|im_start|>User: tidy up<end_of_utterance>\nAssistant: grasp the cup<end_of_utterance>\n"
     assert prompt.tokens.tolist() == smol.encode(text).tokens.tolist()
     target = "Assistant: grasp the cup<end_of_utterance>\n"
     assert prompt.labels[prompt.labels != IGNORED_LABEL].tolist() == smol.encode(target).tokens.tolist()
     assert SmolVLA2PromptOptions().dropout.as_smolvla2
     with pytest.raises(InvalidInput, match="the limit is 48"):
-        SmolVLA2Prompter(smol, SmolVLA2PromptOptions()).acting(sample("tidy up " * 9))
+        SmolVLA2Prompter(smol, SmolVLA2PromptOptions()).acting(sample("tidy up " * 9), STATE)
 
 
 def test_smolvla_reads_the_task_and_one_line_end():
     smol = smol_tokenizer()
     made = SmolVLAPrompter(smol, SmolVLA2PromptOptions())
-    assert made.acting(sample("go\n")).tokens.tolist() == made.acting(sample("go")).tokens.tolist()
-    assert made.text(made.acting(sample("go")).tokens) == "go\n"
+    assert made.acting(sample("go\n"), STATE).tokens.tolist() == made.acting(sample("go"), STATE).tokens.tolist()
+    assert made.text(made.acting(sample("go"), STATE).tokens) == "go\n"
 
 
 def test_a_prompt_is_shown_with_what_is_learnt(tokenizer):
