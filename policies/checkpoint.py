@@ -15,12 +15,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from google.protobuf import json_format
 from safetensors.torch import save_file
@@ -35,10 +34,10 @@ from . import files as policy_files
 from . import registry
 from .files import Files
 from .policy import Policy
+from .tensor_file import TensorFile, is_finite
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
-MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
 def build(policy_type: str, config: Mapping[str, Any], spec: Spec, files: Files | None = None) -> Policy[Any]:
@@ -86,18 +85,27 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load(folder: Path, device: torch.device | None = None) -> Policy[Any]:
+def load(
+    folder: Path, device: torch.device | None = None, *, progress: Callable[[str, int], None] | None = None
+) -> Policy[Any]:
     """The policy in folder, in evaluation mode.
+
+    Needs little more memory than the weights have: the module is built without any, and tensors are put in place one by one.
+
+    Args:
+        progress: Called with the name and the bytes of each tensor that is in place.
 
     Raises:
         NotFound: No such folder, or one of its files is missing.
         Corrupt: A file is cut off or unreadable; names the tensor where it is one.
         InvalidInput: A configuration, spec or tensor that cannot be; names it.
     """
+    device = device or torch.device("cpu")
     policy_type, config, spec = read_config(folder)
-    policy = build(policy_type, config, spec, policy_files.read(folder))
-    load_tensors(policy, read_tensors(folder))
-    return policy.to(device or torch.device("cpu")).eval()
+    with torch.device("meta"):
+        policy = build(policy_type, config, spec, policy_files.read(folder))
+    _place(policy, TensorFile(folder / TENSORS_FILE), device, progress)
+    return policy.eval()
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any], Spec]:
@@ -117,22 +125,50 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any], Spec]:
 
 
 def load_tensors(policy: Policy[Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replaces all weights and statistics, after checking every one: on an error the policy is as it was."""
+    """Replaces the values of all weights and statistics; on an error the policy is as it was."""
     expected = policy.state_dict()
+    _check_names(expected, tensors, policy.type_name)
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, expected[name])
+    policy.load_state_dict(dict(tensors), strict=True)
+
+
+def _place(
+    policy: Policy[Any],
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+    progress: Callable[[str, int], None] | None,
+) -> None:
+    """Gives a policy on the meta device its tensors."""
+    expected = policy.state_dict()
+    _check_names(expected, tensors, policy.type_name)
+    placed = {}
+    for name in tensors:
+        tensor = tensors[name]
+        _check_tensor(name, tensor, expected[name])
+        placed[name] = tensor.to(device)
+        if progress is not None:
+            progress(name, tensor.numel() * tensor.element_size())
+    policy.load_state_dict(placed, strict=True, assign=True)
+
+
+def _check_names(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], policy_type: str) -> None:
     for name in expected:
         if name not in tensors:
             raise InvalidInput("is missing from the weights", field=name)
-    for name, tensor in tensors.items():
+    for name in tensors:
         if name not in expected:
-            raise InvalidInput(f"is not a tensor of policy type {policy.type_name!r}", field=name)
-        own = expected[name]
-        if tensor.shape != own.shape or tensor.dtype != own.dtype:
-            raise InvalidInput(
-                f"is {tuple(tensor.shape)} {tensor.dtype}, the configuration says {tuple(own.shape)} {own.dtype}", field=name
-            )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InvalidInput("holds a NaN or infinity", field=name)
-    policy.load_state_dict(dict(tensors), strict=True)
+            raise InvalidInput(f"is not a tensor of policy type {policy_type!r}", field=name)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+        raise InvalidInput(
+            f"is {tuple(tensor.shape)} {tensor.dtype}, the configuration says {tuple(expected.shape)} {expected.dtype}",
+            field=name,
+        )
+    if tensor.is_floating_point() and not is_finite(tensor):
+        raise InvalidInput("holds a NaN or infinity", field=name)
 
 
 def config_json(policy: Policy[Any]) -> str:
@@ -177,43 +213,8 @@ def _raw_tensor(tensor: torch.Tensor, name: str) -> RawTensor:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, unchecked against any policy.
-
-    Raises:
-        NotFound: It has none.
-        Corrupt: The file is cut off, naming the tensor, or unreadable.
-    """
-    path = folder / TENSORS_FILE
-    if not path.is_file():
-        raise NotFound(f"{path.parent} is not a checkpoint: it has no {TENSORS_FILE}", field="checkpoint")
-    _check_extent(path)
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        with safetensors.safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                tensors[name] = opened.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        raise Corrupt(f"{path} cannot be read: {error}", field="checkpoint") from None
-    return tensors
-
-
-def _check_extent(path: Path) -> None:
-    """Raises Corrupt with the first tensor that the file is too short for; the library only says that it is."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_size > min(size - 8, MAX_HEADER_BYTES):
-            raise Corrupt(f"{path} is cut off in its header ({size} bytes)", field="checkpoint")
-        try:
-            header = json.loads(file.read(header_size))
-            ends = sorted(
-                (int(entry["data_offsets"][1]), str(name)) for name, entry in header.items() if name != "__metadata__"
-            )
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise Corrupt(f"{path} has an unreadable header", field="checkpoint") from None
-    for end, name in ends:
-        if 8 + header_size + end > size:
-            raise Corrupt(f"{path} is cut off: it ends inside or before this tensor", field=name)
+    """The tensors of a checkpoint by name, unchecked against any policy; NotFound or Corrupt as load()."""
+    return dict(TensorFile(folder / TENSORS_FILE))
 
 
 def _sync(path: Path) -> None:
