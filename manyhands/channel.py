@@ -1,9 +1,11 @@
-"""Channels to services: the same options, credentials and error translation everywhere."""
+"""Channels to services: the same options, credentials and error translation everywhere, and what every typed client has."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import TracebackType
+from typing import ClassVar, Self
 
 import grpc
 
@@ -30,6 +32,46 @@ def connect_aio(address: str, *, security_settings: SecuritySettings | None = No
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
     return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+
+
+class Client:
+    """One connection to one server, closed with the client; any number of threads may use it. Base of the typed clients.
+
+    Attributes:
+        SERVER: Whom a message names when nobody answers, as "robot agent".
+
+    Args:
+        address: "host:port".
+    """
+
+    SERVER: ClassVar[str]
+
+    def __init__(self, address: str, *, security_settings: SecuritySettings | None = None) -> None:
+        self.address = address
+        self._channel = connect(address, security_settings=security_settings)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def wait_until_ready(self, timeout_s: float = 10.0) -> None:
+        """Blocks until the server accepts connections; TooLate after timeout_s."""
+        ready = grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout=timeout_s)
+        except grpc.FutureTimeoutError:
+            # It would go on watching the connection for as long as the client lives.
+            ready.cancel()
+            raise errors.TooLate(
+                f"no {self.SERVER} answered on {self.address} within {timeout_s:g} s; is it running?"
+            ) from None
 
 
 @contextlib.contextmanager

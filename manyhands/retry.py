@@ -1,6 +1,8 @@
 """Deadlines and retries of typed clients: bounded in time, jittered, and only where the contract allows a repeat.
 
-A client method is one line: call_with_retry(lambda t: stub.GetDataset(request, timeout=t), timeout_s=5, idempotent=True).
+A short call is one line: call_with_retry(lambda t: stub.GetDataset(request, timeout=t), timeout_s=5, idempotent=True), whose
+one bound holds for attempts and waits together. What lasts, or takes longer the more bytes it carries, cannot be bounded so:
+there, Patience bounds only how long the server may be away.
 """
 
 from __future__ import annotations
@@ -54,46 +56,98 @@ def wait_before_retry_s(
     return wait_s if wait_s < left_s else None
 
 
+class _Attempts:
+    """Those that fit into bound_s from now on."""
+
+    def __init__(self, bound_s: float, *, idempotent: bool, backoff: Backoff | None) -> None:
+        self._end_s = time.monotonic() + bound_s
+        self._idempotent = idempotent
+        self._backoff = backoff or Backoff()
+        self._num_failed = 0
+
+    def left_s(self) -> float:
+        """For the deadline of an attempt; above 0."""
+        return max(self._end_s - time.monotonic(), 0.001)
+
+    def wait_s(self, error: errors.ManyhandsError) -> float:
+        """After an attempt that failed with error: seconds until the next one, or raises error when there is none."""
+        wait_s = wait_before_retry_s(
+            error,
+            attempt=self._num_failed,
+            idempotent=self._idempotent,
+            left_s=self._end_s - time.monotonic(),
+            backoff=self._backoff,
+        )
+        if wait_s is None:
+            raise error
+        self._num_failed += 1
+        return wait_s
+
+
 def call_with_retry(call: Callable[[float], T], *, timeout_s: float, idempotent: bool, backoff: Backoff | None = None) -> T:
     """call(seconds left), again as wait_before_retry_s says; timeout_s bounds everything, waits too.
 
     Raises:
         ManyhandsError: What the last attempt raised, translated.
     """
-    backoff = backoff or Backoff()
-    end = time.monotonic() + timeout_s
-    attempt = 0
+    attempts = _Attempts(timeout_s, idempotent=idempotent, backoff=backoff)
     while True:
         try:
             with channel.translated_errors():
-                return call(max(end - time.monotonic(), 0.001))
+                return call(attempts.left_s())
         except errors.ManyhandsError as error:
-            left_s = end - time.monotonic()
-            wait_s = wait_before_retry_s(error, attempt=attempt, idempotent=idempotent, left_s=left_s, backoff=backoff)
-            if wait_s is None:
-                raise
-        attempt += 1
-        time.sleep(wait_s)
+            time.sleep(attempts.wait_s(error))
 
 
 async def call_with_retry_aio(
     call: Callable[[float], Awaitable[T]], *, timeout_s: float, idempotent: bool, backoff: Backoff | None = None
 ) -> T:
     """As call_with_retry, for asyncio stubs."""
-    backoff = backoff or Backoff()
-    end = time.monotonic() + timeout_s
-    attempt = 0
+    attempts = _Attempts(timeout_s, idempotent=idempotent, backoff=backoff)
     while True:
         try:
             with channel.translated_errors():
-                return await call(max(end - time.monotonic(), 0.001))
+                return await call(attempts.left_s())
         except errors.ManyhandsError as error:
-            left_s = end - time.monotonic()
-            wait_s = wait_before_retry_s(error, attempt=attempt, idempotent=idempotent, left_s=left_s, backoff=backoff)
-            if wait_s is None:
-                raise
-        attempt += 1
-        await asyncio.sleep(wait_s)
+            await asyncio.sleep(attempts.wait_s(error))
+
+
+class Patience:
+    """With what is idempotent and has no one deadline: the server may be away for patience_s at a time.
+
+    The time counts from the first failure since the last progress(), so a stream that lived for hours has all of it when it
+    breaks. patience_s 0 means one attempt. For one thread.
+    """
+
+    def __init__(self, patience_s: float, *, backoff: Backoff | None = None) -> None:
+        self._patience_s = patience_s
+        self._backoff = backoff
+        self._attempts: _Attempts | None = None
+
+    def progress(self) -> None:
+        """The server gave something that need not be asked for again."""
+        self._attempts = None
+
+    def wait(self, error: errors.ManyhandsError) -> None:
+        """Sleeps until the next attempt, or raises error when there is no patience left or no attempt is worth it."""
+        if self._attempts is None:
+            self._attempts = _Attempts(self._patience_s, idempotent=True, backoff=self._backoff)
+        time.sleep(self._attempts.wait_s(error))
+
+
+def call_with_patience(call: Callable[[], T], *, patience_s: float, backoff: Backoff | None = None) -> T:
+    """call(), which is idempotent and brings its own deadlines, again while the server is away, at most patience_s.
+
+    Raises:
+        ManyhandsError: What the last attempt raised, translated.
+    """
+    patience = Patience(patience_s, backoff=backoff)
+    while True:
+        try:
+            with channel.translated_errors():
+                return call()
+        except errors.ManyhandsError as error:
+            patience.wait(error)
 
 
 def wait_until_serving(

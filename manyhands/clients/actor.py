@@ -13,19 +13,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
-
-import grpc
 
 from .. import channel
 from ..actor.v1 import actor_pb2, actor_pb2_grpc
-from ..errors import Refused, TooLate, Unreachable
+from ..errors import ManyhandsError, Refused, Unreachable
+from ..retry import Backoff, Patience
 from ..security import SecuritySettings
 
 OVER = (actor_pb2.RUN_STATE_IDLE, actor_pb2.RUN_STATE_FINISHED, actor_pb2.RUN_STATE_FAILED)
-# Between two attempts at a broken Watch stream; the actor may be restarting.
-RECONNECT_S = 0.5
+# Between two attempts at a broken Watch stream: the actor may be restarting, and somebody sits before the progress bar.
+RECONNECT = Backoff(first_s=0.2, longest_s=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +88,7 @@ def roll_out(
     )
 
 
-class ActorClient:
+class ActorClient(channel.Client):
     """One connection to one actor; any number of threads may use it.
 
     Args:
@@ -99,6 +96,8 @@ class ActorClient:
         timeout_s: Deadline of status calls.
         start_timeout_s: Deadline of start_run(): the handshake with robot, store and model is in it.
     """
+
+    SERVER = "actor"
 
     def __init__(
         self,
@@ -108,29 +107,10 @@ class ActorClient:
         timeout_s: float = 5.0,
         start_timeout_s: float = 60.0,
     ) -> None:
-        self.address = address
+        super().__init__(address, security_settings=security_settings)
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        self._channel = channel.connect(address, security_settings=security_settings)
         self._stub = actor_pb2_grpc.ActorServiceStub(self._channel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def wait_until_ready(self, timeout_s: float = 10.0) -> None:
-        """Blocks until the actor accepts connections; TooLate after timeout_s."""
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
-        except grpc.FutureTimeoutError:
-            raise TooLate(f"no actor answered on {self.address} within {timeout_s} s; is it running?") from None
 
     def status(self) -> actor_pb2.GetStatusResponse:
         with channel.translated_errors():
@@ -200,14 +180,14 @@ class ActorClient:
         """Results, then the status of a run that is over. Follows an actor through restarts."""
         give_up_s = time.monotonic() + timeout_s if timeout_s is not None else None
         reported = 0
-        gone_since_s: float | None = None
+        patience = Patience(patience_s, backoff=RECONNECT)
         while True:
             seen = 0
             status: actor_pb2.GetStatusResponse | None = None
             remaining_s = give_up_s - time.monotonic() if give_up_s is not None else None
             try:
                 for event in self.watch(timeout_s=remaining_s):
-                    gone_since_s = None
+                    patience.progress()
                     if event.WhichOneof("event") == "status":
                         status = event.status
                     elif event.WhichOneof("event") == "episode":
@@ -219,10 +199,6 @@ class ActorClient:
                     if status is not None and status.state in OVER and seen >= status.finished_episode_count:
                         yield status
                         return
-                error = Unreachable(f"the actor on {self.address} ended its stream")
-            except Unreachable as unreachable:
-                error = unreachable
-            gone_since_s = gone_since_s or time.monotonic()
-            if time.monotonic() - gone_since_s >= patience_s:
-                raise error
-            time.sleep(RECONNECT_S)
+                raise Unreachable(f"the actor on {self.address} ended its stream")
+            except ManyhandsError as error:
+                patience.wait(error)

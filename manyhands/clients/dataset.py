@@ -15,23 +15,19 @@ with DatasetClient("127.0.0.1:50051") as store:
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from .. import channel
 from ..dataset.v1 import dataset_pb2, dataset_pb2_grpc
-from ..errors import Conflict, Corrupt, InvalidInput, TooLate, Unreachable
-from ..retry import call_with_retry
+from ..errors import Conflict, Corrupt, InvalidInput, ManyhandsError
+from ..retry import Patience, call_with_retry
 from ..security import SecuritySettings
 from ..spec import Spec
 from .append_stream import AppendStream
@@ -39,8 +35,8 @@ from .append_stream import AppendStream
 __all__ = ["AppendStream", "DatasetClient", "EpisodeDigest", "fetch_snapshot"]
 
 ResponseT = TypeVar("ResponseT")
-# Between attempts at a broken stream of samples: enough for a store that restarts.
-_RETRY_DELAYS_S = (0.1, 0.3, 1.0, 2.0)
+# With a broken stream of samples: enough for a store that restarts.
+_SAMPLE_PATIENCE_S = 10.0
 _MAX_SNAPSHOT_ATTEMPTS = 20
 _REPLACED_FILES = frozenset({"meta/info.json", "meta/stats.json", "meta/tasks.parquet"})
 
@@ -69,7 +65,7 @@ class EpisodeDigest:
         return self._sha256.digest()
 
 
-class DatasetClient:
+class DatasetClient(channel.Client):
     """One connection to one store; any number of threads may use it. Everything but appending is retried when unreachable.
 
     Args:
@@ -77,29 +73,12 @@ class DatasetClient:
         timeout_s: Deadline of every short call. Publish has its own: encoding may have to catch up first.
     """
 
+    SERVER = "dataset store"
+
     def __init__(self, address: str, *, security_settings: SecuritySettings | None = None, timeout_s: float = 10.0) -> None:
-        self.address = address
+        super().__init__(address, security_settings=security_settings)
         self._timeout_s = timeout_s
-        self._channel = channel.connect(address, security_settings=security_settings)
         self._stub = dataset_pb2_grpc.DatasetServiceStub(self._channel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def wait_until_ready(self, timeout_s: float = 10.0) -> None:
-        """Blocks until the store accepts connections; TooLate after timeout_s."""
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
-        except grpc.FutureTimeoutError:
-            raise TooLate(f"no dataset store answered on {self.address} within {timeout_s} s; is it running?") from None
 
     def create_dataset(
         self, name: str, spec: Spec, *, video: dataset_pb2.VideoEncoding | None = None
@@ -151,7 +130,7 @@ class DatasetClient:
     def sample(self, request: dataset_pb2.SampleRequest) -> Iterator[dataset_pb2.SampleResponse]:
         """Training samples from request.position on; a broken stream is opened again where it broke."""
         position, remaining = request.position, request.count
-        attempts = itertools.chain(_RETRY_DELAYS_S, itertools.repeat(None))
+        patience = Patience(_SAMPLE_PATIENCE_S)
         while True:
             asked = dataset_pb2.SampleRequest()
             asked.CopyFrom(request)
@@ -161,17 +140,14 @@ class DatasetClient:
                     for response in self._stub.Sample(asked):
                         yield response
                         position = response.position + 1
-                        attempts = itertools.chain(_RETRY_DELAYS_S, itertools.repeat(None))
+                        patience.progress()
                         if request.count:
                             remaining -= 1
                 return
-            except Unreachable:
-                delay_s = next(attempts)
-                if delay_s is None:
-                    raise
+            except ManyhandsError as error:
                 if request.count and not remaining:
                     return
-                time.sleep(delay_s)
+                patience.wait(error)
 
     def open_append(self, *, max_queued_frames: int = 64) -> AppendStream:
         """A stream for recording; see AppendStream. A broken one is closed and another opened."""

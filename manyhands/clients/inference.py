@@ -304,24 +304,19 @@ class ActStream:
             self._replies.put(reply)
 
 
-class InferenceClient:
+class InferenceClient(channel.Client):
     """Calls of one inference service.
 
     Args:
         address: "host:port".
         security_settings: Certificates and token; None on loopback.
-        grpc_channel: An own channel instead of address (tests); it is not closed with the client.
     """
 
-    def __init__(
-        self,
-        address: str = "",
-        *,
-        security_settings: SecuritySettings | None = None,
-        grpc_channel: grpc.Channel | None = None,
-    ) -> None:
-        self._owned = None if grpc_channel is not None else channel.connect(address, security_settings=security_settings)
-        self._stub = inference_pb2_grpc.InferenceServiceStub(grpc_channel or self._owned)  # type: ignore[arg-type]
+    SERVER = "inference service"
+
+    def __init__(self, address: str, *, security_settings: SecuritySettings | None = None) -> None:
+        super().__init__(address, security_settings=security_settings)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._request_ids: dict[str, Iterator[int]] = {}
 
     def open_session(
@@ -445,16 +440,6 @@ class InferenceClient:
     def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> inference_pb2.GetStatusResponse:
         with channel.translated_errors():
             return self._stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=timeout_s)
-
-    def close(self) -> None:
-        if self._owned is not None:
-            self._owned.close()
-
-    def __enter__(self) -> InferenceClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def decode_reply(response: inference_pb2.ActResponse) -> Reply:

@@ -9,25 +9,23 @@ with LearnerClient("127.0.0.1:50054") as learner:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
 from .. import channel
-from ..errors import Unreachable
+from ..errors import ManyhandsError, Unreachable
 from ..learner.v1 import learner_pb2, learner_pb2_grpc
-from ..retry import call_with_retry
+from ..retry import Patience, call_with_retry
 from ..security import SecuritySettings
 
 ResponseT = TypeVar("ResponseT")
-# Between attempts at a broken stream; enough for a learner that restarts with its Ray.
-_RETRY_DELAYS_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+# With a broken stream: enough for a learner that restarts with its Ray.
+_WATCH_PATIENCE_S = 16.0
 
 
-class LearnerClient:
+class LearnerClient(channel.Client):
     """One connection to one learner; any number of threads may use it. All calls are retried while it is unreachable.
 
     Args:
@@ -35,22 +33,12 @@ class LearnerClient:
         timeout_s: Deadline of every call but watch(), attempts at a learner that is not there included.
     """
 
+    SERVER = "learner"
+
     def __init__(self, address: str, *, security_settings: SecuritySettings | None = None, timeout_s: float = 20.0) -> None:
-        self.address = address
+        super().__init__(address, security_settings=security_settings)
         self._timeout_s = timeout_s
-        self._channel = channel.connect(address, security_settings=security_settings)
         self._stub = learner_pb2_grpc.LearnerServiceStub(self._channel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._channel.close()
 
     def status(self) -> learner_pb2.GetStatusResponse:
         request = learner_pb2.GetStatusRequest()
@@ -77,21 +65,18 @@ class LearnerClient:
 
         Goes on where it was when the learner restarts; Unreachable when it stays away.
         """
-        delays = iter(_RETRY_DELAYS_S)
+        patience = Patience(_WATCH_PATIENCE_S)
         while True:
             try:
                 with channel.translated_errors():
                     for response in self._stub.WatchProgress(learner_pb2.WatchProgressRequest(from_step=from_step)):
-                        delays = iter(_RETRY_DELAYS_S)
+                        patience.progress()
                         if response.metrics:
                             from_step = response.step + 1
                         yield response
                 raise Unreachable("the learner ended the stream: it is shutting down")
-            except Unreachable:
-                delay_s = next(delays, None)
-                if delay_s is None:
-                    raise
-                time.sleep(delay_s)
+            except ManyhandsError as error:
+                patience.wait(error)
 
     def _call(self, method: Callable[..., ResponseT], request: Message) -> ResponseT:
         return call_with_retry(lambda left_s: method(request, timeout=left_s), timeout_s=self._timeout_s, idempotent=True)

@@ -12,14 +12,10 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
-
-import grpc
 
 from .. import channel, codec, stamps
 from ..common.v1 import common_pb2
-from ..errors import InvalidInput, ManyhandsError, Refused, TooLate
+from ..errors import InvalidInput, ManyhandsError, Refused
 from ..robot.types import (
     ActionLimit,
     Arrays,
@@ -55,7 +51,7 @@ __all__ = [
 ]
 
 
-class RobotClient:
+class RobotClient(channel.Client):
     """One connection to one robot agent; any number of threads may use it, one of them should command.
 
     Errors are those of manyhands.errors: Refused for a lease that is gone, an emergency stop or a command out of its bounds
@@ -68,6 +64,8 @@ class RobotClient:
         reset_timeout_s: Deadline of reset(); a real arm drives home in it.
     """
 
+    SERVER = "robot agent"
+
     def __init__(
         self,
         address: str,
@@ -76,21 +74,12 @@ class RobotClient:
         timeout_s: float = 2.0,
         reset_timeout_s: float = 60.0,
     ) -> None:
-        self.address = address
+        super().__init__(address, security_settings=security_settings)
         self._timeout_s = timeout_s
         self._reset_timeout_s = reset_timeout_s
-        self._channel = channel.connect(address, security_settings=security_settings)
         self._stub = robot_pb2_grpc.RobotServiceStub(self._channel)
         self._epoch = 0
         self._sequence = itertools.count(1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def epoch(self) -> int:
@@ -103,14 +92,7 @@ class RobotClient:
             self.release()
         except ManyhandsError:
             pass
-        self._channel.close()
-
-    def wait_until_ready(self, timeout_s: float = 10.0) -> None:
-        """Blocks until the agent accepts connections; TooLate after timeout_s."""
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
-        except grpc.FutureTimeoutError:
-            raise TooLate(f"no robot agent answered on {self.address} within {timeout_s} s; is it running?") from None
+        super().close()
 
     def describe(self) -> RobotDescription:
         with channel.translated_errors():

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from google.protobuf.message import Message
+
 from .. import channel, errors, stamps, weights_manifest
 from ..common.v1 import common_pb2
+from ..retry import Backoff, Patience, call_with_patience
 from ..security import SecuritySettings
 from ..spec import Spec
 from ..weights.v1 import weights_pb2, weights_pb2_grpc
@@ -21,10 +23,8 @@ from ..weights_manifest import PIECE_BYTES, RawTensor, TensorLike
 
 # Deadlines of streams grow with what they carry: nobody's link is meant to be slower than this.
 _SLOWEST_BYTES_PER_S = 5_000_000
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
 
-ResultT = TypeVar("ResultT")
+ResponseT = TypeVar("ResponseT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +42,17 @@ class PublishedVersion:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class WeightsClient:
-    """Publishes and reads versions.
+class WeightsClient(channel.Client):
+    """Publishes and reads versions. Everything here is idempotent, publishing by its publish_id.
 
     Args:
         address: "host:port" of the weights service.
         timeout_s: Deadline of each small call; streams get more with their size.
-        patience_s: For how long an idempotent call is tried again while the service is unreachable. Everything here but
-            require_parent is idempotent.
+        patience_s: For how long a call or stream is tried again while the service is unreachable or has no room; 0 means
+            one attempt.
     """
+
+    SERVER = "weights service"
 
     def __init__(
         self,
@@ -60,20 +62,10 @@ class WeightsClient:
         timeout_s: float = 10.0,
         patience_s: float = 10.0,
     ) -> None:
-        self.address = address
-        self._channel = channel.connect(address, security_settings=security_settings)
+        super().__init__(address, security_settings=security_settings)
         self._stub = weights_pb2_grpc.WeightsServiceStub(self._channel)
         self._timeout_s = timeout_s
         self._patience_s = patience_s
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def __enter__(self) -> WeightsClient:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def publish(
         self,
@@ -114,26 +106,21 @@ class WeightsClient:
         by_digest = {entry.sha256: raws[entry.name] for entry in manifest.tensors}
 
         def attempt() -> common_pb2.PolicyVersion:
-            missing = self.find_missing(list(by_digest))
+            request = weights_pb2.FindMissingRequest(sha256=list(by_digest))
+            missing = self._stub.FindMissing(request, timeout=self._timeout_s).sha256
             num_bytes = sum(memoryview(by_digest[sha256].data).nbytes for sha256 in missing)
-            with channel.translated_errors():
-                response = self._stub.Publish(
-                    _publish_requests(manifest, {sha256: by_digest[sha256] for sha256 in missing}, parent_number),
-                    timeout=self._timeout_s + num_bytes / _SLOWEST_BYTES_PER_S,
-                )
+            response = self._stub.Publish(
+                _publish_requests(manifest, {sha256: by_digest[sha256] for sha256 in missing}, parent_number),
+                timeout=self._timeout_s + num_bytes / _SLOWEST_BYTES_PER_S,
+            )
             return response.version
 
-        return self._patiently(attempt)
+        return call_with_patience(attempt, patience_s=self._patience_s)
 
     def find_missing(self, sha256s: list[bytes]) -> list[bytes]:
         """Those of sha256s the service lacks, in their order."""
-
-        def call() -> list[bytes]:
-            with channel.translated_errors():
-                request = weights_pb2.FindMissingRequest(sha256=sha256s)
-                return list(self._stub.FindMissing(request, timeout=self._timeout_s).sha256)
-
-        return self._patiently(call)
+        request = weights_pb2.FindMissingRequest(sha256=sha256s)
+        return list(self._call(self._stub.FindMissing, request).sha256)
 
     def get_manifest(self, model: str, number: int = 0) -> weights_pb2.Manifest:
         """The manifest of a version, checked; number 0 is the newest. manifest.number says which one it is.
@@ -142,14 +129,8 @@ class WeightsClient:
             NotFound: No such model or version; lists what there is.
             Corrupt: The manifest's content is not what its digest says.
         """
-
-        def call() -> weights_pb2.GetManifestResponse:
-            with channel.translated_errors():
-                return self._stub.GetManifest(
-                    weights_pb2.GetManifestRequest(model=model, number=number), timeout=self._timeout_s
-                )
-
-        response = self._patiently(call)
+        request = weights_pb2.GetManifestRequest(model=model, number=number)
+        response = self._call(self._stub.GetManifest, request)
         manifest = response.manifest
         weights_manifest.check(manifest)
         if weights_manifest.digest(manifest) != response.version.digest:
@@ -161,12 +142,8 @@ class WeightsClient:
 
     def list_versions(self, model: str = "") -> list[PublishedVersion]:
         """All versions of model, or of all models, oldest first."""
-
-        def call() -> weights_pb2.ListVersionsResponse:
-            with channel.translated_errors():
-                return self._stub.ListVersions(weights_pb2.ListVersionsRequest(model=model), timeout=self._timeout_s)
-
-        return [_published(version) for version in self._patiently(call).versions]
+        request = weights_pb2.ListVersionsRequest(model=model)
+        return [_published(version) for version in self._call(self._stub.ListVersions, request).versions]
 
     def fetch(self, manifest: weights_pb2.Manifest, have: Container[bytes] = ()) -> dict[str, RawTensor]:
         """The tensors of manifest by name, each digest verified; names whose sha256 is in have are left out.
@@ -183,18 +160,17 @@ class WeightsClient:
         for entry in manifest.tensors:
             if entry.sha256 not in have:
                 names.setdefault(entry.sha256, []).append(entry)
-        pause = _Pause(self._patience_s)
+        patience = Patience(self._patience_s)
         while names:
             try:
                 for sha256, data in self._fetch_stream({sha: entries[0] for sha, entries in names.items()}):
                     for entry in names.pop(sha256):
                         yield entry.name, RawTensor(dtype=entry.dtype, shape=tuple(entry.shape), data=data)
-                    pause.reset()
+                    patience.progress()
                 if names:
                     raise errors.Unreachable(f"the weights service ended the stream {len(names)} tensors early")
-            except errors.Unreachable:
-                if not pause.wait():
-                    raise
+            except errors.ManyhandsError as error:
+                patience.wait(error)
 
     def watch(self, model: str = "", after_number: int = 0) -> VersionWatch:
         """Iterates over versions with number > after_number, those that exist and then each new one, for ever.
@@ -218,14 +194,8 @@ class WeightsClient:
             finally:
                 call.cancel()
 
-    def _patiently(self, call: Callable[[], ResultT]) -> ResultT:
-        pause = _Pause(self._patience_s)
-        while True:
-            try:
-                return call()
-            except errors.Unreachable:
-                if not pause.wait():
-                    raise
+    def _call(self, method: Callable[..., ResponseT], request: Message) -> ResponseT:
+        return call_with_patience(lambda: method(request, timeout=self._timeout_s), patience_s=self._patience_s)
 
 
 class VersionWatch(Iterator[PublishedVersion]):
@@ -238,7 +208,8 @@ class VersionWatch(Iterator[PublishedVersion]):
         self._newest: dict[str, int] = {}
         self._closed = threading.Event()
         self._call: Any = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._backoff = Backoff()
+        self._num_failures = 0
 
     def close(self) -> None:
         self._closed.set()
@@ -256,35 +227,16 @@ class VersionWatch(Iterator[PublishedVersion]):
                     published = _published(next(self._call))
             except (errors.Unreachable, errors.Cancelled, StopIteration):
                 self._call = None
-                self._closed.wait(self._pause_s)
-                self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+                # No Patience here: it never ends by itself, and close() must not have to wait for it.
+                self._closed.wait(self._backoff.wait_s(self._num_failures))
+                self._num_failures += 1
                 continue
-            self._pause_s = _FIRST_PAUSE_S
+            self._num_failures = 0
             version = published.version
             if version.number > self._newest.get(version.model, self._after_number):
                 self._newest[version.model] = version.number
                 return published
         raise StopIteration
-
-
-class _Pause:
-    """Growing pauses between attempts until patience_s is over."""
-
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self.reset()
-
-    def reset(self) -> None:
-        self._started = time.monotonic()
-        self._next_s = _FIRST_PAUSE_S
-
-    def wait(self) -> bool:
-        """Sleeps and says True, or False when there is no patience left."""
-        if time.monotonic() - self._started + self._next_s > self._patience_s:
-            return False
-        time.sleep(self._next_s)
-        self._next_s = min(self._next_s * 2, _LONGEST_PAUSE_S)
-        return True
 
 
 def _published(message: weights_pb2.WatchResponse) -> PublishedVersion:
