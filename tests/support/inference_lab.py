@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from deploy.local import Service, Topology
+from manyhands import codec, stamps
 from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refusal, Reply, Session
 from manyhands.common.v1 import common_pb2
-from manyhands.inference.v1 import inference_pb2_grpc
+from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.server import GrpcServer
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies import checkpoint
@@ -244,3 +245,23 @@ def next_refusal(stream: ActStream) -> Refusal:
     result = next_reply(stream).result
     assert isinstance(result, Refusal), result
     return result
+
+
+def shut_gate(policy: GatedPolicy, stream: ActStream) -> None:
+    """Has the model busy with a request of stream until the gate opens."""
+    while policy.entered.acquire(blocking=False):
+        pass
+    policy.gate.clear()
+    ask(stream, 0)
+    assert policy.entered.acquire(timeout=20.0)
+
+
+def good_request(seed: int = 1) -> inference_pb2.ActRequest:
+    """What ask() sends, for tests that spoil it or send it by themselves."""
+    values = codec.encode_values(make_observation(seed), image_encoding=RAW)
+    return inference_pb2.ActRequest(
+        observation=common_pb2.Observation(values=values),
+        task="reach",
+        deadline=stamps.to_duration(20.0),
+        noise_seed=seed,
+    )

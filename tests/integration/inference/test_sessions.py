@@ -1,0 +1,151 @@
+"""A robot's session: the handshake that says what fits, who has the robot's name, and how long it lasts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from manyhands.clients.inference import ActStream, InferenceClient
+from manyhands.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Overloaded
+from manyhands.spec import Spec
+from tests.support.inference_lab import (
+    CAMERAS,
+    HORIZON,
+    SPEC,
+    InProcessService,
+    ask,
+    make_observation,
+    make_policy,
+    next_chunk,
+    next_refusal,
+    next_reply,
+    open_session,
+)
+from tests.support.waiting import wait_until
+
+
+def test_the_handshake_says_what_is_served_and_adapted(client: InferenceClient) -> None:
+    session = open_session(client, "left")
+    assert session.model_spec.digest == SPEC.digest
+    assert session.required_observations == ("observation.state", *CAMERAS)
+    assert session.chunk_horizon == HORIZON
+    assert session.adaptations == ()
+    assert not session.has_text_head
+    assert (session.version.model, session.version.number, len(session.version.digest)) == ("tiny", 0, 32)
+    (model,) = client.list_models()
+    assert (model.name, model.policy_type, model.version) == ("tiny", "flow", session.version)
+
+
+def with_observation(*features: object) -> Spec:
+    return dataclasses.replace(SPEC, observation=tuple(features))  # type: ignore[arg-type]
+
+
+def test_a_robot_that_does_not_fit_is_refused_at_the_handshake_by_name(client: InferenceClient) -> None:
+    state, front, wrist = SPEC.observation
+    with pytest.raises(InvalidInput, match="out of order") as swapped:
+        open_session(client, "left", spec=with_observation(state, wrist, front))
+    assert swapped.value.field == CAMERAS[1]
+    renamed = dataclasses.replace(state, element_names=tuple(reversed(state.element_names)))
+    with pytest.raises(InvalidInput, match=r"element 0 is 'joint5\.pos' on the robot") as joints:
+        open_session(client, "left", spec=with_observation(renamed, front, wrist))
+    assert joints.value.field == "observation.state"
+    with pytest.raises(InvalidInput) as rate:
+        open_session(client, "left", spec=dataclasses.replace(SPEC, control_rate_hz=30.0))
+    assert rate.value.field == "spec.control_rate_hz"
+    with pytest.raises(NotFound, match="there are tiny"):
+        client.open_session(robot_id="left", client_id="c", model="big", spec=SPEC, replan_interval_steps=4)
+    assert len(client.status().sessions) == 0
+
+
+def test_a_bigger_or_missing_camera_is_adapted_and_still_answered(client: InferenceClient) -> None:
+    state, front, wrist = SPEC.observation
+    big = dataclasses.replace(front, shape=(96, 64, 3))
+    session = open_session(client, "left", spec=with_observation(state, big))
+    assert {a.feature: a.kind for a in session.adaptations} == {front.name: "resized", wrist.name: "masked"}
+    assert session.required_observations == (state.name, front.name)
+    observation = make_observation(3)
+    del observation[wrist.name]
+    with client.act_stream(session.session_id) as stream:
+        # The robot may resize by itself: the model's size is taken too.
+        ask(stream, 3, observation=observation)
+        at_model_size = next_chunk(stream).actions
+        observation[front.name] = np.zeros((96, 64, 3), dtype=np.uint8)
+        ask(stream, 3, observation=observation)
+        assert not np.array_equal(next_chunk(stream).actions, at_model_size)
+
+
+def test_a_robot_name_belongs_to_one_client_until_its_session_expires(client: InferenceClient) -> None:
+    first = open_session(client, "left", client_id="first")
+    stream = client.act_stream(first.session_id)
+    ask(stream, 1)
+    next_chunk(stream)
+    with pytest.raises(AlreadyExists, match="stream is open") as refused:
+        open_session(client, "left", client_id="second")
+    assert refused.value.retry_after_s == pytest.approx(0.5)
+    stream.close()
+
+    def taken_over() -> bool:
+        try:
+            open_session(client, "left", client_id="second")
+        except AlreadyExists:
+            return False
+        return True
+
+    wait_until(taken_over, timeout_s=5.0)
+    with client.act_stream(first.session_id) as late:
+        ask(late, 2)
+        assert next_refusal(late).reason == "unknown_session"
+
+
+def test_a_waiting_robot_keeps_its_session_by_its_open_stream(client: InferenceClient, stream: ActStream) -> None:
+    opened_s = time.monotonic()
+    wait_until(lambda: time.monotonic() > opened_s + 1.2)  # Twice the idle timeout, no request sent.
+    ask(stream, 1)
+    next_chunk(stream)
+
+
+def test_the_same_client_opens_again_and_its_old_stream_ends(client: InferenceClient) -> None:
+    first = open_session(client, "left", client_id="actor")
+    old = client.act_stream(first.session_id)
+    ask(old, 1)
+    next_chunk(old)
+    second = open_session(client, "left", client_id="actor")
+    assert second.session_id != first.session_id
+    with pytest.raises(NotFound, match="opened a new session"):
+        next_reply(old)
+    with client.act_stream(second.session_id) as stream:
+        ask(stream, 2)
+        next_chunk(stream)
+
+
+def test_a_second_stream_takes_over_from_the_first(client: InferenceClient) -> None:
+    session = open_session(client, "left")
+    old = client.act_stream(session.session_id)
+    ask(old, 1)
+    next_chunk(old)
+    with client.act_stream(session.session_id) as new:
+        ask(new, 2)
+        next_chunk(new)
+        with pytest.raises(Conflict, match="took over"):
+            next_reply(old)
+        ask(new, 3)
+        next_chunk(new)
+
+
+def test_a_closed_session_frees_its_robot(client: InferenceClient) -> None:
+    session = open_session(client, "left", client_id="first")
+    client.close_session(session.session_id)
+    client.close_session(session.session_id)
+    open_session(client, "left", client_id="second")
+
+
+def test_there_is_a_limit_to_sessions() -> None:
+    with InProcessService(make_policy(), max_sessions=2) as service, InferenceClient(service.address) as client:
+        open_session(client, "a")
+        open_session(client, "b")
+        with pytest.raises(Overloaded, match="the limit is 2") as refused:
+            open_session(client, "c")
+        assert refused.value.retry_after_s == pytest.approx(4.0)
