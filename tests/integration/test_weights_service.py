@@ -20,6 +20,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import Corrupt, InvalidInput, ManyhandsError, NotFound, Overloaded
 from manyhands.weights.v1 import weights_pb2, weights_pb2_grpc
 from manyhands.weights_manifest import PIECE_BYTES, RawTensor
+from tests.support.waiting import wait_until
 
 BIG = np.arange(PIECE_BYTES // 4 + 1000, dtype=np.float32)  # Two pieces.
 BFLOAT16 = (common_pb2.DATA_TYPE_BFLOAT16, (2, 2), bytes(range(8)))
@@ -259,27 +260,25 @@ def test_hostile_reads_are_refused_by_name(hostile_address: str) -> None:
 
 def test_one_learner_too_many_is_told_to_come_again(topology: Topology, tmp_path: Path) -> None:
     address = start(topology, tmp_path, "--max-publishing", "1")
+    tensors = {"first": np.ones(8, np.float32), "second": np.zeros(8, np.float32)}
+    first, second = (weights_manifest.raw_tensor(value) for value in tensors.values())
     may_end = threading.Event()
 
     def waiting() -> Iterator[weights_pb2.PublishRequest]:
-        yield HEADER
+        yield header_of(manifest_of(tensors))
+        yield from pieces_of(first)
         may_end.wait(20)
-        yield piece(ONES_SHA, ONES.tobytes())
+        yield from pieces_of(second)
 
-    with channel.connect(address) as raw_channel:
+    with channel.connect(address) as raw_channel, WeightsClient(address) as client:
         stub = weights_pb2_grpc.WeightsServiceStub(raw_channel)
-        first = stub.Publish.future(waiting(), timeout=30)
-        deadline = time.monotonic() + 10
-        refusal = None
-        # The first stream's arrival cannot be seen from outside: until then this one is refused for another reason.
-        while not isinstance(refusal, Overloaded) and time.monotonic() < deadline:
-            with pytest.raises(ManyhandsError) as caught, channel.translated_errors():
-                stub.Publish(iter([]), timeout=10)
-            refusal = caught.value
-        assert isinstance(refusal, Overloaded)
-        assert refusal.retry_after_s == 1.0
+        publishing = stub.Publish.future(waiting(), timeout=30)
+        wait_until(lambda: not client.find_missing([first.sha256]))
+        with pytest.raises(Overloaded) as refused, channel.translated_errors():
+            stub.Publish(iter([]), timeout=10)
+        assert refused.value.retry_after_s == 1.0
         may_end.set()
-        assert first.result(timeout=10).version.number == 1
+        assert publishing.result(timeout=10).version.number == 1
 
 
 def test_bytes_damaged_on_the_service_s_disk_are_not_handed_out_as_weights(client: WeightsClient, tmp_path: Path) -> None:
