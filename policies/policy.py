@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from manyhands.errors import NotOffered
+from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Spec
 
 from .files import Files
@@ -36,8 +36,10 @@ class Sample:
 
     Attributes:
         observation: Arrays by feature name, in the robot's units; cameras (height, width, 3) uint8 RGB of any size. A camera
-            of the policy's spec that is absent is masked: the policy acts without it. Numbers must all be there.
-        task: The instruction in force; when a text head chose a subtask, that subtask.
+            of the policy's spec that is absent is masked: the policy acts without it. A camera that is not in the spec is an
+            error. Numbers must all be there; vectors that are not in the spec are not looked at.
+        task: The instruction in force; when a text head chose a subtask, that subtask. Acting, an empty one is an empty
+            prompt, which is right for a policy that knows one task; training with a recipe, it is a missing one.
         actions: (H, R) float32 in the robot's units, or None when acting.
         is_pad: (H,) bool, True beyond the episode's end, or None when acting.
         annotations: Language rows of the frame (subtask, memory, ...), for policies with recipes.
@@ -89,7 +91,7 @@ class TextKind(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """What the text head is asked.
+    """What the text head is asked. InvalidInput names a field that cannot be.
 
     Attributes:
         kind: Which prompt.
@@ -97,9 +99,9 @@ class TextRequest:
         previous_text: The last subtask, memory or plan.
         max_new_tokens: 0 is the policy's default.
         min_new_tokens: No end of text before so many.
-        temperature: 0 is greedy.
-        top_p: Nucleus of that mass; 0 is off.
-        seed: Of the draws when temperature > 0; the same request gives the same text.
+        temperature: 0 is greedy, else 0.01 to 100: below, a quotient of logits overflows.
+        top_p: Nucleus of that mass, up to 1; 0 is off.
+        seed: Of the draws when temperature > 0, 64 bits; the same request gives the same text.
     """
 
     kind: TextKind
@@ -110,6 +112,25 @@ class TextRequest:
     temperature: float = 0.0
     top_p: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, TextKind):
+            raise InvalidInput(f"is {self.kind!r}, must be one of {', '.join(map(str, TextKind))}", field="kind")
+        for name in ("max_new_tokens", "min_new_tokens"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"is {getattr(self, name)}, must be at least 0", field=name)
+        if self.max_new_tokens and self.min_new_tokens > self.max_new_tokens:
+            raise InvalidInput(
+                f"is {self.min_new_tokens}, over max_new_tokens ({self.max_new_tokens})", field="min_new_tokens"
+            )
+        if self.temperature != 0.0 and not 0.01 <= self.temperature <= 100.0:
+            raise InvalidInput(
+                f"is {self.temperature:g}, must be 0 for the likeliest text, or 0.01 to 100", field="temperature"
+            )
+        if not 0.0 <= self.top_p <= 1.0:
+            raise InvalidInput(f"is {self.top_p:g}, must be 0 to 1; 0 and 1 take every token", field="top_p")
+        if not 0 <= self.seed < 1 << 64:
+            raise InvalidInput(f"is {self.seed}, must be 0 to 2**64 - 1", field="seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +240,14 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
         ones and act() anchors them at the state of its own inputs, so that no server has to remember an old state.
         """
         return chunk
+
+    def prefix_bytes(self) -> int:
+        """What the model keeps on its device for each row of a pass, besides activations."""
+        return 0
+
+    def shown_prompts(self, sample: Sample) -> Mapping[str, str]:
+        """The texts a language tower reads of a sample, by their use, for people; empty without such a tower."""
+        return {}
 
     def draw_noise(self, seeds: Sequence[int]) -> torch.Tensor:
         """(B, H, A) float32 standard normal on the CPU, row b from seeds[b] alone."""

@@ -20,9 +20,11 @@ from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Spec
 
 from . import images, normalization, rows, vectors
+from . import samples as sample_checks
+from .configuration import TowerSize
 from .files import Files
 from .normalization import Normalization, Normalizer, Statistics
-from .policy import CommittedPrefix, Policy, Sample, TextRequest
+from .policy import CommittedPrefix, Policy, Sample, TextKind, TextRequest
 from .prompt import Prompt, Prompter
 
 PAD_TOKEN = 0
@@ -57,13 +59,15 @@ class PromptedNetwork(Protocol):
     """The parts that both networks have under one name."""
 
     @property
+    def config(self) -> Any: ...
+    @property
     def vision(self) -> Any: ...
     @property
     def token_table(self) -> nn.Module: ...
     @property
     def language(self) -> Any: ...
     @property
-    def text_head(self) -> nn.Module: ...
+    def text_head(self) -> nn.Linear: ...
     @property
     def expert(self) -> Any: ...
 
@@ -129,6 +133,7 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
     # -- samples to tensors --------------------------------------------------------------------------------------------
 
     def preprocess(self, samples: Sequence[Sample], device: torch.device) -> InputsT:
+        sample_checks.check(samples, self.spec)
         state = self._state(samples)
         actions = self._actions(samples, state)
         prompts = self._prompts(samples, state, actions)
@@ -158,37 +163,28 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         valid = torch.zeros(shape[:2], dtype=torch.bool)
         for row, sample in enumerate(samples):
             for column, name in enumerate(self.cameras):
-                picture = sample.observation.get(name)
-                if picture is not None:
-                    floats = images.to_unit_range(picture, field=name)
+                if name in sample.observation:
+                    floats = images.to_unit_range(sample.observation[name], field=name)
                     pictures[row, column] = images.prepare(floats, height, width, padding=padding, field=name)[0]
                     valid[row, column] = True
             if not valid[row].any():
-                raise InvalidInput(f"lacks every camera; one of {', '.join(self.cameras)} is needed", field="observation")
+                cameras = ", ".join(feature.name for feature in self.spec.images)
+                raise InvalidInput(f"lacks every camera; one of {cameras} is needed", field="observation")
         return pictures, valid
 
     def _state(self, samples: Sequence[Sample]) -> torch.Tensor:
         """(B, S) in the robot's units."""
-        rows = np.stack([vectors.concatenate(sample.observation, self.spec.states) for sample in samples])
-        return torch.from_numpy(rows).to(self._statistics_device())
+        return torch.from_numpy(sample_checks.states(samples, self.spec.states)).to(self._statistics_device())
 
     def _actions(self, samples: Sequence[Sample], state: torch.Tensor) -> torch.Tensor | None:
         """(B, T, R) normalised."""
-        given = [sample.actions for sample in samples if sample.actions is not None]
-        if not given:
-            return None
-        expected = (self.horizon, self.robot_action_size)
-        for actions in given:
-            if actions.shape != expected or not np.isfinite(actions).all():
-                raise InvalidInput(f"has shape {actions.shape}, must be {expected} of finite numbers", field="actions")
-        if len(given) != len(samples):
-            raise InvalidInput("some samples have actions and some have not", field="actions")
-        return self._to_model_space(torch.from_numpy(np.stack(given).astype(np.float32)).to(state.device), state)
+        actions = sample_checks.actions(samples, self.horizon, self.robot_action_size)
+        return None if actions is None else self._to_model_space(torch.from_numpy(actions).to(state.device), state)
 
     def _prompts(self, samples: Sequence[Sample], state: torch.Tensor, actions: torch.Tensor | None) -> list[Prompt]:
         """For training where there are actions, else for acting. state in the robot's units, actions normalised."""
         prompter = self._prompter()
-        normalised = self.state_normalizer.normalize(state).cpu().numpy()
+        normalised = self._normalised(state)
         if actions is None:
             return [prompter.acting(sample, row) for sample, row in zip(samples, normalised, strict=True)]
         targets = actions.cpu().numpy()
@@ -270,8 +266,11 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         if len(samples) != 1:
             raise InvalidInput(f"text is generated for one sample at a time, not {len(samples)}", field="samples")
         prompter = self._prompter()
+        sample_checks.check(samples, self.spec)
+        sample_checks.check_text(request.user_text, "user_text")
+        sample_checks.check_text(request.previous_text, "previous_text")
         state = self._state(samples)
-        prompt = prompter.asking(samples[0], request, self.state_normalizer.normalize(state).cpu().numpy()[0])
+        prompt = prompter.asking(samples[0], request, self._normalised(state)[0])
         ids: list[int] = []
         written = ""
         for token in self._text_tokens(samples, prompt, state, request, device):
@@ -293,7 +292,41 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
     ) -> Iterator[int]:
         """The answer to one sample's prompt, the end token included. state: (1, S) in the robot's units."""
 
+    # -- for people ----------------------------------------------------------------------------------------------------
+
+    def prefix_bytes(self) -> int:
+        size: TowerSize = self.network.config.language
+        weight = self.network.text_head.weight
+        return 2 * size.depth * size.kv_heads * size.head_dim * self._prefix_length() * weight.element_size()
+
+    @abc.abstractmethod
+    def _prefix_length(self) -> int:
+        """Tokens of pictures, prompt and state."""
+
+    def shown_prompts(self, sample: Sample) -> Mapping[str, str]:
+        """acting; subtask, where there is a text head; training, where the sample has actions."""
+        prompter = self._prompter()
+        state = self._state([sample])
+        numbers = self.state_normalizer.normalize(state).cpu().numpy()[0]
+        shown = {"acting": prompter.shown(prompter.acting(sample, numbers))}
+        if self.has_text_head:
+            asked = prompter.asking(sample, TextRequest(kind=TextKind.SUBTASK), numbers)
+            shown["subtask"] = prompter.shown(asked)
+        actions = self._actions([sample], state)
+        if actions is not None:
+            shown["training"] = prompter.shown(prompter.training(sample, numbers, actions.cpu().numpy()[0]))
+        return shown
+
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _normalised(self, state: torch.Tensor) -> npt.NDArray[np.float32]:
+        """(B, S), finite."""
+        normalised: npt.NDArray[np.float32] = self.state_normalizer.normalize(state).cpu().numpy()
+        for column, name in enumerate(vectors.element_names(self.spec.states)):
+            if not np.isfinite(normalised[:, column]).all():
+                value = float(state[:, column].abs().max())
+                raise InvalidInput(f"reaches {value:.4g}, so far from its statistics that it overflows float32", field=name)
+        return normalised
 
     def _check_lengths(self, prompts: Sequence[Prompt], length: int) -> None:
         for prompt in prompts:

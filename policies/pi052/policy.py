@@ -17,7 +17,7 @@ from torch import nn
 from manyhands.errors import InvalidInput
 from manyhands.spec import Spec
 
-from .. import images, losses, rows, text, vectors
+from .. import images, losses, normalization, rows, text, vectors
 from ..byte_prompts import BytePrompter
 from ..files import Files
 from ..policy import CommittedPrefix, Losses, ParameterGroup, Sample, TextKind, TextRequest
@@ -101,10 +101,9 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
     def relative_action_mask(self) -> npt.NDArray[np.bool_] | None:
         if not self.config.relative_actions:
             return None
-        excluded = [part.lower() for part in self.config.relative_exclude]
         names = vectors.element_names(self.spec.action)
-        relative = np.array([not any(part in name.lower() for part in excluded) for name in names], dtype=np.bool_)
-        relative[vectors.size(self.spec.states) :] = False
+        relative = normalization.relative_mask(self.robot_action_size, names, self.config.relative_exclude)
+        relative[vectors.size(self.spec.states) :] = False  # Without a number of the state to be relative to.
         return relative
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -287,6 +286,9 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
             yield int(token)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _prefix_length(self) -> int:
+        return len(self.cameras) * self.config.network.num_patches + self.config.prompt_length
 
     def _frozen(self) -> Iterator[nn.Parameter]:
         """What does not train, and what no loss of this configuration can reach: DDP waits for every other gradient."""

@@ -89,7 +89,7 @@ def pi052_prompter(
         return None
     tokenizer = Tokenizer.parse(files[policy_files.TOKENIZER], LOCATION_TOKENS, source=policy_files.TOKENIZER)
     options = Pi052PromptOptions(
-        recipe=_recipe(files, settings.recipe),
+        recipe=recipe_of(files, settings.recipe),
         prompt_length=prompt_length,
         max_action_tokens=settings.max_action_tokens,
         fast_skip_tokens=fast_skip_tokens,
@@ -109,7 +109,7 @@ def smolvla_prompter(
         return None
     tokenizer = Tokenizer.parse(files[policy_files.TOKENIZER], source=policy_files.TOKENIZER)
     options = SmolVLA2PromptOptions(
-        recipe=_recipe(files, settings.recipe),
+        recipe=recipe_of(files, settings.recipe),
         prompt_length=prompt_length,
         dropout=settings.dropout(as_smolvla2=True),
         vary_task=settings.vary_task,
@@ -117,7 +117,8 @@ def smolvla_prompter(
     return (SmolVLA2Prompter if with_text else SmolVLAPrompter)(tokenizer, options)
 
 
-def _recipe(files: Files, name: str) -> Recipe | None:
+def recipe_of(files: Files, name: str) -> Recipe | None:
+    """What PromptSettings.recipe names; None where it is empty. NotFound, or InvalidInput for a file that is no recipe."""
     if name == policy_files.RECIPE:
         if name not in files:
             raise NotFound(f"prompts.recipe says {name!r}, but the checkpoint has no such file", field="prompts.recipe")

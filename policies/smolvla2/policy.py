@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from manyhands.errors import InvalidInput
 from manyhands.spec import Spec
 
 from .. import flow_matching, images, losses, rows, text, vectors
+from .. import samples as sample_checks
 from ..byte_prompts import BytePrompter
 from ..files import Files
 from ..policy import CommittedPrefix, Losses, Sample, TextRequest
@@ -115,18 +115,9 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
             labels=padded([p.labels for p in prompts], length, losses.IGNORED_LABEL) if has_labels else None,
             predicts=torch.tensor([p.predicts_actions for p in prompts]) if actions is not None else None,
             actions=None if actions is None else self._pad_actions(actions),
-            is_pad=None if actions is None else self._is_pad(samples),
+            is_pad=None if actions is None else torch.from_numpy(sample_checks.is_pad(samples, self.horizon)),
         )
         return rows.to_device(inputs, device)
-
-    def _is_pad(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """(B, T) bool."""
-        none = np.zeros(self.horizon, dtype=np.bool_)
-        given = [none if sample.is_pad is None else sample.is_pad for sample in samples]
-        for is_pad in given:
-            if is_pad.shape != (self.horizon,) or is_pad.dtype != np.bool_:
-                raise InvalidInput(f"is {is_pad.shape} {is_pad.dtype}, must be ({self.horizon},) bool", field="is_pad")
-        return torch.from_numpy(np.stack(given))
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -256,6 +247,13 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
             yield int(token)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _prefix_length(self) -> int:
+        network = self.config.network
+        rows, columns = network.patches
+        # Two special tokens before a picture and one behind it.
+        picture = rows * columns // network.shuffle**2 + (3 if network.image_special_tokens else 0)
+        return max(len(self.cameras) * picture + self.config.prompt_length + 1, network.prefix_length)
 
     def _frozen(self) -> Iterator[nn.Parameter]:
         """What does not train: lerobot's rules, which leave nothing that no loss of the configuration can reach."""

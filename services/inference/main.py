@@ -18,7 +18,7 @@ from manyhands import config, metrics, ports
 from manyhands.inference.v1 import inference_pb2_grpc
 from manyhands.security import SecuritySettings
 from manyhands.server import GrpcServer
-from policies import checkpoint
+from policies import loading
 
 from .engine import Engine
 from .models import AnyPolicy, ServedModel
@@ -65,7 +65,7 @@ def main(settings: Settings) -> int:
     policies: dict[str, AnyPolicy] = {}
     for name, folder in settings.model.items():
         logger.info("loading %s from %s", name, folder)
-        policies[name] = checkpoint.load(folder, torch.device(settings.device))
+        policies[name] = loading.load(folder, torch.device(settings.device))
     return serve(policies, settings)
 
 

@@ -1,0 +1,86 @@
+"""manyhands policy, as its user sees it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from manyhands import cli
+from policies import checkpoint, inspection
+from policies import files as policy_files
+from tests.support import prompted_lab
+
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint.save(prompted_lab.policy("pi052"), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def run(*words, capsys):
+    assert cli.main(["policy", *words]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_init_takes_a_folder_of_tokenizers(tmp_path, capsys):
+    made = prompted_lab.policy("pi052")
+    (tmp_path / "files").mkdir()
+    policy_files.write(made.files, tmp_path / "files")
+    (tmp_path / "spec.json").write_text(json.dumps(checkpoint.spec_to_json(made.spec)))
+    config = [f"--policy-config={key}={json.dumps(value)}" for key, value in made.config_dict().items()]
+    where = [f"--spec={tmp_path / 'spec.json'}", f"--files={tmp_path / 'files'}", f"--output={tmp_path / 'new'}"]
+    shown = run("init", "--type=pi052", *where, *config, capsys=capsys)
+    assert "untrained pi052 policy" in shown
+    loaded = checkpoint.load(tmp_path / "new")
+    assert loaded.files == made.files
+    assert loaded.config_dict() == made.config_dict()
+
+
+def test_inspect_shows_parts_memory_and_prompts(folder, tmp_path, capsys):
+    rows = {"persistent": [{"role": "assistant", "content": "grasp the cup", "style": "subtask", "timestamp": 0.0}]}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    shown = run("inspect", str(folder), "--task=tidy up", f"--annotations={tmp_path / 'rows.json'}", capsys=capsys)
+    for part in ("vision", "token_table", "expert", "unused_expert_head", "memory to serve", "to train"):
+        assert part in shown
+    assert "<bos>User: tidy up, State: 128 128;" in shown
+    assert "<bos>User: tidy up Assistant:" in shown
+    assert "grasp the cup" in shown
+
+
+def test_parts_add_up_to_the_policy(folder):
+    policy = checkpoint.load(folder)
+    parts = inspection.parts(policy)
+    assert sum(part.parameters for part in parts) == sum(p.numel() for p in policy.parameters())
+    assert sum(part.num_bytes for part in parts) == sum(p.numel() * p.element_size() for p in policy.parameters())
+    head = next(part for part in parts if part.name == "unused_expert_head")
+    assert head.trained == 0
+
+
+def test_memory_is_what_training_keeps(folder):
+    policy = checkpoint.load(folder)
+    parameters = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    # Weight, gradient and two moments of what trains; the rest as it is; the average of all.
+    assert inspection.memory(policy).training == 16 * trained + 4 * (parameters - trained) + 4 * parameters
+    assert inspection.memory(policy).weights == 4 * parameters
+
+
+@pytest.mark.parametrize("policy_type", prompted_lab.TYPES)
+def test_a_robots_prefix_is_as_large_as_the_keys_and_values_kept(policy_type):
+    policy = prompted_lab.policy(policy_type, prompt_length=60)
+    inputs = policy.preprocess([prompted_lab.sample()], prompted_lab.CPU)
+    state = policy.prefix_state(inputs, hidden=False) if policy_type.startswith("pi") else policy.action_state(inputs)
+    kept = sum(k.numel() * k.element_size() + v.numel() * v.element_size() for k, v in state.keys_values)
+    assert inspection.memory(policy).per_robot == kept
+
+
+def test_what_is_missing_is_named(folder, tmp_path, capsys):
+    (tmp_path / "rows.json").write_text("{")
+    for words, named in (
+        (["inspect"], "folder"),
+        (["convert", str(folder)], "output"),
+        (["inspect", str(folder), f"--annotations={tmp_path / 'rows.json'}"], "rows.json cannot be read"),
+    ):
+        assert cli.main(["policy", *words]) != 0
+        assert named in capsys.readouterr().err
