@@ -11,7 +11,6 @@ V text buckets, D width.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +20,18 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from torch import nn
 from torch.nn import functional
 
 from manyhands.errors import InvalidInput
 from manyhands.spec import Feature, Spec
 
-from . import flow_matching, rows, text_features
+from . import configuration, flow_matching, images, rows, text_features, vectors
+from . import samples as sample_checks
+from .configuration import STRICT
 from .normalization import Normalization, Normalizer, Statistics
-from .policy import Arrays, CommittedPrefix, Losses, Policy, Sample
+from .policy import CommittedPrefix, Losses, Policy, Sample
 
 # Rows are computed in blocks of this many, the last one filled up: a matrix kernel chosen for another batch size adds in
 # another order, and a robot's chunk must be the same bits whoever else is served. Four rows cost about as much as one.
@@ -60,7 +61,7 @@ class FlowConfig:
     max_guidance_weight: Of real-time chunking.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     horizon: PositiveInt = 16
     cameras: tuple[str, ...] = ()
@@ -113,10 +114,10 @@ class FlowPolicy(Policy[FlowInputs]):
         self.spec = spec
         self.horizon = config.horizon
         self.cameras = _cameras(config, spec)
-        self.state_size = sum(feature.shape[0] for feature in spec.states)
+        self.state_size = vectors.size(spec.states)
         if not self.state_size:
             raise InvalidInput("a flow policy needs at least one vector of numbers", field="spec.observation")
-        self.model_action_size = sum(feature.shape[0] for feature in spec.action)
+        self.model_action_size = vectors.size(spec.action)
         self.state_normalizer = Normalizer(config.state_normalization, self.state_size)
         self.action_normalizer = Normalizer(config.action_normalization, self.model_action_size)
 
@@ -136,48 +137,40 @@ class FlowPolicy(Policy[FlowInputs]):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], spec: Spec) -> FlowPolicy:
-        try:
-            parsed = _CONFIG.validate_json(json.dumps(dict(config)))
-        except (ValidationError, TypeError) as error:
-            if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                name = ".".join(str(part) for part in first["loc"])
-                raise InvalidInput(f"{first['msg']}; got {first['input']!r}", field=f"config.{name}") from None
-            raise InvalidInput(f"is not JSON: {error}", field="config") from None
-        return cls(parsed, spec)
+        return cls(configuration.parse(_CONFIG, config), spec)
 
     @classmethod
     def tiny_config(cls) -> Mapping[str, Any]:
         return {"width": 32, "num_blocks": 1, "horizon": 8, "num_steps": 4}
 
     def config_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(_CONFIG.dump_json(self.config))
-        return values
+        return configuration.dump(_CONFIG, self.config)
 
     def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
-        state = _joined(statistics, self.spec.states)
+        state = vectors.join_statistics(statistics, self.spec.states)
         if self.config.state_normalization is Normalization.MEAN_STD:
             shared = _shared_by_unit(state["std"], self.spec.states)
             state["std"] = np.maximum(shared, self.config.min_std_fraction * shared.max())
         self.state_normalizer.set(state, field="observation")
-        self.action_normalizer.set(_joined(statistics, self.spec.action), field="action")
+        self.action_normalizer.set(vectors.join_statistics(statistics, self.spec.action), field="action")
 
     def used_observations(self) -> frozenset[str]:
         return frozenset(feature.name for feature in (*self.spec.states, *self.cameras))
 
     def preprocess(self, samples: Sequence[Sample], device: torch.device) -> FlowInputs:
-        state = np.stack([_numbers(sample.observation, self.spec.states) for sample in samples])
+        sample_checks.check(samples, self.spec)
+        state = sample_checks.states(samples, self.spec.states)
         text = np.stack([_text(sample.task, self.config.text_buckets) for sample in samples])
         size = self.config.picture_size
         pictures = np.zeros((len(samples), len(self.cameras), 3, size, size), dtype=np.uint8)
         present = np.zeros((len(samples), len(self.cameras)), dtype=np.bool_)
         for row, sample in enumerate(samples):
             for column, feature in enumerate(self.cameras):
-                picture = sample.observation.get(feature.name)
-                if picture is not None:
-                    pictures[row, column] = _fit(picture, size, feature.name).transpose(2, 0, 1)
+                if feature.name in sample.observation:
+                    pictures[row, column] = _fit(sample.observation[feature.name], size, feature.name).transpose(2, 0, 1)
                     present[row, column] = True
-        actions, is_pad = self._targets(samples)
+        actions = sample_checks.actions(samples, self.horizon, self.model_action_size)
+        is_pad = None if actions is None else sample_checks.is_pad(samples, self.horizon)
         return FlowInputs(
             state=self.state_normalizer.normalize(torch.from_numpy(state).to(device)).clamp(-STATE_LIMIT, STATE_LIMIT),
             text=torch.from_numpy(text).to(device),
@@ -263,19 +256,6 @@ class FlowPolicy(Policy[FlowInputs]):
         out: torch.Tensor = self.chunk_out(hidden)
         return out.view_as(x)
 
-    def _targets(self, samples: Sequence[Sample]) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.bool_] | None]:
-        actions = [sample.actions for sample in samples if sample.actions is not None]
-        is_pad = [sample.is_pad for sample in samples if sample.is_pad is not None]
-        if not actions and not is_pad:
-            return None, None
-        if len(actions) != len(samples) or len(is_pad) != len(samples):
-            raise InvalidInput("some samples have actions and is_pad and some have not", field="actions")
-        expected = (self.horizon, self.model_action_size)
-        for action in actions:
-            if action.shape != expected:
-                raise InvalidInput(f"has shape {action.shape}, this policy trains on {expected}", field="actions")
-        return np.stack(actions).astype(np.float32), np.stack(is_pad).astype(np.bool_)
-
 
 class _Block(nn.Module):
     """A residual block that starts as nothing.
@@ -333,39 +313,17 @@ def _cameras(config: FlowConfig, spec: Spec) -> tuple[Feature, ...]:
     return tuple(known[name] for name in config.cameras)
 
 
-def _numbers(observation: Arrays, features: Sequence[Feature]) -> npt.NDArray[np.float32]:
-    """(S,) float32, the state features one after the other."""
-    for feature in features:
-        if feature.name not in observation:
-            raise InvalidInput("is missing from the observation", field=feature.name)
-        feature.check(observation[feature.name])
-    return np.concatenate([observation[feature.name] for feature in features]).astype(np.float32)
-
-
 def _fit(picture: npt.NDArray[np.generic], size: int, name: str) -> npt.NDArray[np.uint8]:
     """(size, size, 3) uint8: scaled with its ratio kept, centred on black. A squashed picture is another robot's picture."""
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or 0 in picture.shape:
-        raise InvalidInput(f"is {picture.shape} {picture.dtype.name}, a picture is (height, width, 3) uint8", field=name)
+    picture = images.check(picture, field=name)
     height, width = picture.shape[:2]
     ratio = size / max(height, width)
     new_height, new_width = max(1, round(height * ratio)), max(1, round(width * ratio))
-    scaled = cv2.resize(picture.view(np.uint8), (new_width, new_height), interpolation=cv2.INTER_AREA)
+    scaled = cv2.resize(picture, (new_width, new_height), interpolation=cv2.INTER_AREA)
     canvas = np.zeros((size, size, 3), dtype=np.uint8)
     top, left = (size - new_height) // 2, (size - new_width) // 2
     canvas[top : top + new_height, left : left + new_width] = scaled
     return canvas
-
-
-def _joined(statistics: Mapping[str, Statistics], features: Sequence[Feature]) -> dict[str, npt.NDArray[np.float64]]:
-    """Statistics of the features one after the other."""
-    for feature in features:
-        if feature.name not in statistics:
-            raise InvalidInput("has no statistics", field=feature.name)
-    names = set.intersection(*(set(statistics[feature.name]) for feature in features)) - {"count"}
-    return {
-        name: np.concatenate([np.asarray(statistics[f.name][name], dtype=np.float64).reshape(-1) for f in features])
-        for name in sorted(names)
-    }
 
 
 def _shared_by_unit(std: npt.NDArray[np.float64], features: Sequence[Feature]) -> npt.NDArray[np.float64]:

@@ -24,6 +24,8 @@ class Padding(enum.Enum):
     LEFT_TOP = "left_top"  # SmolVLA.
 
 
+# As float32 a picture of that many takes 800 MB; no camera has more.
+MAX_PIXELS = 1 << 26
 # What a missing camera is filled with; black, after scaling. Its tokens are masked.
 MISSING_VALUE = -1.0
 
@@ -41,11 +43,31 @@ class Pictures:
     valid: tuple[torch.Tensor, ...]
 
 
+def check(picture: object, *, field: str) -> npt.NDArray[np.uint8]:
+    """The picture of a camera as it comes, (h, w, 3) uint8 RGB of any size; InvalidInput says what else it is.
+
+    The last axis is the colours, whatever the first one is: (3, w, 3) is a picture of three rows. That red comes first
+    cannot be seen.
+    """
+    if not isinstance(picture, np.ndarray):
+        raise InvalidInput(
+            f"is of type {type(picture).__name__}, must be a NumPy array (height, width, 3) uint8", field=field
+        )
+    form = f"is {picture.shape} {picture.dtype.name}; a camera is (height, width, 3) uint8 RGB"
+    if picture.ndim != 3 or picture.shape[2] != 3:
+        raise InvalidInput(f"{form}. {_remedy(picture.shape)}", field=field)
+    if 0 in picture.shape:
+        raise InvalidInput(f"{form} of at least one pixel; leave a camera out that saw nothing", field=field)
+    if picture.shape[0] * picture.shape[1] > MAX_PIXELS:
+        raise InvalidInput(f"{form} of at most {MAX_PIXELS} pixels; scale it down first", field=field)
+    if picture.dtype != np.uint8:
+        raise InvalidInput(f"{form}, 0 to 255; scale and round it", field=field)
+    return picture
+
+
 def to_unit_range(picture: npt.NDArray[np.generic], *, field: str) -> torch.Tensor:
     """(h, w, 3) uint8 RGB to (1, 3, h, w) float32 in [0, 1]; InvalidInput for anything else."""
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-        raise InvalidInput(f"is {picture.shape} {picture.dtype.name}, a camera is (height, width, 3) uint8 RGB", field=field)
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255.0
+    return torch.from_numpy(np.ascontiguousarray(check(picture, field=field))).permute(2, 0, 1)[None].float() / 255.0
 
 
 def prepare(
@@ -55,7 +77,9 @@ def prepare(
     picture = _channels_first(picture, field).float()
     low, high = picture.aminmax()
     if not (low >= 0.0 and high <= 1.0):
-        raise InvalidInput(f"has values from {low:.4g} to {high:.4g}; a picture is in [0, 1]", field=field)
+        raise InvalidInput(
+            f"has values from {low:.4g} to {high:.4g}; a picture is in [0, 1], so divide bytes by 255", field=field
+        )
     return resize_with_padding(picture, height, width, padding) * 2.0 - 1.0
 
 
@@ -65,7 +89,7 @@ def resize_with_padding(picture: torch.Tensor, height: int, width: int, padding:
     if (h, w) == (height, width):
         return picture
     ratio = max(w / width, h / height)
-    new_h, new_w = int(h / ratio), int(w / ratio)
+    new_h, new_w = max(1, int(h / ratio)), max(1, int(w / ratio))
     resized = functional.interpolate(picture, size=(new_h, new_w), mode="bilinear", align_corners=False)
     rows, columns = height - new_h, width - new_w
     if padding is Padding.LEFT_TOP:
@@ -108,6 +132,17 @@ def prepare_cameras(
         values=(*values, *[filled] * len(missing)),
         valid=(*[seen] * len(present), *[~seen] * len(missing)),
     )
+
+
+def _remedy(shape: tuple[int, ...]) -> str:
+    """For a picture whose axes are not those of a camera."""
+    if len(shape) == 2 or shape[2:] == (1,):
+        return "Repeat the grey values three times along the last axis"
+    if len(shape) == 3 and shape[2] == 4:
+        return "Leave the fourth channel out"
+    if len(shape) == 3 and shape[0] == 3:
+        return "Its colours come first: transpose it"
+    return "Give one picture of one camera, colours last"
 
 
 def _channels_first(picture: torch.Tensor, field: str) -> torch.Tensor:

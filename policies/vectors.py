@@ -1,4 +1,4 @@
-"""Numbers of observations and actions as single vectors, feature after feature in the spec's order."""
+"""The spec's numbers as single vectors, feature after feature: their size, their names, their statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from manyhands.errors import InvalidInput
 from manyhands.spec import Feature
 
 from .normalization import Statistics
-from .policy import Arrays
 
 
 def size(features: Sequence[Feature]) -> int:
@@ -21,17 +20,6 @@ def size(features: Sequence[Feature]) -> int:
 def element_names(features: Sequence[Feature]) -> list[str]:
     """One per element; the feature's own name where its elements have none."""
     return [name for feature in features for name in feature.element_names or (feature.name,) * feature.shape[0]]
-
-
-def concatenate(observation: Arrays, features: Sequence[Feature]) -> npt.NDArray[np.float32]:
-    """(S,) float32; InvalidInput names a feature that is missing, misshapen or not finite."""
-    for feature in features:
-        if feature.name not in observation:
-            raise InvalidInput("is missing from the observation", field=feature.name)
-        feature.check(observation[feature.name])
-    if not features:
-        return np.zeros(0, dtype=np.float32)
-    return np.concatenate([observation[feature.name] for feature in features]).astype(np.float32)
 
 
 def join_statistics(statistics: Mapping[str, Statistics], features: Sequence[Feature]) -> dict[str, npt.NDArray[np.float64]]:

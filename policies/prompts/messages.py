@@ -45,7 +45,7 @@ def training(sample: Sample, recipe: Recipe | None, dropout: PromptDropout, *, v
         InvalidInput: The recipe has nothing and there is no task: the frame cannot be trained on.
     """
     annotations = Annotations.of(sample.annotations)
-    task: str | None = sample.task or None
+    task = sample.task if sample.task.strip() else None
     if vary_task and task_variant(annotations, sample.index) is not None:
         task = None
     messages = None

@@ -27,6 +27,7 @@ from ..policy import Sample, TextKind, TextRequest
 from ..prompt import Prompt
 from ..recipes.recipe import Recipe
 from ..recipes.render import Message, Messages, PromptDropout
+from ..samples import check_text
 from . import messages as conversations
 from .locations import LOCATION_TOKENS, from_json
 from .messages import spoken_text, state_bins
@@ -113,8 +114,8 @@ class Pi052Prompter:
         )
 
     def acting(self, sample: Sample, state: npt.NDArray[np.float32]) -> Prompt:
-        subtask = (sample.annotations or {}).get(SUBTASK)
-        if not (self._options.joint and isinstance(subtask, str) and subtask):
+        subtask = (sample.annotations or {}).get(SUBTASK) if self._options.joint else None
+        if subtask is None or not check_text(subtask, f"annotations.{SUBTASK}").strip():
             tokens, _ = self.write(conversations.acting(sample.task), state)
             return Prompt(tokens=self._checked(tokens))
         tokens, marks = self.write(conversations.acting_jointly(sample.task, subtask), state)

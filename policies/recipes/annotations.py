@@ -7,14 +7,17 @@ interjection, a question about a picture) stands only on the frame it happened a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from manyhands.errors import InvalidInput
+
+from ..samples import check_text
 
 PERSISTENT_STYLES = frozenset({"subtask", "plan", "memory", "motion", "task_aug"})
 EVENT_STYLES = frozenset({"interjection", "vqa", "trace"})
@@ -67,14 +70,21 @@ class Annotations:
         )
 
 
-def _listed(value: Mapping[str, Any], name: str) -> Sequence[Any]:
+def _listed(value: Mapping[str, Any], name: str, where: str = "annotations.") -> Sequence[Any]:
     """Lists as Python or as NumPy has them; what is missing is empty."""
     found = value.get(name)
+    if not isinstance(found, list | tuple | np.ndarray | None):
+        raise InvalidInput(f"is of type {type(found).__name__}, must be a list", field=f"{where}{name}")
     return () if found is None else list(found)
 
 
-def _row(value: Mapping[str, Any], where: str, is_persistent: bool) -> Row:
+def _row(value: object, where: str, is_persistent: bool) -> Row:
     field_name = f"annotations.{where}"
+    if not isinstance(value, Mapping):
+        raise InvalidInput(f"is {value!r:.80}, must map role, content and so on", field=field_name)
+    for name in ("role", "content", "style", "camera"):
+        if value.get(name) is not None:
+            check_text(value[name], f"{field_name}.{name}")
     role, style, camera, timestamp = (value.get(name) for name in ("role", "style", "camera", "timestamp"))
     if role not in ROLES:
         raise InvalidInput(f"role is {role!r}, must be one of {', '.join(ROLES)}", field=field_name)
@@ -84,18 +94,18 @@ def _row(value: Mapping[str, Any], where: str, is_persistent: bool) -> Row:
     if is_persistent:
         if style in EVENT_STYLES:
             raise InvalidInput(f"style {style!r} happens on single frames, it cannot be persistent", field=field_name)
-        if not isinstance(timestamp, int | float | np.floating) or not np.isfinite(timestamp):
+        is_number = isinstance(timestamp, int | float | np.floating) and not isinstance(timestamp, bool)
+        if not is_number or not math.isfinite(cast(float, timestamp)):
             raise InvalidInput(f"timestamp is {timestamp!r}; a persistent row has one, in seconds", field=field_name)
     elif style in PERSISTENT_STYLES:
         raise InvalidInput(f"style {style!r} is persistent, it cannot be an event", field=field_name)
-    content = value.get("content")
     return Row(
         role=role,
-        content=None if content is None else str(content),
+        content=value.get("content"),
         style=style,
         timestamp_s=_stored_time(timestamp) if is_persistent else None,
         camera=camera,
-        tool_calls=tuple(_tool_call(call, field_name) for call in _listed(value, "tool_calls")),
+        tool_calls=tuple(_tool_call(call, field_name) for call in _listed(value, "tool_calls", f"{field_name}.")),
     )
 
 

@@ -218,9 +218,9 @@ def test_smolvla_prompts(smol_tokenizer: Tokenizer) -> None:
     for sample in fixture["samples"]:
         state = normalised(fixture["state_mode"], stock["state_stats"], "observation.state", sample["state"])
         assert golden.relative_error(state, torch.tensor(sample["state_norm"])) < LIMIT
-        found = prompter.acting(Sample(observation={}, task=sample["task"]))
-        assert found.tokens.tolist() == prompter.training(Sample(observation={}, task=sample["task"])).tokens.tolist()
-        assert found.tokens.tolist() == sample["tokens"]
+        acting = prompter.acting(Sample(observation={}, task=sample["task"]), state.numpy())
+        training = prompter.training(Sample(observation={}, task=sample["task"]), state.numpy(), np.zeros((1, 1)))
+        assert acting.tokens.tolist() == training.tokens.tolist() == sample["tokens"]
 
 
 def test_smolvla2_training_prompts(smol_tokenizer: Tokenizer) -> None:
@@ -235,7 +235,8 @@ def test_smolvla2_training_prompts(smol_tokenizer: Tokenizer) -> None:
         )
         prompter = SmolVLA2Prompter(smol_tokenizer, options)
         assert prompter.pad_token == group["pad_id"]
-        prompts = [prompter.training(sample_of(sample)) for sample in group["samples"]]
+        nothing = np.zeros(0, dtype=np.float32), np.zeros((1, 1), dtype=np.float32)
+        prompts = [prompter.training(sample_of(sample), *nothing) for sample in group["samples"]]
         assert max(len(prompt.tokens) for prompt in prompts) == group["batch_length"]
         for prompt, expected in zip(prompts, group["samples"], strict=True):
             assert prompt.labels is not None
