@@ -6,7 +6,7 @@ Shapes: B rows, I cameras, L prompt tokens, F FAST tokens, T horizon, A action s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -175,10 +175,7 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
 
     def loss_of(self, inputs: Pi052Inputs, draws: flow.Draws) -> Losses:
         """loss() with the draws given."""
-        terms = self.loss_terms(inputs, draws)
-        weights = self.loss_weights()
-        total = torch.stack([weights[name] * term.mean for name, term in terms.items()]).sum()
-        return Losses(total=total, terms={name: term.per_sample for name, term in terms.items()})
+        return self._weighted(self.loss_terms(inputs, draws))
 
     def loss_terms(self, inputs: Pi052Inputs, draws: flow.Draws) -> dict[str, losses.Term]:
         """Those of flow, text and fast that the inputs and the configuration ask for.
@@ -220,7 +217,6 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
         return terms
 
     def loss_weights(self) -> dict[str, float]:
-        """By term: how much of each is in the total."""
         return {"flow": self.config.flow_weight, "text": self.config.text_weight, "fast": self.config.fast_weight}
 
     def prefix_state(self, inputs: Pi052Inputs, *, hidden: bool, fast: bool = False) -> PrefixState:
@@ -261,29 +257,15 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def _text_tokens(
-        self,
-        samples: Sequence[Sample],
-        prompt: Prompt,
-        state: torch.Tensor,
-        request: TextRequest,
-        device: torch.device,
-    ) -> Iterator[int]:
-        prompter = self._prompter()
-        prefix = self.prefix_state(self._inputs(samples, [prompt], state, None, len(prompt.tokens), device), hidden=True)
-        rules = text.Decoding(
-            max_new_tokens=request.max_new_tokens or self.config.max_new_tokens,
-            min_new_tokens=request.min_new_tokens,
-            end_token=prompter.eos_token,
-            special_tokens=prompter.special_tokens,
+    def text_state(self, inputs: Pi052Inputs) -> PrefixState:
+        return self.prefix_state(inputs, hidden=True)
+
+    def _decoding(self, request: TextRequest) -> text.Decoding:
+        return replace(
+            super()._decoding(request),
             suppress_locations=request.kind is not TextKind.VISUAL_QUESTION,
             fast_skip_tokens=self.config.fast_skip_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
         )
-        generators = [torch.Generator().manual_seed(request.seed)]
-        for token in text.generate(self.network, prefix, rules, generators):
-            yield int(token)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
