@@ -1,14 +1,25 @@
-"""Language columns for a published root, as another program would write them after the recording."""
+"""A published root with language columns, as another program would write them after the recording, and a small pi052."""
 
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer
+
+from manyhands.spec import Spec
+from policies import checkpoint as policy_checkpoint
+from policies import files as policy_files
+from policies.pi052 import config as configs
+from policies.prompts.locations import LOCATION_TOKENS
+from tests.support.text_lab import PI_SPECIAL, bytes_tokenizer
+from tests.unit.dataset_store.test_publishing import DATASET, ingest, open_store
 
 Rows = Sequence[Mapping[str, Any]]
 _FIELDS = [("role", pa.string()), ("content", pa.string()), ("style", pa.string())]
@@ -18,6 +29,45 @@ EVENTS = pa.list_(pa.struct([*_FIELDS, *_REST]))
 FEATURE = {"dtype": "language", "shape": [1], "names": None}
 # Before those, in info.json and in the files.
 _LAST = 5
+
+
+def publish(folder: Path, *, num_episodes: int, num_frames: int) -> Path:
+    """A root whose episode e has task e % 3, two cameras, three numbers of state and two of action (lab_frame)."""
+    store = open_store(folder)
+    for episode in range(num_episodes):
+        ingest(store, episode, num_frames)
+    store.publish(DATASET)
+    store.close()
+    return folder / "datasets" / DATASET
+
+
+def save_pi052(folder: Path, spec: Spec, *, horizon: int = 8, **changes: Any) -> None:
+    """An untrained checkpoint with a network of some hundred thousand weights and a small tokenizer."""
+    raw = _pi_tokenizer()
+    tower = configs.TowerSize(width=32, depth=2, mlp=64, heads=2, head_dim=16)
+    network = configs.NetworkConfig(
+        vision=configs.VisionSize(width=16, depth=1, mlp=32, heads=2, patch=8),
+        language=tower,
+        expert=tower,
+        vocabulary=raw.get_vocab_size(),
+        image_height=16,
+        image_width=16,
+        action_size=8,
+    )
+    settings = {"horizon": horizon, "num_steps": 4, "prompt_length": 64, "flow_repeats": 2, **changes}
+    torch.manual_seed(0)
+    config = configs.dump(configs.Pi052Config(network=network, **settings))
+    files = {policy_files.TOKENIZER: raw.to_str().encode()}
+    policy_checkpoint.save(policy_checkpoint.build("pi052", config, spec, files), folder)
+
+
+def _pi_tokenizer() -> Tokenizer:
+    """A token a byte, but a space and the letter after it are one, as in the real one: answers begin with it."""
+    words = [f"Ġ{letter}" for letter in string.ascii_lowercase]
+    raw = bytes_tokenizer(PI_SPECIAL, (*LOCATION_TOKENS, *words, *(f"unused {i}" for i in range(3000))))
+    content = json.loads(raw.to_str())
+    content["model"]["merges"] = [list(word) for word in words]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def annotate(
