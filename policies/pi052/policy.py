@@ -160,6 +160,24 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
         )
         return rows.to_device(inputs, device)
 
+    # -- the prefix ----------------------------------------------------------------------------------------------------
+
+    def prefix_state(self, inputs: Pi052Inputs, *, hidden: bool, fast: bool = False) -> PrefixState:
+        """Vision and language tower over the inputs; fast: their FAST tokens too."""
+        marks = inputs.token_marks
+        if inputs.labels is not None:
+            marks = inputs.labels != losses.IGNORED_LABEL
+        prefix = self.network.embed_prefix(
+            self.network.encode_pictures(inputs.pictures),
+            inputs.picture_valid,
+            inputs.tokens,
+            inputs.token_valid,
+            token_marks=marks,
+            fast_tokens=inputs.fast_tokens if fast else None,
+            fast_valid=inputs.fast_valid if fast else None,
+        )
+        return self.network.run_prefix(prefix, hidden=hidden)
+
     # -- training ------------------------------------------------------------------------------------------------------
 
     def loss(self, inputs: Pi052Inputs, generator: torch.Generator) -> Losses:
@@ -218,22 +236,6 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
 
     def loss_weights(self) -> dict[str, float]:
         return {"flow": self.config.flow_weight, "text": self.config.text_weight, "fast": self.config.fast_weight}
-
-    def prefix_state(self, inputs: Pi052Inputs, *, hidden: bool, fast: bool = False) -> PrefixState:
-        """Vision and language tower over the inputs; fast: their FAST tokens too."""
-        marks = inputs.token_marks
-        if inputs.labels is not None:
-            marks = inputs.labels != losses.IGNORED_LABEL
-        prefix = self.network.embed_prefix(
-            self.network.encode_pictures(inputs.pictures),
-            inputs.picture_valid,
-            inputs.tokens,
-            inputs.token_valid,
-            token_marks=marks,
-            fast_tokens=inputs.fast_tokens if fast else None,
-            fast_valid=inputs.fast_valid if fast else None,
-        )
-        return self.network.run_prefix(prefix, hidden=hidden)
 
     # -- acting --------------------------------------------------------------------------------------------------------
 

@@ -119,6 +119,28 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
         )
         return rows.to_device(inputs, device)
 
+    # -- the prefix ----------------------------------------------------------------------------------------------------
+
+    def embed_prefix(self, inputs: SmolVLA2Inputs, state: torch.Tensor | None) -> Prefix:
+        """state: (B, S) normalised; None for text, whose prefix ends with the language."""
+        return self.network.embed_prefix(
+            self.network.encode_pictures(inputs.pictures),
+            inputs.picture_valid,
+            inputs.tokens,
+            inputs.token_valid,
+            state,
+            token_marks=None if inputs.labels is None else inputs.labels != losses.IGNORED_LABEL,
+        )
+
+    def action_state(self, inputs: SmolVLA2Inputs) -> PrefixState:
+        """The prefix that actions follow."""
+        prefix = self.embed_prefix(inputs, self.state_normalizer.normalize(inputs.state))
+        return self.network.run_prefix(prefix, hidden=False)
+
+    def text_state(self, inputs: SmolVLA2Inputs) -> PrefixState:
+        """The robot's state is not in it."""
+        return self.network.run_prefix(self.embed_prefix(inputs, None), hidden=True)
+
     # -- training ------------------------------------------------------------------------------------------------------
 
     def loss(self, inputs: SmolVLA2Inputs, generator: torch.Generator) -> Losses:
@@ -180,28 +202,6 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
             else:
                 counted = ~inputs.is_pad[:, None]
         return losses.flow_term(errors[:, None], predicts, action_size=self.robot_action_size, counted=counted)
-
-    # -- the prefix ----------------------------------------------------------------------------------------------------
-
-    def embed_prefix(self, inputs: SmolVLA2Inputs, state: torch.Tensor | None) -> Prefix:
-        """state: (B, S) normalised; None for text, whose prefix ends with the language."""
-        return self.network.embed_prefix(
-            self.network.encode_pictures(inputs.pictures),
-            inputs.picture_valid,
-            inputs.tokens,
-            inputs.token_valid,
-            state,
-            token_marks=None if inputs.labels is None else inputs.labels != losses.IGNORED_LABEL,
-        )
-
-    def action_state(self, inputs: SmolVLA2Inputs) -> PrefixState:
-        """The prefix that actions follow."""
-        prefix = self.embed_prefix(inputs, self.state_normalizer.normalize(inputs.state))
-        return self.network.run_prefix(prefix, hidden=False)
-
-    def text_state(self, inputs: SmolVLA2Inputs) -> PrefixState:
-        """The robot's state is not in it."""
-        return self.network.run_prefix(self.embed_prefix(inputs, None), hidden=True)
 
     # -- acting --------------------------------------------------------------------------------------------------------
 

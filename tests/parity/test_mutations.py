@@ -175,6 +175,13 @@ def _only_keys_insulated(patch: Patch) -> None:
     patch.setattr(pi052_model.PrefixState, "insulated", insulated)
 
 
+def _only_values_insulated(patch: Patch) -> None:
+    def insulated(self: pi052_model.PrefixState) -> pi052_model.PrefixState:
+        return replace(self, keys_values=[(k, v.detach()) for k, v in self.keys_values])
+
+    patch.setattr(pi052_model.PrefixState, "insulated", insulated)
+
+
 def _text_insulated_too(patch: Patch) -> None:
     """Keys and values detached where the prefix itself uses them."""
     real = gemma.attend
@@ -224,6 +231,69 @@ def _targets_not_causal(patch: Patch) -> None:
         return real(valid, torch.zeros_like(marks))
 
     patch.setattr(masks, "prefix_attention", prefix_attention)
+
+
+def _prompt_causal(patch: Patch) -> None:
+    real = masks.prefix_attention
+    patch.setattr(masks, "prefix_attention", lambda valid, marks: real(valid, torch.ones_like(marks)))
+
+
+def _fast_not_causal(patch: Patch) -> None:
+    """All of it is one block."""
+    real = pi052_model.Pi052Network.embed_prefix
+
+    def embed_prefix(self: pi052_model.Pi052Network, *arguments: Any, **named: Any) -> pi052_model.Prefix:
+        prefix = real(self, *arguments, **named)
+        marks = prefix.marks.clone()
+        marks[:, marks.shape[1] - prefix.num_fast + 1 :] = False
+        return replace(prefix, marks=marks)
+
+    patch.setattr(pi052_model.Pi052Network, "embed_prefix", embed_prefix)
+
+
+def _prompt_sees_fast(patch: Patch) -> None:
+    real_embed, real_attention = pi052_model.Pi052Network.embed_prefix, masks.prefix_attention
+    fast: list[torch.Tensor] = []
+
+    def embed_prefix(self: pi052_model.Pi052Network, *arguments: Any, **named: Any) -> pi052_model.Prefix:
+        prefix = real_embed(self, *arguments, **named)
+        fast[:] = [prefix.is_fast]
+        return prefix
+
+    def prefix_attention(valid: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+        seen = valid[:, :, None] & (valid & fast[0])[:, None, :] & ~fast[0][None, :, None]
+        return real_attention(valid, marks) | seen
+
+    patch.setattr(pi052_model.Pi052Network, "embed_prefix", embed_prefix)
+    patch.setattr(masks, "prefix_attention", prefix_attention)
+
+
+def _targets_hidden(patch: Patch, *, from_fast: bool) -> None:
+    """From FAST tokens, or else from actions, where they keep their positions."""
+    real_embed, real_attention = pi052_model.Pi052Network.embed_prefix, masks.prefix_attention
+    real_visible, real_positions = masks.visible_to_actions, masks.suffix_positions
+    seen: dict[str, torch.Tensor] = {}
+
+    def embed_prefix(self: pi052_model.Pi052Network, *arguments: Any, **named: Any) -> pi052_model.Prefix:
+        prefix = real_embed(self, *arguments, **named)
+        seen["fast"], seen["targets"] = prefix.is_fast, prefix.marks & ~prefix.is_fast
+        return prefix
+
+    def prefix_attention(valid: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+        return real_attention(valid, marks) & ~(seen["fast"][None, :, None] & seen["targets"][:, None, :])
+
+    def visible(valid: torch.Tensor, is_fast: torch.Tensor) -> torch.Tensor:
+        seen["counted"] = real_visible(valid, is_fast)
+        return seen["counted"] & ~seen["targets"]
+
+    patch.setattr(pi052_model.Pi052Network, "embed_prefix", embed_prefix)
+    if from_fast:
+        patch.setattr(masks, "prefix_attention", prefix_attention)
+    else:
+        patch.setattr(masks, "visible_to_actions", visible)
+        patch.setattr(
+            masks, "suffix_positions", lambda _, repeats, horizon: real_positions(seen["counted"], repeats, horizon)
+        )
 
 
 def _actions_causal(patch: Patch) -> None:
@@ -279,6 +349,14 @@ def _fast_mean_over_tokens(patch: Patch) -> None:
 def _fast_wrapping_learnt(patch: Patch) -> None:
     real = losses.fast_targets
     patch.setattr(losses, "fast_targets", lambda tokens, is_code, predicts: real(tokens, torch.ones_like(is_code), predicts))
+
+
+def _fast_not_shifted(patch: Patch) -> None:
+    def fast_targets(tokens: torch.Tensor, is_code: torch.Tensor, predicts: torch.Tensor) -> losses.Targets:
+        row, position = (is_code & predicts[:, None]).nonzero(as_tuple=True)
+        return losses.Targets(row=row, position=position, token=tokens[row, position], num_rows=tokens.shape[0])
+
+    patch.setattr(losses, "fast_targets", fast_targets)
 
 
 def _fast_of_all_samples(patch: Patch) -> None:
@@ -364,6 +442,7 @@ MISTAKES = [
     Mistake(name="insulation off", make=_insulation_off, found=_insulated_gradient),
     Mistake(name="insulation off, seen in gradients", make=_insulation_off, found=_gradients),
     Mistake(name="only keys insulated", make=_only_keys_insulated, found=_insulated_gradient),
+    Mistake(name="only values insulated", make=_only_values_insulated, found=_insulated_gradient),
     Mistake(name="text insulated too", make=_text_insulated_too, found=_gradients),
     Mistake(name="FAST visible to actions", make=_fast_visible_to_actions, found=_losses("K1_ki1", "flow_loss")),
     Mistake(name="positions after FAST", make=_positions_after_fast, found=_losses("K1_ki1", "flow_loss")),
@@ -371,6 +450,19 @@ MISTAKES = [
     Mistake(name="positions count padding", make=_positions_count_padding, found=_missing_camera_flow),
     Mistake(name="targets not causal", make=_targets_not_causal, found=_losses("K1_ki1", "text_loss")),
     Mistake(name="given text not causal", make=_targets_not_causal, found=_joint),
+    Mistake(name="prompt causal", make=_prompt_causal, found=_flow_tensor),
+    Mistake(name="prompt sees FAST", make=_prompt_sees_fast, found=_losses("K1_ki1", "text_loss")),
+    Mistake(name="FAST not causal", make=_fast_not_causal, found=_losses("K1_ki1", "fast_action_loss")),
+    Mistake(
+        name="targets hidden from FAST",
+        make=functools.partial(_targets_hidden, from_fast=True),
+        found=_losses("K1_ki1", "fast_action_loss"),
+    ),
+    Mistake(
+        name="targets hidden from actions",
+        make=functools.partial(_targets_hidden, from_fast=False),
+        found=_losses("K1_ki1", "flow_loss"),
+    ),
     Mistake(name="actions causal", make=_actions_causal, found=_flow_tensor),
     Mistake(name="repeats see each other", make=_repeats_see_each_other, found=_losses("K5_ki1", "flow_loss")),
     Mistake(name="repeats continue positions", make=_repeats_continue_positions, found=_losses("K5_ki1", "flow_loss")),
@@ -381,6 +473,7 @@ MISTAKES = [
     Mistake(name="z-loss on FAST", make=_z_loss_on_fast, found=_losses("K1_ki1", "fast_action_loss")),
     Mistake(name="FAST mean over tokens", make=_fast_mean_over_tokens, found=_losses("K1_ki1", "fast_action_loss")),
     Mistake(name="FAST wrapping learnt", make=_fast_wrapping_learnt, found=_losses("K1_ki1", "fast_action_loss")),
+    Mistake(name="FAST not shifted", make=_fast_not_shifted, found=_losses("K1_ki1", "fast_action_loss")),
     Mistake(name="FAST of all samples", make=_fast_of_all_samples, found=_losses("K1_ki1", "fast_action_loss")),
     Mistake(name="labels not shifted", make=mutations.labels_not_shifted, found=_losses("K1_ki1", "text_loss")),
     Mistake(name="head tied to the table", make=_tied_head, found=_losses("K1_ki1", "text_loss")),

@@ -327,6 +327,22 @@ def _targets_not_causal(patch: Patch) -> None:
     _unmarked(patch, lambda prefix: prefix.language)
 
 
+def _targets_hidden_from_actions(patch: Patch) -> None:
+    """Not seen, but counted."""
+    real_embed, real_seen = smol_model.SmolVLA2Network.embed_prefix, masks.prefix_to_actions
+    targets: list[torch.Tensor] = []
+
+    def embed(self: smol_model.SmolVLA2Network, *arguments: Any, **named: Any) -> smol_model.Prefix:
+        prefix = real_embed(self, *arguments, **named)
+        marks = torch.zeros_like(prefix.marks)
+        marks[:, prefix.language] = prefix.marks[:, prefix.language]
+        targets[:] = [marks]
+        return prefix
+
+    patch.setattr(smol_model.SmolVLA2Network, "embed_prefix", embed)
+    patch.setattr(masks, "prefix_to_actions", lambda valid, horizon: real_seen(valid & ~targets[0], horizon))
+
+
 def _insulated(patch: Patch) -> None:
     """As pi052 does it; SmolVLA2 lets the flow loss train what the expert reads."""
     real = smol_model.SmolVLA2Network.seen
@@ -393,6 +409,7 @@ MISTAKES = [
     Mistake(name="padded steps divided out", make=_padded_steps_divided_out, found=_losses("flow_loss")),
     Mistake(name="flow of all samples", make=mutations.flow_of_all_samples, found=_losses("flow_loss")),
     Mistake(name="targets not causal", make=_targets_not_causal, found=_losses("text_loss")),
+    Mistake(name="targets hidden from actions", make=_targets_hidden_from_actions, found=_losses("flow_loss")),
     Mistake(name="labels not shifted", make=mutations.labels_not_shifted, found=_losses("text_loss")),
     Mistake(name="z-loss", make=functools.partial(mutations.z_weight, weight=1e-4), found=_losses("text_loss")),
     Mistake(name="insulation", make=_insulated, found=_gradients),
