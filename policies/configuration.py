@@ -63,6 +63,8 @@ def check_towers(language: TowerSize, expert: TowerSize) -> None:
         raise InvalidInput(
             f"is {language.heads}, must be a multiple of kv_heads ({language.kv_heads})", field="network.language.heads"
         )
+    if language.head_dim % 2:
+        raise InvalidInput(f"is {language.head_dim}, must be even for rotary positions", field="network.language.head_dim")
     if expert.width % 2:
         raise InvalidInput(f"is {expert.width}, must be even for sines and cosines", field="network.expert.width")
 

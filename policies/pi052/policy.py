@@ -28,7 +28,7 @@ from . import config as configs
 from . import flow, sampling
 from .config import ChunkMode, Pi052Config
 from .gemma import GemmaLayer
-from .model import Pi052Network, PrefixState
+from .model import Pi052Network, Prefix, PrefixState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +162,12 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
 
     # -- the prefix ----------------------------------------------------------------------------------------------------
 
-    def prefix_state(self, inputs: Pi052Inputs, *, hidden: bool, fast: bool = False) -> PrefixState:
-        """Vision and language tower over the inputs; fast: their FAST tokens too."""
+    def embed_prefix(self, inputs: Pi052Inputs, *, fast: bool) -> Prefix:
+        """fast: With the FAST tokens."""
         marks = inputs.token_marks
         if inputs.labels is not None:
             marks = inputs.labels != losses.IGNORED_LABEL
-        prefix = self.network.embed_prefix(
+        return self.network.embed_prefix(
             self.network.encode_pictures(inputs.pictures),
             inputs.picture_valid,
             inputs.tokens,
@@ -176,7 +176,10 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
             fast_tokens=inputs.fast_tokens if fast else None,
             fast_valid=inputs.fast_valid if fast else None,
         )
-        return self.network.run_prefix(prefix, hidden=hidden)
+
+    def prefix_state(self, inputs: Pi052Inputs, *, hidden: bool, fast: bool = False) -> PrefixState:
+        """Vision and language tower over the inputs."""
+        return self.network.run_prefix(self.embed_prefix(inputs, fast=fast), hidden=hidden)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
