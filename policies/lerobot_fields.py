@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from manyhands.errors import InvalidInput
-from manyhands.spec import Spec
+from manyhands.spec import Feature, FeatureKind, Spec
 
 from . import files as policy_files
 from . import vectors
@@ -87,6 +87,49 @@ def read_features(values: Mapping[str, Any]) -> Features:
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise InvalidInput("must map names to {type, shape}", field="input_features, output_features") from None
+
+
+def derive_spec(features: Features, renamed: Mapping[str, str], control_rate_hz: float) -> Spec:
+    """renamed: The robot's names by the policy's."""
+    if not features.action_size:
+        raise InvalidInput(f"names no {ACTION!r}; it says what the policy is for", field="output_features")
+    observation = [
+        Feature(name=renamed.get(name, name), kind=FeatureKind.IMAGE, dtype="uint8", shape=(*size, 3))
+        for name, size in features.cameras.items()
+    ]
+    if features.state_size:
+        name = renamed.get(STATE, STATE)
+        observation.append(Feature(name=name, kind=FeatureKind.STATE, dtype="float32", shape=(features.state_size,)))
+    names = features.action_names or ()
+    if names and len(names) != features.action_size:
+        raise InvalidInput(f"has {len(names)} names for {features.action_size} actions", field="action_feature_names")
+    action = Feature(
+        name=ACTION, kind=FeatureKind.ACTION, dtype="float32", shape=(features.action_size,), element_names=names
+    )
+    return Spec(observation=tuple(observation), action=(action,), control_rate_hz=control_rate_hz)
+
+
+def check_spec(spec: Spec, features: Features, derived: Spec, notes: list[str]) -> Spec:
+    """spec, where the checkpoint can be used for it."""
+    known = [feature.name for feature in derived.images]
+    alternatives = list(features.cameras)
+    places = []
+    for feature in spec.images:
+        found = [names.index(feature.name) for names in (known, alternatives) if feature.name in names]
+        if not found:
+            raise InvalidInput(f"is no camera of this checkpoint, which has {', '.join(known)}", field=feature.name)
+        places.append(found[0])
+    if places != sorted(set(places)):
+        raise InvalidInput(f"must have the cameras in the checkpoint's order: {', '.join(known)}", field="spec.observation")
+    for index in sorted(set(range(len(known))) - set(places)):
+        notes.append(f"the robot has no camera {known[index]}; the policy acts without it")
+    for name, size, limit in (
+        ("spec.observation", vectors.size(spec.states), features.state_size),
+        ("spec.action", vectors.size(spec.action), features.action_size),
+    ):
+        if size > limit:
+            raise InvalidInput(f"has {size} numbers, the checkpoint is for {limit}", field=name)
+    return spec
 
 
 def write_features(spec: Spec) -> dict[str, Any]:

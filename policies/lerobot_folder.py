@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import save_file
 
 from manyhands.errors import Corrupt, InvalidInput, NotFound, NotOffered
-from manyhands.spec import Feature, FeatureKind, Spec
+from manyhands.spec import Spec
 
-from . import checkpoint, lerobot_files, lerobot_processors, normalization, registry, vectors
+from . import checkpoint, lerobot_fields, lerobot_files, lerobot_processors, normalization, registry, vectors
 from . import files as policy_files
-from .lerobot_fields import ACTION, STATE, Described, Features
-from .lerobot_processors import Processing, Vectors
+from .lerobot_fields import Described, Features
+from .lerobot_processors import Processing
 from .normalization import Normalization, Normalizer
 from .pi052 import checkpoint_keys as pi_keys
 from .pi052 import config as pi_configs
@@ -121,7 +121,7 @@ def read(
     weights = _open_weights(folder)
     processing = lerobot_processors.read(folder, described)
     if processing is None:
-        processing = _old_statistics(weights, described)
+        processing = lerobot_processors.read_old(weights, described)
         notes.append(
             f"there are no processor files; {'old buffers have' if processing.action else 'nothing has'} statistics"
         )
@@ -135,15 +135,16 @@ def read(
     )
     if processing.prompt_length is not None:
         config = dataclasses.replace(config, prompt_length=processing.prompt_length)
-    derived = _derived_spec(described.features, processing.renamed, control_rate_hz)
-    spec = derived if spec is None else _checked_spec(spec, described.features, derived, notes)
+    derived = lerobot_fields.derive_spec(described.features, processing.renamed, control_rate_hz)
+    spec = derived if spec is None else lerobot_fields.check_spec(spec, described.features, derived, notes)
 
     with torch.device("meta"):
         policy = registry.policy_class(type_name).from_config(family.configs.dump(config), spec)
     assert isinstance(policy, PromptedPolicy)
     _check_relative(policy, described)
     plan: KeyPlan = family.keys.load(policy.network, weights, device=device or torch.device("cpu"), progress=progress)
-    notes += [f"tensor {key} is left out" for key in plan.dropped]
+    if plan.dropped:
+        notes.append(f"{len(plan.dropped)} tensors are no weights of this network and are left out, as {plan.dropped[0]}")
     _set_statistics(policy, processing, described.features, notes)
     policy.take_files(found.files)
     return Imported(policy=policy.to(device or torch.device("cpu")).eval(), notes=(*notes, *found.notes))
@@ -196,28 +197,6 @@ def _open_weights(folder: Path) -> Mapping[str, torch.Tensor]:
     return _Shards({key: files[name] for key, name in places.items()})
 
 
-def _old_statistics(weights: Mapping[str, torch.Tensor], described: Described[Any]) -> Processing:
-    """Files from before there were processors have statistics among the weights; infinite ones were never set."""
-
-    def find(module: str, feature: str, mode: Normalization, size: int) -> Vectors | None:
-        begin = f"{module}.buffer_{feature.replace('.', '_')}."
-        found = {
-            name: weights[begin + name].double().reshape(-1).numpy()
-            for name in normalization.USED.get(mode, ())
-            if begin + name in weights
-        }
-        if not found or all(np.isinf(value).all() for value in found.values()):
-            return None
-        return lerobot_processors.used(found, mode, feature=feature, size=size, source=module)
-
-    config, features = described.config, described.features
-    action = find("unnormalize_outputs", ACTION, config.action_normalization, features.action_size)
-    in_training = find("normalize_targets", ACTION, config.action_normalization, features.action_size)
-    if in_training is not None:
-        lerobot_processors.check_same(in_training, action, "normalize_targets and unnormalize_outputs")
-    return Processing(state=find("normalize_inputs", STATE, config.state_normalization, features.state_size), action=action)
-
-
 def _with_names(described: Described[Any], processing: Processing) -> Described[Any]:
     """Of actions, where only the processor knows them."""
     if processing.action_names is None:
@@ -228,49 +207,6 @@ def _with_names(described: Described[Any], processing: Processing) -> Described[
 
 
 # -- the robot ---------------------------------------------------------------------------------------------------------
-
-
-def _derived_spec(features: Features, renamed: Mapping[str, str], control_rate_hz: float) -> Spec:
-    """renamed: The robot's names by the policy's."""
-    if not features.action_size:
-        raise InvalidInput(f"names no {ACTION!r}; it says what the policy is for", field="output_features")
-    observation = [
-        Feature(name=renamed.get(name, name), kind=FeatureKind.IMAGE, dtype="uint8", shape=(*size, 3))
-        for name, size in features.cameras.items()
-    ]
-    if features.state_size:
-        name = renamed.get(STATE, STATE)
-        observation.append(Feature(name=name, kind=FeatureKind.STATE, dtype="float32", shape=(features.state_size,)))
-    names = features.action_names or ()
-    if names and len(names) != features.action_size:
-        raise InvalidInput(f"has {len(names)} names for {features.action_size} actions", field="action_feature_names")
-    action = Feature(
-        name=ACTION, kind=FeatureKind.ACTION, dtype="float32", shape=(features.action_size,), element_names=names
-    )
-    return Spec(observation=tuple(observation), action=(action,), control_rate_hz=control_rate_hz)
-
-
-def _checked_spec(spec: Spec, features: Features, derived: Spec, notes: list[str]) -> Spec:
-    """spec, where the checkpoint can be used for it."""
-    known = [feature.name for feature in derived.images]
-    alternatives = list(features.cameras)
-    places = []
-    for feature in spec.images:
-        found = [names.index(feature.name) for names in (known, alternatives) if feature.name in names]
-        if not found:
-            raise InvalidInput(f"is no camera of this checkpoint, which has {', '.join(known)}", field=feature.name)
-        places.append(found[0])
-    if places != sorted(set(places)):
-        raise InvalidInput(f"must have the cameras in the checkpoint's order: {', '.join(known)}", field="spec.observation")
-    for index in sorted(set(range(len(known))) - set(places)):
-        notes.append(f"the robot has no camera {known[index]}; the policy acts without it")
-    for name, size, limit in (
-        ("spec.observation", vectors.size(spec.states), features.state_size),
-        ("spec.action", vectors.size(spec.action), features.action_size),
-    ):
-        if size > limit:
-            raise InvalidInput(f"has {size} numbers, the checkpoint is for {limit}", field=name)
-    return spec
 
 
 def _check_relative(policy: PromptedPolicy[Any, Any], described: Described[Any]) -> None:

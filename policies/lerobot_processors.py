@@ -117,7 +117,7 @@ def read(folder: Path, described: Described[Any]) -> Processing | None:
     state = _statistics(before[_NORMALIZE], PREPROCESSOR, STATE, config.state_normalization, described)
     in_training = _statistics(before[_NORMALIZE], PREPROCESSOR, ACTION, config.action_normalization, described)
     action = _statistics(after[_UNNORMALIZE], POSTPROCESSOR, ACTION, config.action_normalization, described)
-    check_same(in_training, action, f"{PREPROCESSOR} and {POSTPROCESSOR}")
+    _check_same(in_training, action, f"{PREPROCESSOR} and {POSTPROCESSOR}")
     text = next((before[name] for name in (_TOKENIZE, _PI052_TEXT, _SMOLVLA2_TEXT) if name in before), None)
     return Processing(
         renamed=_renamed(before[_RENAME].config) if _RENAME in before else {},
@@ -131,7 +131,29 @@ def read(folder: Path, described: Described[Any]) -> Processing | None:
     )
 
 
-def check_same(first: Vectors | None, second: Vectors | None, where: str) -> None:
+def read_old(weights: Mapping[str, torch.Tensor], described: Described[Any]) -> Processing:
+    """Files from before there were processors have statistics among the weights; infinite ones were never set."""
+
+    def find(module: str, feature: str, mode: Normalization, size: int) -> Vectors | None:
+        begin = f"{module}.buffer_{feature.replace('.', '_')}."
+        found = {
+            name: weights[begin + name].double().reshape(-1).numpy()
+            for name in USED.get(mode, ())
+            if begin + name in weights
+        }
+        if not found or all(np.isinf(value).all() for value in found.values()):
+            return None
+        return _used(found, mode, feature=feature, size=size, source=module)
+
+    config, features = described.config, described.features
+    action = find("unnormalize_outputs", ACTION, config.action_normalization, features.action_size)
+    in_training = find("normalize_targets", ACTION, config.action_normalization, features.action_size)
+    if in_training is not None:
+        _check_same(in_training, action, "normalize_targets and unnormalize_outputs")
+    return Processing(state=find("normalize_inputs", STATE, config.state_normalization, features.state_size), action=action)
+
+
+def _check_same(first: Vectors | None, second: Vectors | None, where: str) -> None:
     """Of one normalisation's action statistics, in two places; InvalidInput where they are not the same."""
     if (first is None) != (second is None):
         raise InvalidInput(f"{where}: only one of them has statistics of the actions", field=ACTION)
@@ -156,6 +178,10 @@ def _read_steps(folder: Path, file_name: str, known: Sequence[str], type_name: s
         raise Corrupt(f"{path} is no list of processor steps: {error!r}", field=file_name) from None
     steps: dict[str, _Step] = {}
     for name, entry in named:
+        if type_name == "pi052" and name == _STATE_TEXT:
+            raise InvalidInput(
+                "has pi05's prompts, as a pi052 without a recipe; type pi052 has others here", field=file_name
+            )
         if name not in known:
             raise InvalidInput(
                 f"the step {name!r} is none of type {type_name}'s ({', '.join(known)}) and may change numbers; "
@@ -214,10 +240,10 @@ def _statistics(
     is_listed = feature == ACTION or feature in (config.get("features") or {})
     if normalization is Normalization.IDENTITY or feature not in step.statistics or not is_listed:
         return None
-    return used(step.statistics[feature], normalization, feature=feature, size=size, source=source)
+    return _used(step.statistics[feature], normalization, feature=feature, size=size, source=source)
 
 
-def used(statistics: Vectors, normalization: Normalization, *, feature: str, size: int, source: str) -> Vectors:
+def _used(statistics: Vectors, normalization: Normalization, *, feature: str, size: int, source: str) -> Vectors:
     """Those of a feature's statistics that this normalisation reads, checked."""
     found = {}
     for name in USED[normalization]:
