@@ -17,6 +17,7 @@ from .service_times import ServiceTimes
 
 PayloadT = TypeVar("PayloadT")
 
+
 @dataclass(frozen=True, kw_only=True)
 class Work(Generic[PayloadT]):
     """One request, ready to run.
