@@ -7,6 +7,7 @@ progress; among those that wait, robots with fewer texts in progress come first,
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from typing import Generic, TypeVar
@@ -30,6 +31,10 @@ class TextLine(Generic[ChunkT, TextT]):
         self._max_texts = max_texts
         self._waiting: dict[Hashable, TextWork[TextT]] = {}
         self._texts: dict[Hashable, TextInProgress[TextT]] = {}
+        self._earliest_deadline_s = math.inf
+        # Asked for at every decision, changed by few.
+        self._next: tuple[Unit[ChunkT, TextT], float] | None = None
+        self._is_next_known = True
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._texts)
@@ -40,6 +45,8 @@ class TextLine(Generic[ChunkT, TextT]):
 
     def add(self, work: TextWork[TextT]) -> None:
         self._waiting[work.text_id] = work
+        self._earliest_deadline_s = min(self._earliest_deadline_s, work.deadline_s)
+        self._is_next_known = False
 
     def withdraw(self, *, owner: str = "", text_id: Hashable = None) -> tuple[TextWork[TextT], ...]:
         """Forgets one text, or all of an owner; answers those that were there."""
@@ -50,13 +57,58 @@ class TextLine(Generic[ChunkT, TextT]):
 
     def drop_late(self, now_s: float) -> tuple[TextWork[TextT], ...]:
         """Texts whose deadline has passed, also those in progress: nobody listens to them any more."""
-        late = [work for work in self._waiting.values() if now_s > work.deadline_s]
-        late += [text.work for text in self._texts.values() if now_s > text.work.deadline_s]
+        if now_s <= self._earliest_deadline_s:
+            return ()
+        works = [*self._waiting.values(), *(text.work for text in self._texts.values())]
+        late = [work for work in works if now_s > work.deadline_s]
+        self._earliest_deadline_s = min((work.deadline_s for work in works if now_s <= work.deadline_s), default=math.inf)
         self._forget(late)
         return tuple(late)
 
     def next_unit(self) -> tuple[Unit[ChunkT, TextT], float] | None:
         """What would run, and since when it has waited. Not begun until begin()."""
+        if not self._is_next_known:
+            self._next = self._choose()
+            self._is_next_known = True
+        return self._next
+
+    def begin(self, unit: Unit[ChunkT, TextT]) -> None:
+        """The unit runs now."""
+        self._is_next_known = False
+        for text in unit.texts:
+            if self._waiting.pop(text.work.text_id, None) is not None:
+                self._texts[text.work.text_id] = text
+
+    def finished(
+        self,
+        unit: Unit[ChunkT, TextT],
+        now_s: float,
+        *,
+        num_new_tokens: Mapping[Hashable, int],
+        ended: frozenset[Hashable],
+    ) -> tuple[TextWork[TextT], ...]:
+        """Takes a unit's tokens in; answers the texts that are complete."""
+        self._is_next_known = False
+        complete: list[TextWork[TextT]] = []
+        for text in unit.texts:
+            text_id = text.work.text_id
+            text.touched_s = now_s
+            num_new = 0
+            if unit.kind is UnitKind.TEXT_PREFIX:
+                text.num_slices += 1
+                # The end of a prefix is the first token's logits; with a draft, the check gives it.
+                num_new = int(text.kind is UnitKind.TEXT)
+            elif unit.kind is UnitKind.DRAFT_CHECK:
+                text.is_checked = True
+            else:
+                num_new = 1
+            text.num_tokens += num_new_tokens.get(text_id, num_new)
+            if text_id in self._texts and (text_id in ended or text.num_tokens >= text.work.max_tokens):
+                complete.append(text.work)
+        self._forget(complete)
+        return tuple(complete)
+
+    def _choose(self) -> tuple[Unit[ChunkT, TextT], float] | None:
         candidates: list[tuple[float, int, tuple[TextInProgress[TextT], ...]]] = []
         decoding = [text for text in self._texts.values() if text.kind is UnitKind.TEXT]
         if decoding:
@@ -81,40 +133,6 @@ class TextLine(Generic[ChunkT, TextT]):
         )
         return unit, waited_since_s
 
-    def begin(self, unit: Unit[ChunkT, TextT]) -> None:
-        """The unit runs now."""
-        for text in unit.texts:
-            if self._waiting.pop(text.work.text_id, None) is not None:
-                self._texts[text.work.text_id] = text
-
-    def finished(
-        self,
-        unit: Unit[ChunkT, TextT],
-        now_s: float,
-        *,
-        num_new_tokens: Mapping[Hashable, int],
-        ended: frozenset[Hashable],
-    ) -> tuple[TextWork[TextT], ...]:
-        """Takes a unit's tokens in; answers the texts that are complete."""
-        complete: list[TextWork[TextT]] = []
-        for text in unit.texts:
-            text_id = text.work.text_id
-            text.touched_s = now_s
-            num_new = 0
-            if unit.kind is UnitKind.TEXT_PREFIX:
-                text.num_slices += 1
-                # The end of a prefix is the first token's logits; with a draft, the check gives it.
-                num_new = int(text.kind is UnitKind.TEXT)
-            elif unit.kind is UnitKind.DRAFT_CHECK:
-                text.is_checked = True
-            else:
-                num_new = 1
-            text.num_tokens += num_new_tokens.get(text_id, num_new)
-            if text_id in self._texts and (text_id in ended or text.num_tokens >= text.work.max_tokens):
-                complete.append(text.work)
-        self._forget(complete)
-        return tuple(complete)
-
     def _beginning(self) -> TextInProgress[TextT] | None:
         """Whose prefix goes on: the one begun, else the first question in line while there is room."""
         begun = next((text for text in self._texts.values() if text.kind is UnitKind.TEXT_PREFIX), None)
@@ -127,6 +145,7 @@ class TextLine(Generic[ChunkT, TextT]):
         return TextInProgress(work=work, is_checked=work.num_draft_tokens == 0, touched_s=work.arrived_s)
 
     def _forget(self, works: list[TextWork[TextT]]) -> None:
+        self._is_next_known = False
         for work in works:
             self._waiting.pop(work.text_id, None)
             self._texts.pop(work.text_id, None)

@@ -237,12 +237,10 @@ class UnitScheduler(Generic[ChunkT, TextT]):
     ) -> bool:
         first = works[0]
         prefixes = group(UnitKind.PREFIX, first.model, first.bucket)
-        if not pressed:
-            single_s, together_s = self.times.mean_s(prefixes, 1), self.times.mean_s(prefixes, len(works))
-            # A size that never ran is tried, or it would never be known.
-            is_known = single_s is not None and together_s is not None
-            if is_known and together_s > (1 - WORTHWHILE_SAVING) * len(works) * single_s:
-                return False
+        single_s, together_s = self.times.mean_s(prefixes, 1), self.times.mean_s(prefixes, len(works))
+        # A size that never ran is tried, or it would never be known.
+        if not pressed and single_s and together_s and together_s > (1 - WORTHWHILE_SAVING) * len(works) * single_s:
+            return False
         prefix_s = self.times.careful_s(prefixes, len(works), now_s)
         num_rows = len(rows) + len(works)
         steps_s = first.num_steps * self.times.careful_s(group(UnitKind.EXPERT, first.model, first.bucket), num_rows, now_s)
