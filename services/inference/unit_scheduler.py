@@ -1,9 +1,10 @@
 """Which unit of work runs next, decided every time the device is free. Pure: no torch, no grpc, no threads, no clock.
 
 Chunks: earliest deadline first, and nothing ever waits for company. A row joins the expert at the next Euler step after its
-prefix. While everybody is in time anyway, a chunk is finished before the next prefix begins; under pressure prefixes go
-first, as far as the deadlines of chunks in progress allow, because ten joint steps are cheaper than ten for each. A chunk is
-refused only before it begins, and only when it would be late even at best; one in progress is never dropped.
+prefix. While everybody is in time anyway, a chunk is finished before the next prefix begins; under pressure (a chunk would
+be late, or text is overdue) prefixes go first, as far as the deadlines of chunks in progress allow, because ten joint steps
+are cheaper than ten for each. A chunk is refused only before it begins, and only when it would be late even at best; one in
+progress is never dropped.
 
 Text runs when no chunk needs the device. It may also go before chunks, but from a chunk's arrival to its answer at most one
 text unit runs, whoever asked and however many texts there are, the one that was running at its arrival included; and only
@@ -197,7 +198,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         waiting = [work for work in self._line.ordered() if work.owner not in self._rows]
         if len(rows) >= self._max_rows or not waiting:
             return self._expert_unit(rows)
-        pressed = not self._all_in_time(now_s, rows, waiting, now_s)
+        pressed = self._text_is_overdue(now_s) or not self._all_in_time(now_s, rows, waiting, now_s)
         prefix = self._prefix_unit(rows, waiting, pressed, now_s)
         if not rows:
             return prefix
@@ -255,7 +256,11 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         )
 
     def _all_in_time(
-        self, at_s: float, rows: Sequence[Row[ChunkT]], waiting: Sequence[ChunkWork[ChunkT]], now_s: float
+        self,
+        at_s: float,
+        rows: Sequence[Row[ChunkT]],
+        waiting: Sequence[ChunkWork[ChunkT]],
+        now_s: float,
     ) -> bool:
         """Whether all would be in time if the device were theirs from at_s on, each finished before the next begins."""
         free_s = at_s
@@ -270,6 +275,10 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             if free_s > work.deadline_s:
                 return False
         return True
+
+    def _text_is_overdue(self, now_s: float) -> bool:
+        text = self._texts.next_unit() if len(self._texts) else None
+        return text is not None and now_s - text[1] > MAX_TEXT_WAIT_S
 
     def _text_goes_first(self, unit: Unit[ChunkT, TextT], waited_since_s: float, now_s: float) -> bool:
         """Whether a text unit may run although chunks need the device."""

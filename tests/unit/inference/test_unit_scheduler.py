@@ -205,8 +205,10 @@ def test_prefixes_share_a_unit_where_that_is_cheaper() -> None:
 
 
 def test_a_prefix_of_an_urgent_robot_does_not_make_a_chunk_in_progress_late() -> None:
-    begun = chunk("begun", within=PREFIX_S[1] + 12 * STEP_S[1])
-    device = run(make(), begun, chunk("urgent", at=PREFIX_S[1] + STEP_S[1], within=0.0012))
+    arrives_s = PREFIX_S[1] + STEP_S[1]
+    begun = chunk("begun", within=ALONE_S + 0.002)
+    # Alone it would be in time, after the chunk in progress it cannot be.
+    device = run(make(), begun, chunk("urgent", at=arrives_s, within=ALONE_S + 0.0005))
     assert device.done_s["begun", 1] <= begun.deadline_s
     assert [work.owner for work in device.refused] == ["urgent"]
 
