@@ -113,6 +113,8 @@ EXTRA_OF_MODULE = {
     "av": "serve",
     "pyarrow": "serve",
     "ray": "learn",
+    "websockets": "compare",
+    "msgpack": "compare",
     "tqdm": "learn",
     "matplotlib": "learn",
     "metaworld": "sim",

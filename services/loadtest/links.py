@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -180,12 +179,15 @@ class PlainLink:
         self._shared = shared
         self._socket: Any = None
         # Only here, so that the tool runs without them where nothing is compared.
-        self._msgpack = importlib.import_module("msgpack")
-        self._client = importlib.import_module("websockets.asyncio.client")
+        import msgpack
+        from websockets.asyncio.client import connect
+
+        self._msgpack: Any = msgpack
+        self._connect = connect
 
     async def open(self) -> None:
         try:
-            self._socket = await self._client.connect(f"ws://{self._plan.address}", compression=None, max_size=None)
+            self._socket = await self._connect(f"ws://{self._plan.address}", compression=None, max_size=None)
             required = tuple(self._msgpack.unpackb(await self._socket.recv())["required_observations"])
         except Exception as error:
             raise errors.Unreachable(f"the plain server: {error}") from error

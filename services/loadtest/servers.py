@@ -42,7 +42,7 @@ def make_tiny_checkpoint(folder: Path) -> None:
     from policies import checkpoint
 
     torch.manual_seed(0)
-    config = {"horizon": 16, "cameras": list(TINY_CAMERAS), "width": 64, "num_blocks": 2}
+    config = {"horizon": 16, "cameras": list(TINY_CAMERAS), "width": 64, "num_blocks": 1, "num_steps": 4}
     policy = checkpoint.build("flow", config, TINY_SPEC)
 
     def statistics(size: int) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
