@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from manyhands.errors import Refused, TooLate
+from manyhands.processes import end_with_parent
 
 _READY_PREFIX = "READY "
 _POLL_INTERVAL_S = 0.05
@@ -81,7 +81,7 @@ class Topology:
         offset = log_path.stat().st_size if log_path.exists() else 0
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [*_end_with_parent(), sys.executable, "-m", "manyhands", *command],
+                [*end_with_parent(), sys.executable, "-m", "manyhands", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -125,7 +125,7 @@ class Topology:
         with log_path.open("ab") as log:
             try:
                 code = subprocess.run(
-                    [*_end_with_parent(), sys.executable, "-m", "manyhands", *command],
+                    [*end_with_parent(), sys.executable, "-m", "manyhands", *command],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -169,15 +169,6 @@ class Topology:
         process = self.services[name].process
         process.kill()
         process.wait()
-
-
-def _end_with_parent() -> list[str]:
-    """Words before a command that have the kernel end it with its parent; none where there is no setpriv (util-linux).
-
-    Not a preexec_fn: that makes Python fork instead of vfork, and a fork under gRPC's threads kills the child at times.
-    """
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals, *, also_if_ended: bool = False) -> None:

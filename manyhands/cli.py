@@ -52,6 +52,16 @@ COMMANDS: dict[str, Command] = {
         summary="GPU host: run policies for many robots",
         extra="serve",
     ),
+    "simulate-fleet": Command(
+        module="services.inference.simulate_fleet",
+        summary="how many robots a GPU carries, without the GPU",
+        extra="serve",
+    ),
+    "loadtest": Command(
+        module="services.loadtest.main",
+        summary="simulated robots against a running inference service",
+        extra="serve",
+    ),
     "weights": Command(
         module="services.weights.main",
         summary="keep versions of policies for learners and services",
@@ -103,6 +113,8 @@ EXTRA_OF_MODULE = {
     "av": "serve",
     "pyarrow": "serve",
     "ray": "learn",
+    "websockets": "compare",
+    "msgpack": "compare",
     "tqdm": "learn",
     "matplotlib": "learn",
     "metaworld": "sim",

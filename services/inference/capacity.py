@@ -1,43 +1,122 @@
 """How many robots one server carries. Pure.
 
-A robot at rate f that replans every s steps asks f / s chunks a second; X chunks a second can be made. Over budget,
-everyone's interval grows before anyone is refused; a robot is refused when even whole chunks between replans are too much.
+A robot at rate f that replans every s steps asks f / s chunks a second; X chunks a second can be made, less what text takes
+of the device. Over budget, everyone's interval grows before anyone is refused; a robot is refused when even whole chunks
+between replans are too much: N robots never starve while N <= X (H - d) / f, with horizon H and delay d in steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from manyhands.errors import Overloaded
 
 # The rest is for jitter: a queue at full use waits without bound.
 USABLE_SHARE = 0.8
+# Text may not promise more of the device than this, or chunks would have nothing left to be admitted to.
+MAX_TEXT_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """One robot: control rate in Hz, and the steps between replans that it asked for, at most the horizon."""
+    """One robot: control rate in Hz, steps between replans that it asked for, steps that pass before a chunk arrives."""
 
     rate_hz: float
     interval_steps: int
     horizon: int
+    delay_steps: int = 0
+
+    @property
+    def longest_interval_steps(self) -> int:
+        """Beyond it the robot runs out of actions before the next chunk is there."""
+        return max(1, self.horizon - self.delay_steps)
 
 
-def stretch(demands: Sequence[Demand], chunks_per_s: float | None) -> float:
+@dataclass(frozen=True, kw_only=True)
+class TextDemand:
+    """One robot's questions: how many a second, their tokens, and within how long an answer is wanted."""
+
+    questions_per_s: float
+    tokens: int
+    within_s: float
+
+
+def text_share(demands: Sequence[TextDemand], *, question_s: float, step_s: float, max_texts: int) -> float:
+    """Share of the device that text takes, 0 to MAX_TEXT_SHARE.
+
+    Args:
+        question_s: Of a question's own prefix, and its draft's check where it has one.
+        step_s: Of a step that decodes a token of all texts in progress.
+        max_texts: In progress at once.
+    """
+    asking = [demand for demand in demands if demand.questions_per_s > 0 and demand.tokens > 0]
+    if not asking:
+        return 0.0
+    tokens_per_s = sum(demand.questions_per_s * demand.tokens for demand in asking)
+    # Texts decode together: what the most hurried one needs serves all, up to the batch; alone, a token is a step.
+    steps_per_s = max(min(tokens_per_s, max(demand.tokens / demand.within_s for demand in asking)), tokens_per_s / max_texts)
+    prefixes = sum(demand.questions_per_s for demand in asking) * question_s
+    return min(MAX_TEXT_SHARE, prefixes + steps_per_s * step_s)
+
+
+def chunks_per_s(*, prefix_s: float, step_s_by_rows: Mapping[int, float], num_steps: int) -> float:
+    """What a device makes of units: a prefix for each chunk, expert steps shared by as many rows as pays best."""
+    step_s = min((seconds / rows for rows, seconds in step_s_by_rows.items()), default=0.0)
+    chunk_s = prefix_s + num_steps * step_s
+    return math.inf if chunk_s <= 0 else 1.0 / chunk_s
+
+
+def stretch(demands: Sequence[Demand], chunks_per_s: float | None, text_share: float = 0.0) -> float:
     """Factor, at least 1, by which everyone's interval must grow; 1 where nothing was measured."""
     if not chunks_per_s:
         return 1.0
     asked_per_s = sum(demand.rate_hz / demand.interval_steps for demand in demands)
-    return max(1.0, asked_per_s / (USABLE_SHARE * chunks_per_s))
+    return max(1.0, asked_per_s / _usable_per_s(chunks_per_s, text_share))
 
 
 def interval_steps(demand: Demand, factor: float) -> int:
-    """The interval to ask of a robot, never beyond its horizon."""
-    return min(demand.horizon, math.ceil(demand.interval_steps * factor - 1e-9))
+    """The interval to ask of a robot, never beyond what its horizon leaves."""
+    longest = max(demand.interval_steps, demand.longest_interval_steps)
+    return min(longest, math.ceil(demand.interval_steps * factor - 1e-9))
 
 
-def fits(demands: Sequence[Demand], chunks_per_s: float | None) -> bool:
+def fits(demands: Sequence[Demand], chunks_per_s: float | None, text_share: float = 0.0) -> bool:
     """Whether all of them can be served at all, each executing whole chunks."""
     if not chunks_per_s:
         return True
-    return sum(demand.rate_hz / demand.horizon for demand in demands) <= USABLE_SHARE * chunks_per_s
+    least_per_s = sum(demand.rate_hz / demand.longest_interval_steps for demand in demands)
+    return least_per_s <= _usable_per_s(chunks_per_s, text_share)
+
+
+def admit(
+    others: Sequence[Demand],
+    wanted: Demand,
+    *,
+    chunks_per_s: float | None,
+    text_share: float = 0.0,
+    retry_after_s: float,
+) -> float:
+    """Lets a robot in beside others; answers the factor by which everyone's interval then grows.
+
+    Args:
+        text_share: With the newcomer's questions.
+
+    Raises:
+        Overloaded: Even at the longest intervals they would not all be served; with retry_after_s.
+    """
+    everyone = [*others, wanted]
+    if not fits(everyone, chunks_per_s, text_share):
+        raise Overloaded(
+            f"{len(others)} robots use what can be done here, {chunks_per_s:.1f} chunks/s"
+            + (f" of which text takes {text_share:.0%}" if text_share else "")
+            + "; serve this one elsewhere or close a session",
+            field="model",
+            retry_after_s=retry_after_s,
+        )
+    return stretch(everyone, chunks_per_s, text_share)
+
+
+def _usable_per_s(chunks_per_s: float, text_share: float) -> float:
+    return USABLE_SHARE * chunks_per_s * (1.0 - text_share)

@@ -1,27 +1,21 @@
 """Which robot's observation runs next. Pure decisions: no torch, no grpc, no threads, the clock is an argument.
 
-Earliest deadline first. A pass takes whatever waits when the model is free and never waits for more rows. At most one
-observation of a robot waits: a newer one takes the older one's place in line, so a robot that updates often is not starved
-by its own updates, and one that was refused for being late goes to the front with its next observation. A row joins a batch
-only when the bigger batch should still make the deadline of every row in it, on a careful estimate; a row is refused only
-when even at best it would be late, so that a single stall does not turn robots away.
+Earliest deadline first (line.py). A pass takes whatever waits when the model is free and never waits for more rows. A row
+joins a batch only when the bigger batch should still make the deadline of every row in it, on a careful estimate; a row is
+refused only when even at best it would be late, so that a single stall does not turn robots away. Whole passes: for engines
+that prepare smaller units, unit_scheduler.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-PayloadT = TypeVar("PayloadT")
+from .line import Line
+from .service_times import ServiceTimes
 
-# Weight of the newest measurement, as in TCP's round-trip estimate (RFC 6298): mean 1/8, deviation 1/4.
-_MEAN_GAIN = 1 / 8
-_DEVIATION_GAIN = 1 / 4
-# Without new measurements an estimate halves each second: one stall must not make the service refuse everybody for good.
-_FORGET_AFTER_S = 1.0
-_LATELY_S = 2.0
-FRESH_S = 10.0
+PayloadT = TypeVar("PayloadT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,72 +44,6 @@ class Decision(Generic[PayloadT]):
     late: tuple[Work[PayloadT], ...]
 
 
-@dataclass(kw_only=True)
-class _Measured:
-    mean_s: float
-    deviation_s: float
-    at_s: float
-
-
-class ServiceTimes:
-    """How long a pass takes, by group and number of rows, learned from the passes that ran."""
-
-    def __init__(self) -> None:
-        self._measured: dict[Hashable, dict[int, _Measured]] = {}
-
-    def observe(self, group: Hashable, num_rows: int, duration_s: float, now_s: float) -> None:
-        by_rows = self._measured.setdefault(group, {})
-        known = by_rows.get(num_rows)
-        if known is None or now_s - known.at_s > FRESH_S:
-            by_rows.pop(num_rows, None)
-            deviation_s = duration_s / 2
-            if by_rows:
-                # The sizes measured so far foretold this one: it is as uncertain as they are, or as they were wrong.
-                foretold_s, uncertain_s = self._foretell(by_rows, num_rows)
-                deviation_s = min(deviation_s, max(uncertain_s, abs(duration_s - foretold_s)))
-            by_rows[num_rows] = _Measured(mean_s=duration_s, deviation_s=deviation_s, at_s=now_s)
-            return
-        error_s = duration_s - known.mean_s
-        known.mean_s += _MEAN_GAIN * error_s
-        known.deviation_s += _DEVIATION_GAIN * (abs(error_s) - known.deviation_s)
-        known.at_s = now_s
-
-    def careful_s(self, group: Hashable, num_rows: int, now_s: float) -> float:
-        """Mean and two deviations; 0 where nothing is known."""
-        return self._estimate_s(group, num_rows, now_s, 2.0)
-
-    def at_best_s(self, group: Hashable, num_rows: int, now_s: float) -> float:
-        """Mean less two deviations; 0 where nothing is known."""
-        return self._estimate_s(group, num_rows, now_s, -2.0)
-
-    def _estimate_s(self, group: Hashable, num_rows: int, now_s: float, num_deviations: float) -> float:
-        by_rows = self._measured.get(group)
-        if not by_rows:
-            return 0.0
-        mean_s, deviation_s = self._foretell(by_rows, num_rows)
-        silent_s = max(0.0, now_s - max(known.at_s for known in by_rows.values()))
-        forgotten: float = 0.5 ** max(0.0, silent_s / _FORGET_AFTER_S - 1.0)
-        return max(0.0, mean_s + num_deviations * deviation_s) * forgotten
-
-    def _foretell(self, by_rows: Mapping[int, _Measured], num_rows: int) -> tuple[float, float]:
-        """(mean, deviation); of a size that did not run lately in proportion to the nearest smaller one that did.
-
-        Else a size that once was slow would never be tried again.
-        """
-        newest_s = max(known.at_s for known in by_rows.values())
-        lately = [rows for rows, known in by_rows.items() if newest_s - known.at_s <= _LATELY_S]
-        smaller = [rows for rows in lately if rows <= num_rows]
-        known_rows = max(smaller) if smaller else min(lately)
-        scale = max(1.0, num_rows / known_rows)
-        return by_rows[known_rows].mean_s * scale, by_rows[known_rows].deviation_s * scale
-
-    def rows_per_s(self, group: Hashable, now_s: float) -> float | None:
-        """The best rate of passes in the last FRESH_S; None where none ran, so that nobody is judged by old times."""
-        by_rows = self._measured.get(group, {})
-        fresh = [rows / known.mean_s for rows, known in by_rows.items() if now_s - known.at_s < FRESH_S and known.mean_s > 0]
-        return max(fresh, default=None)
-
-
 class Scheduler(Generic[PayloadT]):
     """Waiting requests of all robots. Not thread-safe: whoever drives the model holds the lock.
 
@@ -129,13 +57,11 @@ class Scheduler(Generic[PayloadT]):
             raise ValueError(f"max_batch ({max_batch}) must be at least 1")
         self.times = times or ServiceTimes()
         self._max_batch = max_batch
-        self._waiting: dict[str, Work[PayloadT]] = {}
-        # Deadlines that an owner's next request inherits for its place in line.
-        self._place_s: dict[str, float] = {}
+        self._line: Line[Work[PayloadT]] = Line()
         self._busy_at_least_until_s = 0.0
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._line)
 
     def submit(self, work: Work[PayloadT], now_s: float) -> tuple[Work[PayloadT] | None, bool]:
         """Takes work in. Answers the older work it replaces, if any, and whether it was accepted.
@@ -143,32 +69,28 @@ class Scheduler(Generic[PayloadT]):
         Not accepted: even if it ran next it would be late at best. The replaced work is gone in both cases, its robot
         has seen something newer.
         """
-        replaced = self._waiting.pop(work.owner, None)
-        if replaced is not None:
-            self._inherit(replaced)
+        replaced = self._line.replace(work.owner)
         free_s = max(now_s, self._busy_at_least_until_s)
         if free_s + self.times.at_best_s(work.group, 1, now_s) > work.deadline_s:
-            self._inherit(work)
+            self._line.inherit(work)
             return replaced, False
-        self._waiting[work.owner] = work
+        self._line.add(work)
         return replaced, True
 
     def next_batch(self, now_s: float) -> Decision[PayloadT]:
         """The rows to run now. Call it whenever the model is free and something waits, and finished() after the pass."""
         late: list[Work[PayloadT]] = []
         feasible: list[Work[PayloadT]] = []
-        for work in sorted(self._waiting.values(), key=self._rank):
+        for work in self._line.ordered():
             at_best_s = now_s + self.times.at_best_s(work.group, 1, now_s)
             (late if at_best_s > work.deadline_s else feasible).append(work)
         num_given_up = self._num_to_give_up(feasible, now_s)
         late += feasible[:num_given_up]
         batch = self._fill(feasible[num_given_up:], now_s)
         for work in late:
-            del self._waiting[work.owner]
-            self._inherit(work)
+            self._line.refuse(work)
         for work in batch:
-            del self._waiting[work.owner]
-            self._place_s.pop(work.owner, None)
+            self._line.start(work)
         if batch:
             self._busy_at_least_until_s = now_s + self.times.at_best_s(batch[0].group, len(batch), now_s)
         return Decision(batch=tuple(batch), late=tuple(late))
@@ -221,11 +143,4 @@ class Scheduler(Generic[PayloadT]):
 
     def withdraw(self, owner: str) -> Work[PayloadT] | None:
         """Forgets an owner, whose session ended; answers what it had waiting."""
-        self._place_s.pop(owner, None)
-        return self._waiting.pop(owner, None)
-
-    def _rank(self, work: Work[PayloadT]) -> tuple[float, float, str]:
-        return (min(work.deadline_s, self._place_s.get(work.owner, work.deadline_s)), work.arrived_s, work.owner)
-
-    def _inherit(self, work: Work[PayloadT]) -> None:
-        self._place_s[work.owner] = min(work.deadline_s, self._place_s.get(work.owner, work.deadline_s))
+        return self._line.withdraw(owner)

@@ -13,7 +13,7 @@ from typing import Any
 
 from manyhands import stamps
 from manyhands.clients.inference import SESSION_KEY
-from manyhands.errors import InvalidInput, NotFound, Overloaded, Refused, Unreachable
+from manyhands.errors import InvalidInput, NotFound, Refused, Unreachable
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import FeatureKind, Spec
 
@@ -260,15 +260,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             for session in self.sessions
             if session.model == request.model and session.robot_id != request.robot_id
         ]
-        chunks_per_s = self.engine.chunks_per_s(request.model)
-        wanted = capacity.Demand(rate_hz=rate_hz, interval_steps=horizon, horizon=horizon)
-        if not capacity.fits([*others, wanted], chunks_per_s):
-            raise Overloaded(
-                f"{len(others)} robots use what {request.model!r} can do here, {chunks_per_s:.1f} chunks/s; serve this one "
-                "elsewhere or close a session",
-                field="model",
-                retry_after_s=self.sessions.idle_timeout_s,
-            )
+        capacity.admit(
+            others,
+            capacity.Demand(rate_hz=rate_hz, interval_steps=horizon, horizon=horizon),
+            chunks_per_s=self.engine.chunks_per_s(request.model),
+            retry_after_s=self.sessions.idle_timeout_s,
+        )
 
     def _served(self, name: str) -> ServedModel:
         if name not in self.models:

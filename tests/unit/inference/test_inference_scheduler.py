@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from services.inference.scheduler import Scheduler, ServiceTimes, Work
+from services.inference.scheduler import Scheduler, Work
+from services.inference.service_times import ServiceTimes
 
 GROUP = ("tiny", False)
 

@@ -1,0 +1,398 @@
+"""A fleet of robots against the real scheduler, in simulated time: what a device can carry before it is bought. Pure.
+
+Robots open sessions as the service admits them, observe every replan interval that the service asks of them, wait for the
+answer before they observe again, and ask questions. The device takes as long for a unit as a table says. Deterministic by
+seed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from manyhands.errors import Overloaded
+
+from . import capacity
+from .service_times import ServiceTimes
+from .unit_scheduler import UnitScheduler
+from .units import PREFIX_SIZES, ChunkWork, TextWork, Unit, UnitKind, group
+
+MODEL = "model"
+RETRY_AFTER_S = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitDurations:
+    """How long a unit takes, in seconds by its size; between two sizes as long as a straight line says.
+
+    Attributes:
+        text_prefix_s: A question's whole prefix, which comes in slices of about a text step.
+        jitter: Standard deviation of all of them, as a share.
+    """
+
+    prefix_s: Mapping[int, float]
+    expert_step_s: Mapping[int, float]
+    text_prefix_s: float
+    draft_check_s: float
+    text_step_s: Mapping[int, float]
+    jitter: float = 0.02
+
+    @property
+    def num_text_slices(self) -> int:
+        return max(1, round(self.text_prefix_s / self.text_step_s[min(self.text_step_s)]))
+
+    def of(self, kind: UnitKind, size: int) -> float:
+        if kind is UnitKind.PREFIX:
+            return interpolate(self.prefix_s, size)
+        if kind is UnitKind.EXPERT:
+            return interpolate(self.expert_step_s, size)
+        if kind is UnitKind.TEXT:
+            return interpolate(self.text_step_s, size)
+        return self.draft_check_s if kind is UnitKind.DRAFT_CHECK else self.text_prefix_s / self.num_text_slices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """What is simulated.
+
+    Attributes:
+        interval_steps: Of control that a robot executes of each chunk, unless the service asks for more.
+        deadline_s: That a robot gives from sending to receiving; the service hears of it less the way there.
+        jitter: How far a robot's replanning strays from its interval, as a share of it, evenly.
+        network_s, network_jitter_s: One way: the shortest, and the mean of what comes on top.
+        ask_every_s: Between a robot's questions; 0 for none.
+        ramp_up_s: Robots come at random within it.
+        draft_hit_share: Of questions whose draft, the last answer, is still right; below 0 nothing is drafted.
+    """
+
+    num_robots: int
+    seconds: float
+    control_rate_hz: float
+    interval_steps: int
+    horizon: int
+    num_steps: int
+    deadline_s: float
+    jitter: float = 0.1
+    network_s: float = 0.001
+    network_jitter_s: float = 0.0005
+    ask_every_s: float = 0.0
+    ask_tokens: int = 20
+    ask_deadline_s: float = 10.0
+    ask_within_s: float = 1.0
+    draft_hit_share: float = -1.0
+    ramp_up_s: float = 5.0
+    max_rows: int = 8
+    max_texts: int = 32
+
+
+@dataclass(kw_only=True)
+class Robot:
+    """One robot's side, and what it saw."""
+
+    name: str
+    interval_steps: int
+    is_open: bool = False
+    next_due_s: float = 0.0
+    request_id: int = 0
+    in_flight: tuple[int, float] | None = None
+    actions_until_s: float = 0.0
+    num_texts: int = 0
+    num_missed: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a fleet saw; times in seconds.
+
+    Attributes:
+        num_missed: Chunks received after their deadline, and refusals for being late.
+        num_starved: Times that a robot had no action left before its next chunk came.
+        busy_s: Of the device, by kind of unit.
+        stretch: By how much the service lengthened everyone's interval.
+    """
+
+    robots: list[Robot]
+    seconds: float = 0.0
+    num_requests: int = 0
+    num_missed: int = 0
+    num_starved: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+    refused_robots: int = 0
+    stretch: float = 1.0
+    text_share: float = 0.0
+    chunks_per_s: float = 0.0
+    num_tokens: int = 0
+    num_texts: int = 0
+    first_token_s: list[float] = field(default_factory=list)
+    text_s: list[float] = field(default_factory=list)
+    busy_s: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, Counter[int]] = field(default_factory=dict)
+
+    @property
+    def latencies_s(self) -> list[float]:
+        return [latency_s for robot in self.robots for latency_s in robot.latencies_s]
+
+
+def interpolate(seconds_by_size: Mapping[int, float], size: int) -> float:
+    """Along straight lines; beyond the largest size in proportion."""
+    if size in seconds_by_size:
+        return seconds_by_size[size]
+    smaller = [known for known in seconds_by_size if known < size]
+    bigger = [known for known in seconds_by_size if known > size]
+    if not smaller:
+        return seconds_by_size[min(bigger)]
+    low = max(smaller)
+    if not bigger:
+        return seconds_by_size[low] * size / low
+    high = min(bigger)
+    share = (size - low) / (high - low)
+    return seconds_by_size[low] + share * (seconds_by_size[high] - seconds_by_size[low])
+
+
+def simulate(
+    fleet: Fleet, durations: UnitDurations, *, seed: int = 0, on_progress: Callable[[float], None] | None = None
+) -> Outcome:
+    """Runs the fleet for fleet.seconds of simulated time; on_progress hears of each simulated second."""
+    return _Simulation(fleet, durations, seed, on_progress).run()
+
+
+class _Simulation:
+    def __init__(
+        self, fleet: Fleet, durations: UnitDurations, seed: int, on_progress: Callable[[float], None] | None
+    ) -> None:
+        self._fleet = fleet
+        self._durations = durations
+        self._random = Random(seed)
+        self._on_progress = on_progress
+        self._now_s = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._num_events = 0
+        self._robots = [
+            Robot(name=f"robot{index:03}", interval_steps=fleet.interval_steps) for index in range(fleet.num_robots)
+        ]
+        self._by_name = {robot.name: robot for robot in self._robots}
+        self._scheduler: UnitScheduler[None, bool] = UnitScheduler(
+            max_rows=fleet.max_rows, max_texts=fleet.max_texts, times=_warmed_up(fleet, durations)
+        )
+        self._outcome = Outcome(robots=self._robots)
+        self._outcome.chunks_per_s = capacity.chunks_per_s(
+            prefix_s=durations.of(UnitKind.PREFIX, 1),
+            step_s_by_rows={
+                size: durations.of(UnitKind.EXPERT, size) for size in durations.expert_step_s if size <= fleet.max_rows
+            },
+            num_steps=fleet.num_steps,
+        )
+
+    def run(self) -> Outcome:
+        for robot in self._robots:
+            self._at(self._random.random() * self._fleet.ramp_up_s, self._opener(robot))
+        free_s, next_second = 0.0, 1.0
+        while self._now_s < self._fleet.seconds:
+            self._happen(self._now_s)
+            decision = self._scheduler.next_unit(self._now_s)
+            for work in decision.late_chunks:
+                self._refuse(work)
+            self._outcome.refusals["text too late"] += len(decision.late_texts)
+            unit = decision.unit
+            if unit is None:
+                # A late robot's answer may have made an event; there always is one while robots run.
+                self._now_s = self._events[0][0] if self._events else self._fleet.seconds
+            else:
+                seconds = self._durations.of(unit.kind, unit.size)
+                seconds *= max(0.5, self._random.gauss(1.0, self._durations.jitter))
+                free_s = self._now_s + seconds
+                self._happen(free_s)
+                self._now_s = free_s
+                self._ran(unit, seconds)
+            while self._on_progress is not None and self._now_s >= next_second:
+                self._on_progress(next_second)
+                next_second += 1.0
+        self._outcome.seconds = self._now_s
+        return self._outcome
+
+    def _at(self, at_s: float, action: Callable[[], None]) -> None:
+        self._num_events += 1
+        heapq.heappush(self._events, (at_s, self._num_events, action))
+
+    def _happen(self, until_s: float) -> None:
+        """Everything that robots do until then, each at its own time."""
+        while self._events and self._events[0][0] <= until_s:
+            at_s, _, action = heapq.heappop(self._events)
+            self._now_s = at_s
+            action()
+        self._now_s = until_s
+
+    def _way_s(self) -> float:
+        jitter_s = self._fleet.network_jitter_s
+        return self._fleet.network_s + (self._random.expovariate(1 / jitter_s) if jitter_s > 0 else 0.0)
+
+    def _opener(self, robot: Robot) -> Callable[[], None]:
+        def open_session() -> None:
+            demand = self._demand()
+            others = [demand] * sum(other.is_open for other in self._robots)
+            share = self._text_share(len(others) + 1)
+            try:
+                factor = capacity.admit(
+                    others,
+                    demand,
+                    chunks_per_s=self._outcome.chunks_per_s,
+                    text_share=share,
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            except Overloaded as error:
+                self._outcome.refusals["robot, for lack of capacity"] += 1
+                self._at(self._now_s + (error.retry_after_s or RETRY_AFTER_S), open_session)
+                self._outcome.refused_robots = sum(not other.is_open for other in self._robots)
+                return
+            robot.is_open = True
+            self._outcome.refused_robots = sum(not other.is_open for other in self._robots)
+            self._outcome.stretch, self._outcome.text_share = factor, share
+            for other in self._robots:
+                other.interval_steps = capacity.interval_steps(demand, factor)
+            robot.next_due_s = self._now_s + self._random.random() * self._interval_s(robot)
+            self._at(robot.next_due_s, lambda: self._observe(robot))
+            if self._fleet.ask_every_s > 0:
+                self._at(self._now_s + self._random.random() * self._fleet.ask_every_s, lambda: self._ask(robot))
+
+        return open_session
+
+    def _demand(self) -> capacity.Demand:
+        fleet = self._fleet
+        return capacity.Demand(
+            rate_hz=fleet.control_rate_hz,
+            interval_steps=fleet.interval_steps,
+            horizon=fleet.horizon,
+            delay_steps=min(fleet.horizon - 1, round(fleet.deadline_s * fleet.control_rate_hz)),
+        )
+
+    def _text_share(self, num_robots: int) -> float:
+        fleet, durations = self._fleet, self._durations
+        if fleet.ask_every_s <= 0:
+            return 0.0
+        question = capacity.TextDemand(
+            questions_per_s=1 / fleet.ask_every_s, tokens=fleet.ask_tokens, within_s=fleet.ask_within_s
+        )
+        checks_s = durations.draft_check_s if fleet.draft_hit_share >= 0 else 0.0
+        return capacity.text_share(
+            [question] * num_robots,
+            question_s=durations.text_prefix_s + checks_s,
+            step_s=durations.of(UnitKind.TEXT, min(num_robots, fleet.max_texts)),
+            max_texts=fleet.max_texts,
+        )
+
+    def _interval_s(self, robot: Robot) -> float:
+        return robot.interval_steps / self._fleet.control_rate_hz
+
+    def _observe(self, robot: Robot) -> None:
+        if robot.in_flight is not None:
+            return  # One request in flight: the answer sends the next.
+        robot.request_id += 1
+        robot.in_flight = (robot.request_id, self._now_s)
+        jitter = self._random.uniform(-self._fleet.jitter, self._fleet.jitter)
+        robot.next_due_s = self._now_s + self._interval_s(robot) * (1 + jitter)
+        self._outcome.num_requests += 1
+        sent_s, request_id = self._now_s, robot.request_id
+        # What the service is told is left when the request arrives there, less the way back.
+        deadline_s = sent_s + self._fleet.deadline_s - self._fleet.network_s
+
+        def arrive() -> None:
+            work = ChunkWork(
+                owner=robot.name,
+                request_id=request_id,
+                model=MODEL,
+                bucket=0,
+                num_steps=self._fleet.num_steps,
+                arrived_s=self._now_s,
+                deadline_s=deadline_s,
+                payload=None,
+            )
+            if not self._scheduler.submit(work, self._now_s)[1]:
+                self._refuse(work)
+
+        self._at(sent_s + self._way_s(), arrive)
+
+    def _refuse(self, work: ChunkWork[None]) -> None:
+        self._outcome.refusals["chunk too late"] += 1
+        self._at(self._now_s + self._way_s(), lambda: self._answered(work, is_chunk=False))
+
+    def _answered(self, work: ChunkWork[None], *, is_chunk: bool) -> None:
+        robot = self._by_name[work.owner]
+        assert robot.in_flight is not None
+        _, sent_s = robot.in_flight
+        robot.in_flight = None
+        fleet = self._fleet
+        latency_s = self._now_s - sent_s
+        if is_chunk:
+            robot.latencies_s.append(latency_s)
+            self._outcome.num_starved += 0.0 < robot.actions_until_s < self._now_s
+            robot.actions_until_s = sent_s + fleet.horizon / fleet.control_rate_hz
+        if not is_chunk or latency_s > fleet.deadline_s:
+            robot.num_missed += 1
+            self._outcome.num_missed += 1
+        self._at(max(self._now_s, robot.next_due_s), lambda: self._observe(robot))
+
+    def _ask(self, robot: Robot) -> None:
+        fleet = self._fleet
+        robot.num_texts += 1
+        has_draft = fleet.draft_hit_share >= 0 and robot.num_texts > 1
+        text = TextWork(
+            owner=robot.name,
+            text_id=(robot.name, robot.num_texts),
+            model=MODEL,
+            bucket=0,
+            num_prefix_slices=self._durations.num_text_slices,
+            num_draft_tokens=fleet.ask_tokens if has_draft else 0,
+            max_tokens=fleet.ask_tokens,
+            arrived_s=self._now_s + fleet.network_s,
+            deadline_s=self._now_s + fleet.ask_deadline_s,
+            payload=has_draft and self._random.random() < fleet.draft_hit_share,
+        )
+        self._at(self._now_s + self._way_s(), lambda: self._scheduler.ask(text))
+        self._at(self._now_s + fleet.ask_every_s * self._random.uniform(0.8, 1.2), lambda: self._ask(robot))
+
+    def _ran(self, unit: Unit[None, bool], seconds: float) -> None:
+        outcome = self._outcome
+        outcome.busy_s[unit.kind.value] = outcome.busy_s.get(unit.kind.value, 0.0) + seconds
+        outcome.sizes.setdefault(unit.kind.value, Counter())[unit.size] += 1
+        before = {text.work.text_id: text.num_tokens for text in unit.texts}
+        checked = {}
+        if unit.kind is UnitKind.DRAFT_CHECK:
+            drafted = unit.texts[0].work
+            right = drafted.num_draft_tokens if drafted.payload else self._random.randrange(drafted.num_draft_tokens)
+            checked[drafted.text_id] = min(right + 1, drafted.max_tokens)
+        finished = self._scheduler.finished(unit, seconds, self._now_s, num_new_tokens=checked)
+        for text in unit.texts:
+            outcome.num_tokens += text.num_tokens - before[text.work.text_id]
+            if text.num_tokens and not before[text.work.text_id]:
+                outcome.first_token_s.append(self._now_s - text.work.arrived_s)
+        for work in finished.texts:
+            outcome.num_texts += 1
+            outcome.text_s.append(self._now_s - work.arrived_s)
+        for chunk in finished.chunks:
+            self._at(self._now_s + self._way_s(), self._deliver(chunk))
+
+    def _deliver(self, work: ChunkWork[None]) -> Callable[[], None]:
+        return lambda: self._answered(work, is_chunk=True)
+
+
+def _warmed_up(fleet: Fleet, durations: UnitDurations) -> ServiceTimes:
+    """Estimates as an engine has them that ran each prepared unit before it served."""
+    times = ServiceTimes(forgets=False)
+    expert_sizes = [size for size in durations.expert_step_s if size <= fleet.max_rows] or [1]
+    text_sizes = [size for size in durations.text_step_s if size <= fleet.max_texts] or [1]
+    prepared: Sequence[tuple[UnitKind, Sequence[int]]] = (
+        (UnitKind.PREFIX, [size for size in PREFIX_SIZES if size <= fleet.max_rows]),
+        (UnitKind.EXPERT, expert_sizes),
+        (UnitKind.TEXT_PREFIX, [1]),
+        (UnitKind.DRAFT_CHECK, [1]),
+        (UnitKind.TEXT, text_sizes),
+    )
+    for kind, sizes in prepared:
+        for size in sizes:
+            for _ in range(20):
+                times.observe(group(kind, MODEL, 0), size, durations.of(kind, size), 0.0)
+    return times

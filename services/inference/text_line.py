@@ -1,0 +1,155 @@
+"""Which text goes on when text may run. Pure.
+
+Of the units that could run, the one whose text has waited longest since its last one: so new questions and tokens of running
+ones take turns, and neither starves. All texts in decoding step together. A question waits only while max_texts are in
+progress; among those that wait, robots with fewer texts in progress come first, then earlier deadlines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from typing import Generic, TypeVar
+
+from .units import ChunkT, TextT, TextWork, Unit, UnitKind
+from .units import Text as TextInProgress
+
+AnyT = TypeVar("AnyT")
+
+
+class TextLine(Generic[ChunkT, TextT]):
+    """Texts of all robots.
+
+    Args:
+        max_texts: In progress at once, which is what their caches have room for.
+    """
+
+    def __init__(self, *, max_texts: int) -> None:
+        if max_texts < 1:
+            raise ValueError(f"max_texts ({max_texts}) must be at least 1")
+        self._max_texts = max_texts
+        self._waiting: dict[Hashable, TextWork[TextT]] = {}
+        self._texts: dict[Hashable, TextInProgress[TextT]] = {}
+        self._earliest_deadline_s = math.inf
+        # Asked for at every decision, changed by few.
+        self._next: tuple[Unit[ChunkT, TextT], float] | None = None
+        self._is_next_known = True
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._texts)
+
+    @property
+    def num_in_progress(self) -> int:
+        return len(self._texts)
+
+    def add(self, work: TextWork[TextT]) -> None:
+        self._waiting[work.text_id] = work
+        self._earliest_deadline_s = min(self._earliest_deadline_s, work.deadline_s)
+        self._is_next_known = False
+
+    def withdraw(self, *, owner: str = "", text_id: Hashable = None) -> tuple[TextWork[TextT], ...]:
+        """Forgets one text, or all of an owner; answers those that were there."""
+        works = [*self._waiting.values(), *(text.work for text in self._texts.values())]
+        gone = [work for work in works if (owner and work.owner == owner) or work.text_id == text_id]
+        self._forget(gone)
+        return tuple(gone)
+
+    def drop_late(self, now_s: float) -> tuple[TextWork[TextT], ...]:
+        """Texts whose deadline has passed, also those in progress: nobody listens to them any more."""
+        if now_s <= self._earliest_deadline_s:
+            return ()
+        works = [*self._waiting.values(), *(text.work for text in self._texts.values())]
+        late = [work for work in works if now_s > work.deadline_s]
+        self._earliest_deadline_s = min((work.deadline_s for work in works if now_s <= work.deadline_s), default=math.inf)
+        self._forget(late)
+        return tuple(late)
+
+    def next_unit(self) -> tuple[Unit[ChunkT, TextT], float] | None:
+        """What would run, and since when it has waited. Not begun until begin()."""
+        if not self._is_next_known:
+            self._next = self._choose()
+            self._is_next_known = True
+        return self._next
+
+    def begin(self, unit: Unit[ChunkT, TextT]) -> None:
+        """The unit runs now."""
+        self._is_next_known = False
+        for text in unit.texts:
+            if self._waiting.pop(text.work.text_id, None) is not None:
+                self._texts[text.work.text_id] = text
+
+    def finished(
+        self,
+        unit: Unit[ChunkT, TextT],
+        now_s: float,
+        *,
+        num_new_tokens: Mapping[Hashable, int],
+        ended: frozenset[Hashable],
+    ) -> tuple[TextWork[TextT], ...]:
+        """Takes a unit's tokens in; answers the texts that are complete."""
+        self._is_next_known = False
+        complete: list[TextWork[TextT]] = []
+        for text in unit.texts:
+            text_id = text.work.text_id
+            text.touched_s = now_s
+            num_new = 0
+            if unit.kind is UnitKind.TEXT_PREFIX:
+                text.num_slices += 1
+                # The end of a prefix is the first token's logits; with a draft, the check gives it.
+                num_new = int(text.kind is UnitKind.TEXT)
+            elif unit.kind is UnitKind.DRAFT_CHECK:
+                text.is_checked = True
+            else:
+                num_new = 1
+            text.num_tokens += num_new_tokens.get(text_id, num_new)
+            if text_id in self._texts and (text_id in ended or text.num_tokens >= text.work.max_tokens):
+                complete.append(text.work)
+        self._forget(complete)
+        return tuple(complete)
+
+    def _choose(self) -> tuple[Unit[ChunkT, TextT], float] | None:
+        candidates: list[tuple[float, int, tuple[TextInProgress[TextT], ...]]] = []
+        decoding = [text for text in self._texts.values() if text.kind is UnitKind.TEXT]
+        if decoding:
+            longest = min(decoding, key=_touched)
+            together = tuple(text for text in decoding if text.work.model == longest.work.model)
+            candidates.append((longest.touched_s, 1, together))
+        drafted = [text for text in self._texts.values() if text.kind is UnitKind.DRAFT_CHECK]
+        if drafted:
+            first = min(drafted, key=_touched)
+            candidates.append((first.touched_s, 0, (first,)))
+        beginning = self._beginning()
+        if beginning is not None:
+            candidates.append((beginning.touched_s, 2, (beginning,)))
+        if not candidates:
+            return None
+        waited_since_s, _, texts = min(candidates, key=lambda candidate: candidate[:2])
+        unit: Unit[ChunkT, TextT] = Unit(
+            kind=texts[0].kind,
+            model=texts[0].work.model,
+            bucket=max(text.work.bucket for text in texts),
+            texts=texts,
+        )
+        return unit, waited_since_s
+
+    def _beginning(self) -> TextInProgress[TextT] | None:
+        """Whose prefix goes on: the one begun, else the first question in line while there is room."""
+        begun = next((text for text in self._texts.values() if text.kind is UnitKind.TEXT_PREFIX), None)
+        if begun is not None:
+            return begun
+        if not self._waiting or len(self._texts) >= self._max_texts:
+            return None
+        num_texts = Counter(text.work.owner for text in self._texts.values())
+        work = min(self._waiting.values(), key=lambda work: (num_texts[work.owner], work.deadline_s, work.arrived_s))
+        return TextInProgress(work=work, is_checked=work.num_draft_tokens == 0, touched_s=work.arrived_s)
+
+    def _forget(self, works: list[TextWork[TextT]]) -> None:
+        self._is_next_known = False
+        for work in works:
+            self._waiting.pop(work.text_id, None)
+            self._texts.pop(work.text_id, None)
+
+
+def _touched(text: TextInProgress[AnyT]) -> float:
+    return text.touched_s

@@ -1,0 +1,303 @@
+"""Which unit of work runs next, decided every time the device is free. Pure: no torch, no grpc, no threads, no clock.
+
+Chunks: earliest deadline first, and nothing ever waits for company. A row joins the expert at the next Euler step after its
+prefix. While everybody is in time anyway, a chunk is finished before the next prefix begins; under pressure (a chunk would
+be late, or text is overdue) prefixes go first, as far as the deadlines of chunks in progress allow, because ten joint steps
+are cheaper than ten for each. A chunk is refused only before it begins, and only when it would be late even at best; one in
+progress is never dropped.
+
+Text runs when no chunk needs the device. It may also go before chunks, but from a chunk's arrival to its answer at most one
+text unit runs, whoever asked and however many texts there are, the one that was running at its arrival included; and only
+when all deadlines still hold, or after the text has waited for MAX_TEXT_WAIT_S. So no question delays another robot's chunk
+by more than one text unit, and text is never starved while chunks come to an end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Generic
+
+from .line import Line
+from .service_times import ServiceTimes
+from .text_line import TextLine
+from .units import (
+    ACTION_KINDS,
+    PREFIX_SIZES,
+    ChunkT,
+    ChunkWork,
+    Decision,
+    Finished,
+    Row,
+    TextT,
+    TextWork,
+    Unit,
+    UnitKind,
+    group,
+)
+
+MAX_TEXT_WAIT_S = 0.1
+# A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper.
+WORTHWHILE_SAVING = 0.1
+
+
+class UnitScheduler(Generic[ChunkT, TextT]):
+    """Chunks and texts of all robots on one device. Not thread-safe: whoever drives the device holds the lock.
+
+    Call next_unit() whenever the device is free and something is pending, run the unit, then call finished() or failed().
+
+    Args:
+        max_rows: Chunks in progress at once, which is what their caches have room for and the expert was prepared for.
+        max_texts: Texts in progress at once.
+        times: Estimates by Unit.group and size; fill them before the first robot comes, by running each prepared unit.
+    """
+
+    def __init__(self, *, max_rows: int = 8, max_texts: int = 32, times: ServiceTimes | None = None) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows ({max_rows}) must be at least 1")
+        self.times = times or ServiceTimes(forgets=False)
+        self._max_rows = max_rows
+        self._line: Line[ChunkWork[ChunkT]] = Line()
+        self._rows: dict[str, Row[ChunkT]] = {}
+        self._texts: TextLine[ChunkT, TextT] = TextLine(max_texts=max_texts)
+        self._running: Unit[ChunkT, TextT] | None = None
+        self._busy_at_least_until_s = 0.0
+        # Chunks that a text unit has held up once: (owner, request_id).
+        self._held_up: set[tuple[str, int]] = set()
+
+    def __len__(self) -> int:
+        """Chunks and texts, waiting and in progress."""
+        return len(self._line) + len(self._rows) + len(self._texts)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._line) + len(self._rows)
+
+    @property
+    def num_texts(self) -> int:
+        return len(self._texts)
+
+    def submit(self, work: ChunkWork[ChunkT], now_s: float) -> tuple[ChunkWork[ChunkT] | None, bool]:
+        """Takes an observation in. Answers the waiting one of its owner that it replaces, and whether it was accepted.
+
+        Not accepted: even if it ran next it would be late at best. What is replaced is gone in both cases.
+        """
+        replaced = self._line.replace(work.owner)
+        if replaced is not None:
+            self._held_up.discard(_key(replaced))
+        if max(now_s, self._busy_at_least_until_s) + self._at_best_s(work, now_s) > work.deadline_s:
+            self._line.inherit(work)
+            return replaced, False
+        self._line.add(work)
+        if self._running is not None and self._running.kind not in ACTION_KINDS:
+            self._held_up.add(_key(work))
+        return replaced, True
+
+    def ask(self, work: TextWork[TextT]) -> None:
+        """Takes a question in."""
+        self._texts.add(work)
+
+    def withdraw(self, owner: str) -> tuple[tuple[ChunkWork[ChunkT], ...], tuple[TextWork[TextT], ...]]:
+        """Forgets an owner whose session ended; answers its chunks and texts. A unit that runs may still hold them."""
+        chunks: list[ChunkWork[ChunkT]] = []
+        waiting = self._line.withdraw(owner)
+        row = self._rows.pop(owner, None)
+        chunks = [work for work in (waiting, row.work if row else None) if work is not None]
+        for work in chunks:
+            self._held_up.discard(_key(work))
+        return tuple(chunks), self._texts.withdraw(owner=owner)
+
+    def withdraw_text(self, text_id: Hashable) -> bool:
+        """Forgets a text that nobody listens to any more; whether it was there."""
+        return bool(self._texts.withdraw(text_id=text_id))
+
+    def next_unit(self, now_s: float) -> Decision[ChunkT, TextT]:
+        """What to run now."""
+        late_chunks = self._refuse_late(now_s)
+        late_texts = self._texts.drop_late(now_s) if len(self._texts) else ()
+        unit = self._action_unit(now_s)
+        text = self._texts.next_unit() if len(self._texts) else None
+        if text is not None and (unit is None or self._text_goes_first(*text, now_s)):
+            unit = text[0]
+        if unit is not None:
+            self._begin(unit, now_s)
+        return Decision(unit=unit, late_chunks=late_chunks, late_texts=late_texts)
+
+    def finished(
+        self,
+        unit: Unit[ChunkT, TextT],
+        duration_s: float,
+        now_s: float,
+        *,
+        num_new_tokens: Mapping[Hashable, int] | None = None,
+        ended: Iterable[Hashable] = (),
+    ) -> Finished[ChunkT, TextT]:
+        """Reports the unit that ran; answers what it completed.
+
+        Args:
+            num_new_tokens: By text_id where it is not what the kind of unit gives: one for a step and for the last slice of
+                a prefix without a draft. A draft check gives what was right of the draft, and one more.
+            ended: text_ids whose text came to its end before max_tokens.
+        """
+        self.times.observe(unit.group, unit.size, duration_s, now_s)
+        self._running = None
+        self._busy_at_least_until_s = now_s
+        if unit.kind not in ACTION_KINDS:
+            return Finished(
+                texts=self._texts.finished(unit, now_s, num_new_tokens=num_new_tokens or {}, ended=frozenset(ended))
+            )
+        complete: list[ChunkWork[ChunkT]] = []
+        for row in unit.rows:
+            if unit.kind is UnitKind.PREFIX:
+                row.has_prefix = True
+            else:
+                row.step += 1
+            if row.num_steps_left <= 0 and self._forget(row):
+                complete.append(row.work)
+        return Finished(chunks=tuple(complete))
+
+    def failed(self, unit: Unit[ChunkT, TextT], now_s: float) -> None:
+        """The unit raised: its rows and texts leave, unanswered by the scheduler."""
+        self._running = None
+        self._busy_at_least_until_s = now_s
+        for row in unit.rows:
+            self._forget(row)
+        for text in unit.texts:
+            self._texts.withdraw(text_id=text.work.text_id)
+
+    def _begin(self, unit: Unit[ChunkT, TextT], now_s: float) -> None:
+        self._running = unit
+        self._busy_at_least_until_s = now_s + self.times.at_best_s(unit.group, unit.size, now_s)
+        if unit.kind is UnitKind.PREFIX:
+            for row in unit.rows:
+                self._line.start(row.work)
+                self._rows[row.work.owner] = row
+        elif unit.kind is not UnitKind.EXPERT:
+            self._texts.begin(unit)
+            self._held_up.update(_key(work) for work in self._line.ordered())
+            self._held_up.update(_key(row.work) for row in self._rows.values())
+
+    def _forget(self, row: Row[ChunkT]) -> bool:
+        self._held_up.discard(_key(row.work))
+        if self._rows.get(row.work.owner) is not row:
+            return False  # Withdrawn while it ran.
+        del self._rows[row.work.owner]
+        return True
+
+    def _refuse_late(self, now_s: float) -> tuple[ChunkWork[ChunkT], ...]:
+        waiting = self._line.ordered()
+        if not waiting:
+            return ()
+        late = [work for work in waiting if now_s + self._at_best_s(work, now_s) > work.deadline_s]
+        for work in late:
+            self._line.refuse(work)
+            self._held_up.discard(_key(work))
+        return tuple(late)
+
+    def _action_unit(self, now_s: float) -> Unit[ChunkT, TextT] | None:
+        rows = sorted(self._rows.values(), key=lambda row: row.work.deadline_s)
+        waiting = [work for work in self._line.ordered() if work.owner not in self._rows]
+        if len(rows) >= self._max_rows or not waiting:
+            return self._expert_unit(rows)
+        pressed = self._text_is_overdue(now_s) or not self._all_in_time(now_s, rows, waiting, now_s)
+        prefix = self._prefix_unit(rows, waiting, pressed, now_s)
+        if not rows:
+            return prefix
+        is_earlier = self._line.place_s(waiting[0]) < rows[0].work.deadline_s
+        if (is_earlier or pressed) and self._rows_in_time(rows, prefix, now_s):
+            return prefix
+        return self._expert_unit(rows)
+
+    def _expert_unit(self, rows: Sequence[Row[ChunkT]]) -> Unit[ChunkT, TextT] | None:
+        """A step of all rows that share the model of the most urgent one."""
+        if not rows:
+            return None
+        model = rows[0].work.model
+        together = tuple(row for row in rows if row.work.model == model)
+        bucket = max(row.work.bucket for row in together)
+        return Unit(kind=UnitKind.EXPERT, model=model, bucket=bucket, rows=together)
+
+    def _prefix_unit(
+        self, rows: Sequence[Row[ChunkT]], waiting: Sequence[ChunkWork[ChunkT]], pressed: bool, now_s: float
+    ) -> Unit[ChunkT, TextT]:
+        """The first in line, with others where that is worth it and makes none of them late."""
+        first = waiting[0]
+        alike = [work for work in waiting if (work.model, work.bucket) == (first.model, first.bucket)]
+        room = min(len(alike), self._max_rows - len(rows))
+        size = next(size for size in PREFIX_SIZES if size <= room)
+        while size > 1 and not self._may_share(rows, alike[:size], pressed, now_s):
+            size //= 2
+        return Unit(
+            kind=UnitKind.PREFIX,
+            model=first.model,
+            bucket=first.bucket,
+            rows=tuple(Row(work=work) for work in alike[:size]),
+        )
+
+    def _may_share(
+        self, rows: Sequence[Row[ChunkT]], works: Sequence[ChunkWork[ChunkT]], pressed: bool, now_s: float
+    ) -> bool:
+        first = works[0]
+        prefixes = group(UnitKind.PREFIX, first.model, first.bucket)
+        single_s, together_s = self.times.mean_s(prefixes, 1), self.times.mean_s(prefixes, len(works))
+        # A size that never ran is tried, or it would never be known.
+        if not pressed and single_s and together_s and together_s > (1 - WORTHWHILE_SAVING) * len(works) * single_s:
+            return False
+        prefix_s = self.times.careful_s(prefixes, len(works), now_s)
+        num_rows = len(rows) + len(works)
+        steps_s = first.num_steps * self.times.careful_s(group(UnitKind.EXPERT, first.model, first.bucket), num_rows, now_s)
+        return all(now_s + prefix_s + steps_s <= work.deadline_s for work in works)
+
+    def _rows_in_time(self, rows: Sequence[Row[ChunkT]], prefix: Unit[ChunkT, TextT], now_s: float) -> bool:
+        """Whether chunks in progress keep their deadlines if prefix runs before their next step, which its rows join."""
+        at_s = now_s + self.times.careful_s(prefix.group, prefix.size, now_s)
+        num_rows = len(rows) + prefix.size
+        return all(
+            at_s + row.num_steps_left * self._step_s(row.work, num_rows, now_s) <= row.work.deadline_s for row in rows
+        )
+
+    def _all_in_time(
+        self,
+        at_s: float,
+        rows: Sequence[Row[ChunkT]],
+        waiting: Sequence[ChunkWork[ChunkT]],
+        now_s: float,
+    ) -> bool:
+        """Whether all would be in time if the device were theirs from at_s on, each finished before the next begins."""
+        free_s = at_s
+        for row in rows:
+            done_s = at_s + row.num_steps_left * self._step_s(row.work, len(rows), now_s)
+            if done_s > row.work.deadline_s:
+                return False
+            free_s = max(free_s, done_s)
+        for work in waiting:
+            prefix_s = self.times.careful_s(group(UnitKind.PREFIX, work.model, work.bucket), 1, now_s)
+            free_s += prefix_s + work.num_steps * self._step_s(work, 1, now_s)
+            if free_s > work.deadline_s:
+                return False
+        return True
+
+    def _text_is_overdue(self, now_s: float) -> bool:
+        text = self._texts.next_unit() if len(self._texts) else None
+        return text is not None and now_s - text[1] > MAX_TEXT_WAIT_S
+
+    def _text_goes_first(self, unit: Unit[ChunkT, TextT], waited_since_s: float, now_s: float) -> bool:
+        """Whether a text unit may run although chunks need the device."""
+        if self._held_up:
+            return False
+        if now_s - waited_since_s > MAX_TEXT_WAIT_S:
+            return True
+        at_s = now_s + self.times.careful_s(unit.group, unit.size, now_s)
+        return self._all_in_time(at_s, list(self._rows.values()), self._line.ordered(), now_s)
+
+    def _step_s(self, work: ChunkWork[ChunkT], num_rows: int, now_s: float) -> float:
+        return self.times.careful_s(group(UnitKind.EXPERT, work.model, work.bucket), num_rows, now_s)
+
+    def _at_best_s(self, work: ChunkWork[ChunkT], now_s: float) -> float:
+        """From beginning to end, alone and undisturbed."""
+        prefix_s = self.times.at_best_s(group(UnitKind.PREFIX, work.model, work.bucket), 1, now_s)
+        step_s = self.times.at_best_s(group(UnitKind.EXPERT, work.model, work.bucket), 1, now_s)
+        return prefix_s + work.num_steps * step_s
+
+
+def _key(work: ChunkWork[ChunkT]) -> tuple[str, int]:
+    return (work.owner, work.request_id)

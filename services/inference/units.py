@@ -1,0 +1,164 @@
+"""The pieces that an engine's work is cut into, so that a scheduler can decide between them. Data only.
+
+A chunk is one prefix unit (vision and language, 1, 2 or 4 requests of one bucket at once) and num_steps expert units (an
+Euler step of all chunks in progress, each at its own step). A text is num_prefix_slices slices of its own prefix, one check
+of its draft where it has one, and a step a token, of all texts in progress at once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+ChunkT = TypeVar("ChunkT")
+TextT = TypeVar("TextT")
+
+PREFIX_SIZES = (4, 2, 1)
+
+
+class UnitKind(enum.Enum):
+    PREFIX = "prefix"
+    EXPERT = "expert"
+    TEXT_PREFIX = "text_prefix"
+    DRAFT_CHECK = "draft_check"
+    TEXT = "text"
+
+
+ACTION_KINDS = frozenset({UnitKind.PREFIX, UnitKind.EXPERT})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkWork(Generic[ChunkT]):
+    """An observation that waits for its chunk.
+
+    Attributes:
+        owner: The session; at most one observation of an owner waits, and one is in progress.
+        bucket: Tokens that its prefix is padded to. Prefixes share a unit only within a bucket; expert rows of one model
+            share a unit whatever their buckets, which then runs at the largest.
+        num_steps: Euler steps.
+        arrived_s, deadline_s: On the scheduler's clock.
+    """
+
+    owner: str
+    request_id: int
+    model: str
+    bucket: int
+    num_steps: int
+    arrived_s: float
+    deadline_s: float
+    payload: ChunkT
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextWork(Generic[TextT]):
+    """A question that waits for its text.
+
+    Attributes:
+        text_id: Unique in the server.
+        bucket: Tokens that its prefix is padded to.
+        num_prefix_slices: Units that its prefix comes in, each about as long as a text step; 0 where a chunk's prefix is
+            shared. No chunk waits for more than one of them.
+        num_draft_tokens: Of a text that is likely to come again, to be checked in one pass; 0 for none.
+        max_tokens: Where decoding ends at the latest.
+    """
+
+    owner: str
+    text_id: Hashable
+    model: str
+    bucket: int
+    num_prefix_slices: int
+    num_draft_tokens: int
+    max_tokens: int
+    arrived_s: float
+    deadline_s: float
+    payload: TextT
+
+
+@dataclass(kw_only=True, eq=False)
+class Row(Generic[ChunkT]):
+    """A chunk in progress; only the scheduler changes it.
+
+    Attributes:
+        step: Of its next expert unit, 0 to num_steps - 1.
+        has_prefix: Its prefix unit has run.
+    """
+
+    work: ChunkWork[ChunkT]
+    step: int = 0
+    has_prefix: bool = False
+
+    @property
+    def num_steps_left(self) -> int:
+        return self.work.num_steps - self.step
+
+
+@dataclass(kw_only=True, eq=False)
+class Text(Generic[TextT]):
+    """A text in progress; only the scheduler changes it.
+
+    Attributes:
+        num_slices: Of its prefix, done.
+        is_checked: Its draft was checked, or it has none.
+        num_tokens: Known so far.
+        touched_s: When a unit of it last ran, or it arrived.
+    """
+
+    work: TextWork[TextT]
+    num_slices: int = 0
+    is_checked: bool = False
+    num_tokens: int = 0
+    touched_s: float
+
+    @property
+    def kind(self) -> UnitKind:
+        """What it needs next."""
+        if self.num_slices < self.work.num_prefix_slices:
+            return UnitKind.TEXT_PREFIX
+        return UnitKind.TEXT if self.is_checked else UnitKind.DRAFT_CHECK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit(Generic[ChunkT, TextT]):
+    """What runs next: rows for PREFIX and EXPERT, texts for the others.
+
+    Attributes:
+        bucket: The largest of its rows' or texts'.
+    """
+
+    kind: UnitKind
+    model: str
+    bucket: int
+    rows: tuple[Row[ChunkT], ...] = ()
+    texts: tuple[Text[TextT], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) or len(self.texts)
+
+    @property
+    def group(self) -> Hashable:
+        """What its duration is learned by, beside its size."""
+        return group(self.kind, self.model, self.bucket)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision(Generic[ChunkT, TextT]):
+    """What to run now (perhaps nothing), and what can no longer be answered in time."""
+
+    unit: Unit[ChunkT, TextT] | None
+    late_chunks: tuple[ChunkWork[ChunkT], ...] = ()
+    late_texts: tuple[TextWork[TextT], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Generic[ChunkT, TextT]):
+    """What a unit completed."""
+
+    chunks: tuple[ChunkWork[ChunkT], ...] = ()
+    texts: tuple[TextWork[TextT], ...] = ()
+
+
+def group(kind: UnitKind, model: str, bucket: int) -> Hashable:
+    return (kind, model, bucket)

@@ -1,0 +1,1 @@
+"""Simulated robots against a running inference service: what people size their GPU with."""

@@ -1,0 +1,97 @@
+"""What a load test found, for files and for people. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from .plan import STAGES, Tally
+
+
+def summarise(tally: Tally, *, robots: int, seconds: float, server_cpu_s: float | None) -> dict[str, Any]:
+    """As the file has it."""
+    requests = max(1, tally.requests)
+    has_server_cpu = server_cpu_s is not None and server_cpu_s == server_cpu_s
+    return {
+        "robots": robots,
+        "robots_never_served": robots - tally.robots_served,
+        "seconds": seconds,
+        "requests": tally.requests,
+        "chunks": tally.chunks,
+        "requests_per_s": tally.requests / seconds if seconds > 0 else 0.0,
+        "errors": tally.num_errors,
+        "errors_by_message": dict(sorted(tally.errors.items(), key=lambda item: -item[1])),
+        "missed_deadlines": tally.missed_deadlines,
+        "skipped": tally.skipped,
+        "refusals": dict(sorted(tally.refusals.items())),
+        "drains": tally.drains,
+        "latency_ms": percentiles(tally.latency_ms),
+        "stage_ms": {stage: percentiles(tally.stage_ms[stage]) for stage in STAGES if stage in tally.stage_ms},
+        "mean_batch_size": sum(size * number for size, number in tally.batch_sizes.items()) / max(1, tally.chunks),
+        "lag_ms": percentiles(tally.lag_ms),
+        "server_cpu_ms_per_request": server_cpu_s / requests * 1e3 if has_server_cpu and server_cpu_s is not None else None,
+        "client_cpu_ms_per_request": tally.cpu_s / requests * 1e3,
+        "text": {
+            "questions": tally.questions,
+            "texts": tally.texts,
+            "tokens_per_s": tally.tokens / seconds if seconds > 0 else 0.0,
+            "first_token_ms": percentiles(tally.first_token_ms),
+            "whole_ms": percentiles(tally.text_ms),
+        },
+    }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """p50, p99, mean and max; None where nothing was measured."""
+    if not values:
+        return {"p50": None, "p99": None, "mean": None, "max": None}
+    array = np.asarray(values)
+    p50, p99 = np.percentile(array, (50, 99))
+    return {"p50": float(p50), "p99": float(p99), "mean": float(array.mean()), "max": float(array.max())}
+
+
+def table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """Results side by side, by the server's name."""
+    shown = Table("", *results, title=title)
+
+    def row(name: str, *values: str) -> None:
+        shown.add_row(name, *values)
+
+    columns = list(results.values())
+    row("chunk p50 / p99 / longest, ms", *(_three(one["latency_ms"]) for one in columns))
+    row("requests; a second", *(f"{one['requests']}; {one['requests_per_s']:.1f}" for one in columns))
+    row("missed deadlines", *(str(one["missed_deadlines"]) for one in columns))
+    row("errors", *(str(one["errors"]) for one in columns))
+    row("refusals", *(_counts(one["refusals"]) for one in columns))
+    row("ticks skipped, still waiting", *(str(one["skipped"]) for one in columns))
+    if any(one["robots_never_served"] for one in columns):
+        row("robots never served", *(str(one["robots_never_served"]) for one in columns))
+    for stage in STAGES:
+        if any(stage in one["stage_ms"] for one in columns):
+            row(f"server: {stage}, ms", *(_three(one["stage_ms"].get(stage)) for one in columns))
+    row("robots in a pass, mean", *(f"{one['mean_batch_size']:.2f}" for one in columns))
+    row("server's CPU a request, ms", *(_number(one["server_cpu_ms_per_request"]) for one in columns))
+    row("this tool's CPU a request, ms", *(_number(one["client_cpu_ms_per_request"]) for one in columns))
+    row("this tool's lag p50 / p99 / longest, ms", *(_three(one["lag_ms"]) for one in columns))
+    if any(one["text"]["questions"] for one in columns):
+        row("texts of questions", *(f"{one['text']['texts']} of {one['text']['questions']}" for one in columns))
+        row("text tokens a second", *(f"{one['text']['tokens_per_s']:.1f}" for one in columns))
+        row("first token p50 / p99 / longest, ms", *(_three(one["text"]["first_token_ms"]) for one in columns))
+    return shown
+
+
+def _three(values: Mapping[str, float | None] | None) -> str:
+    if not values or values["p50"] is None:
+        return "-"
+    return " / ".join(_number(values[name]) for name in ("p50", "p99", "max"))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.items()) or "none"

@@ -1,0 +1,107 @@
+"""The fleet simulator: what it says about a fleet is what the scheduler would do to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manyhands.cli import main as manyhands
+from manyhands.errors import InvalidInput
+from services.inference.fleet_simulator import Fleet, interpolate, simulate
+from services.inference.simulate_fleet import Settings, make_fleet, read_durations, summarise
+
+H200 = read_durations(None, 0.02)
+
+
+def fleet(**changed: Any) -> Fleet:
+    return dataclasses.replace(make_fleet(Settings(seconds=20.0, ramp_up_s=1.0)), **changed)
+
+
+def test_the_fleet_of_the_requirement_misses_nothing_and_is_simulated_in_seconds() -> None:
+    started = time.process_time()
+    result = summarise(fleet(), simulate(fleet(seconds=60.0), H200))
+    assert time.process_time() - started < 10.0
+    assert result["missed_deadlines"] == 0
+    assert result["refusals"] == {}
+    assert result["chunks"] == pytest.approx(4800, rel=0.03)
+    assert result["latency_ms"]["p99"] < 60.0
+    # 16 robots, 20 tokens each every 2 s.
+    assert result["text"]["tokens_per_s"] == pytest.approx(160, rel=0.1)
+    # Prefixes and steps alone take 60 % of the device.
+    assert 0.6 < result["device"]["use"] < 0.95
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another() -> None:
+    short = fleet(seconds=5.0)
+    first, again = (summarise(short, simulate(short, H200, seed=3)) for _ in range(2))
+    assert first == again
+    assert first != summarise(short, simulate(short, H200, seed=4))
+
+
+def test_questions_hardly_delay_chunks() -> None:
+    silent, asking = fleet(ask_every_s=0.0), fleet(ask_every_s=1.0)
+    without, with_text = (summarise(one, simulate(one, H200)) for one in (silent, asking))
+    assert without["text"]["tokens_per_s"] == 0
+    assert with_text["latency_ms"]["p50"] < without["latency_ms"]["p50"] + 2.0
+    assert with_text["missed_deadlines"] == 0
+
+
+def test_over_capacity_intervals_grow_before_robots_are_refused() -> None:
+    many = fleet(num_robots=60, ask_every_s=0.0)
+    crowded = simulate(many, H200)
+    assert crowded.refused_robots == 0
+    assert crowded.stretch > 2.0
+    assert summarise(many, crowded)["replan_hz"] < 2.5
+    assert crowded.num_missed < 0.005 * crowded.num_requests
+    too_many = simulate(fleet(num_robots=200, ask_every_s=0.0), H200)
+    assert too_many.refused_robots > 50
+    # Those who are in are served, at whole chunks between replans.
+    served = [robot for robot in too_many.robots if robot.is_open]
+    assert min(len(robot.latencies_s) for robot in served) > 5
+    assert too_many.num_missed < 0.02 * too_many.num_requests
+
+
+def test_drafts_that_are_right_save_steps() -> None:
+    asking = fleet(ask_every_s=0.5)
+    plain = simulate(asking, H200)
+    drafted = simulate(dataclasses.replace(asking, draft_hit_share=1.0), H200)
+    assert drafted.num_texts == pytest.approx(plain.num_texts, rel=0.05)
+    assert drafted.busy_s.get("text", 0.0) < 0.2 * plain.busy_s["text"]
+
+
+def test_a_slower_network_is_seen_and_counts_against_the_deadline() -> None:
+    near, far = (simulate(fleet(seconds=5.0, network_s=way_s), H200) for way_s in (0.001, 0.040))
+    assert sorted(far.latencies_s)[50] > sorted(near.latencies_s)[50] + 0.070
+    lost = simulate(fleet(seconds=5.0, network_s=0.060), H200)
+    assert lost.num_missed == pytest.approx(lost.num_requests, abs=20)
+
+
+def test_times_between_two_sizes_lie_on_a_line() -> None:
+    assert interpolate({1: 1.0, 4: 2.5}, 3) == pytest.approx(2.0)
+    assert interpolate({2: 1.0, 4: 2.5}, 1) == 1.0
+    assert interpolate({1: 1.0, 4: 2.0}, 8) == pytest.approx(4.0)
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    durations = tmp_path / "gpu.json"
+    durations.write_text(json.dumps({"prefix": {"1": 20.0}, "expert_step": {"1": 1.0}}))
+    output = tmp_path / "fleet.json"
+    flags = ["--robots", "2", "--seconds", "3", "--ramp-up-s", "0", "--durations", str(durations), "--json", str(output)]
+    assert manyhands(["simulate-fleet", *flags]) == 0
+    assert "p50 / p99" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert result["robots"] == 2
+    assert result["latency_ms"]["p50"] > 30.0
+
+
+def test_a_bad_table_is_named(tmp_path: Path) -> None:
+    durations = tmp_path / "gpu.json"
+    for text in ("{", '{"prefixes": {}}', '{"prefix": {}}', '{"prefix": {"0": 1.0}}', '{"prefix": {"1": -1.0}}'):
+        durations.write_text(text)
+        with pytest.raises(InvalidInput, match=r"gpu\.json"):
+            read_durations(durations, 0.0)

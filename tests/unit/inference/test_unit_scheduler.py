@@ -1,0 +1,408 @@
+"""The scheduler of units against a simulated device and simulated time."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.inference.service_times import ServiceTimes
+from services.inference.unit_scheduler import MAX_TEXT_WAIT_S, UnitScheduler
+from services.inference.units import ACTION_KINDS, ChunkWork, TextWork, Unit, UnitKind, group
+
+# As measured on an H200: prefixes cost in proportion, expert and text steps hardly grow.
+PREFIX_S = {1: 0.0059, 2: 0.0118, 4: 0.0235}
+STEP_S = {1: 0.000163, 2: 0.000182, 4: 0.000220, 8: 0.000392}
+TEXT_S = {1: 0.00117, 32: 0.00132}
+SLICE_S = {1: 0.00118}
+CHECK_S = {1: 0.0012}
+NUM_STEPS = 10
+ALONE_S = PREFIX_S[1] + NUM_STEPS * STEP_S[1]
+DURATIONS_S = {
+    UnitKind.PREFIX: PREFIX_S,
+    UnitKind.EXPERT: STEP_S,
+    UnitKind.TEXT_PREFIX: SLICE_S,
+    UnitKind.DRAFT_CHECK: CHECK_S,
+    UnitKind.TEXT: TEXT_S,
+}
+LONGEST_TEXT_UNIT_S = 0.00132
+
+AnyScheduler = UnitScheduler[None, None]
+AnyUnit = Unit[None, None]
+
+
+def known(*buckets: int, models: Sequence[str] = ("m",)) -> ServiceTimes:
+    """Estimates as an engine's warm-up leaves them."""
+    times = ServiceTimes(forgets=False)
+    for model, bucket, kind in itertools.product(models, buckets or (48,), DURATIONS_S):
+        for size, seconds in DURATIONS_S[kind].items():
+            for _ in range(40):
+                times.observe(group(kind, model, bucket), size, seconds, 0.0)
+    return times
+
+
+def make(**options: Any) -> AnyScheduler:
+    return UnitScheduler(times=known(48, 200), **options)
+
+
+def chunk(owner: str, *, at: float = 0.0, within: float = 1.0, **changed: Any) -> ChunkWork[None]:
+    values = {"request_id": 1, "model": "m", "bucket": 48, "num_steps": NUM_STEPS, "payload": None, **changed}
+    return ChunkWork(owner=owner, arrived_s=at, deadline_s=at + within, **values)
+
+
+def question(text_id: str, *, at: float = 0.0, within: float = 10.0, **changed: Any) -> TextWork[None]:
+    values = {"owner": text_id, "model": "m", "bucket": 48, "num_prefix_slices": 5, "num_draft_tokens": 0, **changed}
+    values.setdefault("max_tokens", 20)
+    return TextWork(text_id=text_id, arrived_s=at, deadline_s=at + within, payload=None, **values)
+
+
+def duration_s(unit: AnyUnit) -> float:
+    by_size = DURATIONS_S[unit.kind]
+    return next(seconds for size, seconds in sorted(by_size.items()) if size >= unit.size)
+
+
+@dataclass
+class Ran:
+    unit: AnyUnit
+    started_s: float
+    finished_s: float
+    owners: tuple[str, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass
+class Device:
+    """Runs what the scheduler says, from arrivals given beforehand."""
+
+    scheduler: AnyScheduler
+    arrivals: list[ChunkWork[None] | TextWork[None]] = field(default_factory=list)
+    ran: list[Ran] = field(default_factory=list)
+    done_s: dict[tuple[str, int], float] = field(default_factory=dict)
+    texts_done_s: dict[object, float] = field(default_factory=dict)
+    refused: list[ChunkWork[None]] = field(default_factory=list)
+    replaced: list[ChunkWork[None]] = field(default_factory=list)
+    late_texts: list[TextWork[None]] = field(default_factory=list)
+
+    def run(self, until_s: float = 100.0) -> None:
+        events = [(work.arrived_s, index, work) for index, work in enumerate(self.arrivals)]
+        heapq.heapify(events)
+        now_s = 0.0
+        while now_s < until_s:
+            self._arrive(events, now_s)
+            decision = self.scheduler.next_unit(now_s)
+            self.refused += decision.late_chunks
+            self.late_texts += decision.late_texts
+            unit = decision.unit
+            if unit is None:
+                if not events:
+                    return
+                now_s = events[0][0]
+                continue
+            end_s = now_s + duration_s(unit)
+            ran = Ran(
+                unit=unit,
+                started_s=now_s,
+                finished_s=end_s,
+                owners=tuple(row.work.owner for row in unit.rows) or tuple(text.work.owner for text in unit.texts),
+                steps=tuple(row.step for row in unit.rows),
+            )
+            self.ran.append(ran)
+            self._arrive(events, end_s)
+            finished = self.scheduler.finished(unit, end_s - now_s, end_s)
+            for work in finished.chunks:
+                self.done_s[work.owner, work.request_id] = end_s
+            for text in finished.texts:
+                self.texts_done_s[text.text_id] = end_s
+            now_s = end_s
+
+    def _arrive(self, events: list[tuple[float, int, Any]], now_s: float) -> None:
+        while events and events[0][0] <= now_s:
+            at_s, _, work = heapq.heappop(events)
+            if isinstance(work, TextWork):
+                self.scheduler.ask(work)
+                continue
+            replaced, accepted = self.scheduler.submit(work, at_s)
+            self.replaced += [replaced] if replaced else []
+            self.refused += [] if accepted else [work]
+
+    def kinds(self) -> list[UnitKind]:
+        return [ran.unit.kind for ran in self.ran]
+
+
+def run(scheduler: AnyScheduler, *arrivals: ChunkWork[None] | TextWork[None]) -> Device:
+    device = Device(scheduler, list(arrivals))
+    device.run()
+    return device
+
+
+def test_a_chunk_alone_is_a_prefix_and_its_steps_at_once() -> None:
+    device = run(make(), chunk("a"))
+    assert device.kinds() == [UnitKind.PREFIX] + [UnitKind.EXPERT] * NUM_STEPS
+    assert [ran.steps[0] for ran in device.ran[1:]] == list(range(NUM_STEPS))
+    assert device.done_s["a", 1] == pytest.approx(ALONE_S)
+
+
+def test_the_earliest_deadline_runs_first_whoever_came_first() -> None:
+    device = run(make(), chunk("slow", within=1.0), chunk("urgent", within=0.1), chunk("middle", within=0.5))
+    assert sorted(device.done_s, key=device.done_s.__getitem__) == [("urgent", 1), ("middle", 1), ("slow", 1)]
+
+
+def test_an_urgent_robot_joins_at_a_step_boundary_with_its_own_step() -> None:
+    arrives_s = PREFIX_S[1] + 3.5 * STEP_S[1]
+    device = run(make(), chunk("first", within=1.0), chunk("urgent", at=arrives_s, within=0.1))
+    prefix = [ran for ran in device.ran if ran.unit.kind is UnitKind.PREFIX][1]
+    # The step that ran at its arrival ended first; its prefix came next; then both rows stepped together.
+    assert prefix.owners == ("urgent",)
+    assert prefix.started_s == pytest.approx(PREFIX_S[1] + 4 * STEP_S[1])
+    shared = [ran for ran in device.ran if len(ran.steps) == 2]
+    assert dict(zip(shared[0].owners, shared[0].steps, strict=True)) == {"first": 4, "urgent": 0}
+    assert len(shared) == 6
+    assert [ran.owners for ran in device.ran[-4:]] == [("urgent",)] * 4
+    assert device.done_s["first", 1] < device.done_s["urgent", 1]
+
+
+def test_rows_of_different_buckets_share_steps_but_no_prefix() -> None:
+    device = run(make(), chunk("a", within=0.0145, bucket=48), chunk("b", within=0.0146, bucket=200))
+    assert all(len(ran.unit.rows) == 1 for ran in device.ran if ran.unit.kind is UnitKind.PREFIX)
+    shared = [ran for ran in device.ran if len(ran.steps) == 2]
+    assert shared
+    assert all(ran.unit.bucket == 200 for ran in shared)
+
+
+def test_under_pressure_prefixes_go_first_and_steps_are_shared() -> None:
+    # One after the other the last would be late; with shared steps all four are in time.
+    within = 4 * PREFIX_S[1] + 14 * STEP_S[4]
+    assert within < 4 * ALONE_S
+    device = run(make(), *(chunk(owner, within=within) for owner in "abcd"))
+    assert len(device.done_s) == 4
+    assert max(device.done_s.values()) <= within
+    assert any(len(ran.steps) == 4 for ran in device.ran)
+
+
+def test_without_pressure_the_first_is_finished_before_the_next_begins() -> None:
+    device = run(make(), chunk("a", within=0.5), chunk("b", within=0.6))
+    assert device.done_s["a", 1] == pytest.approx(ALONE_S)
+    assert device.done_s["b", 1] == pytest.approx(2 * ALONE_S)
+
+
+def test_prefixes_share_a_unit_where_that_is_cheaper() -> None:
+    times = known()
+    for _ in range(60):
+        times.observe(group(UnitKind.PREFIX, "m", 48), 4, 0.008, 0.0)
+    scheduler: AnyScheduler = UnitScheduler(times=times)
+    for owner in "abcde":
+        scheduler.submit(chunk(owner), 0.0)
+    unit = scheduler.next_unit(0.0).unit
+    assert unit is not None
+    assert [row.work.owner for row in unit.rows] == ["a", "b", "c", "d"]
+
+
+def test_a_prefix_of_an_urgent_robot_does_not_make_a_chunk_in_progress_late() -> None:
+    arrives_s = PREFIX_S[1] + STEP_S[1]
+    begun = chunk("begun", within=ALONE_S + 0.002)
+    # Alone it would be in time, after the chunk in progress it cannot be.
+    device = run(make(), begun, chunk("urgent", at=arrives_s, within=ALONE_S + 0.0005))
+    assert device.done_s["begun", 1] <= begun.deadline_s
+    assert [work.owner for work in device.refused] == ["urgent"]
+
+
+def test_the_newest_observation_of_a_robot_replaces_the_waiting_one() -> None:
+    device = run(make(), chunk("other", within=0.5), chunk("a", at=0.001), chunk("a", at=0.002, request_id=2))
+    assert [work.request_id for work in device.replaced] == [1]
+    assert set(device.done_s) == {("other", 1), ("a", 2)}
+
+
+def test_a_robot_has_one_chunk_in_progress_at_a_time() -> None:
+    device = run(make(), chunk("a"), chunk("a", at=0.001, within=0.1, request_id=2))
+    assert device.done_s["a", 1] == pytest.approx(ALONE_S)
+    assert device.done_s["a", 2] == pytest.approx(2 * ALONE_S)
+    assert all(len(ran.owners) == 1 for ran in device.ran)
+
+
+def test_what_cannot_make_its_deadline_is_refused_before_it_runs() -> None:
+    device = run(make(), chunk("late", within=0.9 * ALONE_S))
+    assert [work.owner for work in device.refused] == ["late"]
+    assert device.ran == []
+    # In time if the device were free; it is not.
+    device = run(make(), chunk("a", within=0.1), chunk("behind", at=0.001, within=1.3 * ALONE_S))
+    assert [work.owner for work in device.refused] == ["behind"]
+    assert set(device.done_s) == {("a", 1)}
+
+
+def test_a_refused_robot_comes_first_next_time() -> None:
+    scheduler = make()
+    assert not scheduler.submit(chunk("unlucky", within=0.001), 0.0)[1]
+    scheduler.submit(chunk("unlucky", at=0.1, within=1.0, request_id=2), 0.1)
+    scheduler.submit(chunk("hasty", at=0.1, within=0.1), 0.1)
+    unit = scheduler.next_unit(0.1).unit
+    assert unit is not None
+    assert unit.rows[0].work.owner == "unlucky"
+
+
+def test_text_runs_while_no_chunk_needs_the_device() -> None:
+    device = run(make(), question("q", num_prefix_slices=5, max_tokens=20))
+    # The prefix gives the first token.
+    assert device.kinds() == [UnitKind.TEXT_PREFIX] * 5 + [UnitKind.TEXT] * 19
+
+
+def test_texts_of_several_robots_take_one_step_together() -> None:
+    device = run(make(), *(question(f"q{index}", num_prefix_slices=1) for index in range(8)))
+    assert len(device.texts_done_s) == 8
+    assert device.kinds().count(UnitKind.TEXT) < 40
+    assert any(ran.unit.size == 8 for ran in device.ran)
+
+
+def test_a_draft_is_checked_in_one_pass() -> None:
+    scheduler = make()
+    scheduler.ask(question("q", num_prefix_slices=1, num_draft_tokens=20, max_tokens=40))
+    unit = scheduler.next_unit(0.0).unit
+    assert unit is not None
+    scheduler.finished(unit, SLICE_S[1], 0.0012)
+    unit = scheduler.next_unit(0.0012).unit
+    assert unit is not None
+    assert unit.kind is UnitKind.DRAFT_CHECK
+    assert unit.texts[0].num_tokens == 0
+    finished = scheduler.finished(unit, CHECK_S[1], 0.0024, num_new_tokens={"q": 21}, ended=["q"])
+    assert [text.text_id for text in finished.texts] == ["q"]
+    assert len(scheduler) == 0
+    # A wrong draft is a start: decoding goes on from what was right.
+    scheduler.ask(question("r", num_prefix_slices=0, num_draft_tokens=20, max_tokens=10))
+    unit = scheduler.next_unit(0.1).unit
+    assert unit is not None
+    assert scheduler.finished(unit, CHECK_S[1], 0.1012, num_new_tokens={"r": 4}).texts == ()
+    unit = scheduler.next_unit(0.1012).unit
+    assert unit is not None
+    assert (unit.kind, unit.texts[0].num_tokens) == (UnitKind.TEXT, 4)
+
+
+def test_text_waits_for_chunks_whose_deadline_is_near_but_not_for_ever() -> None:
+    # Robots in turn keep the device busy, and each has less time to spare than a text step takes.
+    arrivals: list[ChunkWork[None] | TextWork[None]] = [question("q", num_prefix_slices=0, max_tokens=5, within=60.0)]
+    for index in range(400):
+        at = max(0.0, index * ALONE_S - 0.0001)
+        arrivals.append(chunk("ab"[index % 2], at=at, within=ALONE_S + 0.0008, request_id=index))
+    device = run(make(), *arrivals)
+    steps = [ran.started_s for ran in device.ran if ran.unit.kind is UnitKind.TEXT]
+    assert MAX_TEXT_WAIT_S < steps[0] < MAX_TEXT_WAIT_S + 2 * ALONE_S
+    assert len(steps) == 5
+    assert steps[-1] < 5 * (MAX_TEXT_WAIT_S + 2 * ALONE_S)
+    # It cost those chunks that met it, one each at most.
+    assert len(device.done_s) >= 395
+
+
+def test_a_robot_with_many_questions_does_not_keep_others_from_asking() -> None:
+    greedy = [question(f"g{index}", owner="greedy") for index in range(40)]
+    device = run(make(max_texts=4), *greedy, question("modest", at=0.1, within=10.0))
+    later = [text_id for text_id, done in device.texts_done_s.items() if done > device.texts_done_s["modest"]]
+    assert len(device.texts_done_s) == 41
+    assert len(later) > 25
+
+
+def test_text_past_its_deadline_is_dropped_also_in_progress() -> None:
+    device = run(make(), question("q", within=0.010, max_tokens=100))
+    assert [work.text_id for work in device.late_texts] == ["q"]
+    assert device.ran[-1].finished_s < 0.013
+
+
+def test_a_withdrawn_robot_leaves_nothing_behind_even_while_its_unit_runs() -> None:
+    scheduler = make()
+    scheduler.submit(chunk("a"), 0.0)
+    unit = scheduler.next_unit(0.0).unit
+    assert unit is not None
+    scheduler.submit(chunk("a", request_id=2, at=0.001), 0.001)
+    scheduler.ask(question("q", owner="a"))
+    chunks, texts = scheduler.withdraw("a")
+    assert ([work.request_id for work in chunks], [text.text_id for text in texts]) == ([2, 1], ["q"])
+    assert scheduler.finished(unit, PREFIX_S[1], 0.006).chunks == ()
+    assert len(scheduler) == 0
+    assert scheduler.next_unit(0.006).unit is None
+
+
+def test_a_unit_that_failed_takes_its_rows_with_it() -> None:
+    scheduler = make()
+    for owner in "ab":
+        scheduler.submit(chunk(owner), 0.0)
+    unit = scheduler.next_unit(0.0).unit
+    assert unit is not None
+    scheduler.failed(unit, 0.001)
+    unit = scheduler.next_unit(0.001).unit
+    assert unit is not None
+    assert [row.work.owner for row in unit.rows] == ["b"]
+
+
+def test_models_do_not_share_units_and_each_gets_its_turn() -> None:
+    scheduler: AnyScheduler = UnitScheduler(times=known(models=("m", "other")))
+    device = run(scheduler, *(chunk(f"{m}{i}", model=m, within=0.2) for i in range(4) for m in ("m", "other")))
+    assert len(device.done_s) == 8
+    assert all(len({row.work.model for row in ran.unit.rows}) == 1 for ran in device.ran)
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> list[ChunkWork[None] | TextWork[None]]:
+    """Robots that replan at their own rates with jitter, and their questions; some more than the device can do."""
+    arrivals: list[ChunkWork[None] | TextWork[None]] = []
+    random = Random(draw(st.integers(0, 1000)))
+    num_robots = draw(st.integers(1, 16))
+    within_s = draw(st.sampled_from([0.02, 0.06, 0.2]))
+    replan_s = draw(st.sampled_from([0.05, 0.2, 0.5]))
+    ask_every_s = draw(st.sampled_from([0.0, 0.1, 0.5]))
+    for robot in range(num_robots):
+        at = random.random() * replan_s
+        request_id = 0
+        while at < 0.6:
+            request_id += 1
+            bucket = random.choice([48, 200])
+            arrivals.append(chunk(f"r{robot}", at=at, within=within_s, request_id=request_id, bucket=bucket))
+            at += replan_s * random.uniform(0.8, 1.2)
+        at = random.random() * ask_every_s
+        while ask_every_s and at < 0.6:
+            text = question(
+                f"q{robot}-{at}",
+                owner=f"r{robot}",
+                at=at,
+                within=30.0,
+                num_prefix_slices=random.choice([0, 1, 5]),
+                num_draft_tokens=random.choice([0, 12]),
+                max_tokens=random.choice([1, 5, 20]),
+            )
+            arrivals.append(text)
+            at += ask_every_s * random.uniform(0.5, 1.5)
+    return arrivals
+
+
+@settings(max_examples=60, deadline=None)
+@given(fleets())
+def test_text_takes_at_most_one_unit_from_any_chunk_and_nothing_starves(
+    arrivals: list[ChunkWork[None] | TextWork[None]],
+) -> None:
+    device = run(make(), *arrivals)
+    asked = {(work.owner, work.request_id): work for work in arrivals if isinstance(work, ChunkWork)}
+    refused = {(work.owner, work.request_id) for work in (*device.refused, *device.replaced)}
+    # Every chunk has exactly one fate, and so has every text.
+    assert refused.isdisjoint(device.done_s)
+    assert refused | set(device.done_s) == set(asked)
+    texts = [work for work in arrivals if isinstance(work, TextWork)]
+    assert len(device.texts_done_s) + len(device.late_texts) == len(texts)
+    assert device.late_texts == []
+    begun_s = {}
+    text_units = [ran for ran in device.ran if ran.unit.kind not in ACTION_KINDS]
+    for ran in device.ran:
+        if ran.unit.kind is UnitKind.PREFIX:
+            begun_s.update({(row.work.owner, row.work.request_id): ran.started_s for row in ran.unit.rows})
+    for key, done_s in device.done_s.items():
+        arrived_s = asked[key].arrived_s
+        taken_s = sum(max(0.0, min(ran.finished_s, done_s) - max(ran.started_s, arrived_s)) for ran in text_units)
+        assert taken_s <= LONGEST_TEXT_UNIT_S + 1e-9
+        # What has begun comes to its end: other prefixes pass it only as far as its deadline allows, text once.
+        assert done_s <= max(asked[key].deadline_s, begun_s[key] + 4 * ALONE_S) + LONGEST_TEXT_UNIT_S
+    # The device is never idle while something waits.
+    for earlier, later in itertools.pairwise(device.ran):
+        if later.started_s > earlier.finished_s + 1e-9:
+            assert any(work.arrived_s == pytest.approx(later.started_s) for work in arrivals)
