@@ -1,8 +1,6 @@
 """Which tensors the fused path keeps, under which names and in which shapes.
 
 They lie one behind the other in one buffer, so that a whole new version of the weights is one copy on the device.
-
-Shapes: N entries of a modulation table, D width, H heads, Q numbers of a fused query-key-value projection.
 """
 
 from __future__ import annotations
@@ -101,21 +99,14 @@ def _tower(size: TowerSize, num_entries: int, dtype: torch.dtype, *, adaptive: b
             f"{at}gate_up": Entry(shape=(2 * size.mlp, width), dtype=dtype),
             f"{at}down": Entry(shape=(width, size.mlp), dtype=dtype),
         }
-        for norm, num_out in (("norm_1", num_qkv), ("norm_2", 2 * size.mlp)):
-            entries |= _norm(f"{at}{norm}", width, num_entries, num_out if adaptive else 0)
-    return entries | _norm("norm", width, num_entries, 0) | ({"norm.shift": _table(num_entries, width)} if adaptive else {})
+        entries |= _norm(f"{at}norm_1", width, num_entries, adaptive=adaptive)
+        entries |= _norm(f"{at}norm_2", width, num_entries, adaptive=adaptive)
+    return entries | _norm("norm", width, num_entries, adaptive=adaptive)
 
 
-def _norm(name: str, width: int, num_entries: int, num_out: int) -> dict[str, Entry]:
-    """num_out: Of the projection behind an adaptive norm; 0: a plain norm, or no projection."""
-    entries = {f"{name}.scale": _table(num_entries, width)}
-    if num_out:
-        entries |= {
-            f"{name}.shift": _table(num_entries, width),
-            f"{name}.shifted": _table(num_entries, num_out),
-            f"{name}.gate": _table(num_entries, width),
-        }
-    return entries
+def _norm(name: str, width: int, num_entries: int, *, adaptive: bool) -> dict[str, Entry]:
+    parts = ("scale", "shift", "gate") if adaptive else ("scale",)
+    return {f"{name}.{part}": _table(num_entries, width) for part in parts}
 
 
 def _table(num_entries: int, width: int) -> Entry:

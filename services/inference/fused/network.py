@@ -144,6 +144,7 @@ class FusedPi052:
 
     # -- preparing -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def prepare(self, progress: Progress | None = None) -> None:
         """Captures every bucket; weights must be there. Without it a bucket is captured at its first use."""
         wanted = self._buckets()
@@ -168,7 +169,9 @@ class FusedPi052:
         key = (name, rows, length)
         if key not in self._recorded:
             unit = self._whole_chunk if name == "whole_chunk" else getattr(self.units, name)
-            self._recorded[key] = Recorded(unit, self._inputs(name, rows, length), self._pool)
+            with torch.inference_mode(False):
+                inputs = self._inputs(name, rows, length)
+            self._recorded[key] = Recorded(unit, inputs, self._pool)
         return self._recorded[key]
 
     def _inputs(self, name: str, rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -216,6 +219,7 @@ class FusedPi052:
 
     # -- units ---------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def vision(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, 3, height, width) float32 in [-1, 1] to (N, P, D). The answer holds until the next call of any unit."""
         cameras = self.settings.num_cameras
@@ -225,6 +229,7 @@ class FusedPi052:
         found: torch.Tensor = recorded.run()
         return found[: len(pictures)]
 
+    @torch.inference_mode()
     def prefix(self, rows: Sequence[PrefixRow]) -> None:
         """Rows may have prompts of different lengths: all are padded to the bucket of the longest."""
         num_rows = self._fit("prefix", len(rows), self.settings.prefix_rows)
@@ -236,10 +241,12 @@ class FusedPi052:
         self._send_prompts(inputs, [(row.slot, row.picture_valid, row.tokens) for row in rows])
         recorded.run()
 
+    @torch.inference_mode()
     def expert_step(self, rows: Sequence[tuple[int, int]]) -> None:
         """One Euler step of each row: its slot, and its step from 0 to num_steps - 1."""
         self._run_small("expert_step", [slot for slot, _ in rows], [step for _, step in rows], self.settings.expert_rows)
 
+    @torch.inference_mode()
     def first_text(self, rows: Sequence[TextRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """The first token of each row behind its prefix: allowed logits (B, V) float32 and the likeliest tokens (B,) int64.
 
@@ -248,10 +255,12 @@ class FusedPi052:
         """
         return self._text("first_text", rows)
 
+    @torch.inference_mode()
     def text_step(self, rows: Sequence[TextRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token of each row, as first_text() answers it."""
         return self._text("text_step", rows)
 
+    @torch.inference_mode()
     def check_draft(self, rows: Sequence[TextRow], drafts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """What greedy decoding gives after the slots' tokens, as far as the drafts foresaw it: see units.check_draft."""
         num_rows = self._fit("draft", len(rows), self.settings.prefix_rows)
@@ -264,10 +273,12 @@ class FusedPi052:
         tokens, counts = recorded.run()
         return tokens[: len(rows)], counts[: len(rows)]
 
+    @torch.inference_mode()
     def set_token(self, slot: int, token: int) -> None:
         """The newest text token of a slot, where it was drawn and is not the likeliest."""
         self.slots.token[slot] = token
 
+    @torch.inference_mode()
     def whole_chunk(self, slot: int, pictures: torch.Tensor, picture_valid: Sequence[bool], tokens: Sequence[int]) -> None:
         """vision(), prefix() and every expert_step() of one row in one go, after begin_chunk()."""
         length = self._fit("prompt", len(tokens), self.settings.prompt_lengths)
@@ -320,4 +331,4 @@ def _operations(
         return ReferenceOps(dtype), ReferenceOps(dtype)
     from .kernels import FewOps, ManyOps  # Triton is only there where a GPU is.
 
-    return FewOps(config, sizes, device), ManyOps(config, sizes, device)
+    return FewOps(config, sizes, device, dtype), ManyOps(config, sizes, device, dtype)

@@ -1,6 +1,6 @@
 """The operations that the units are made of, and what they mean in plain torch.
 
-A layer is five of them: project_qkv, attend, project_out, gate_up, project_out. ReferenceOps runs on every device and says what
+A layer is seven of them: normed, project_qkv, attend, project_out, normed, gate_up, project_out. ReferenceOps runs on every device and says what
 the kernels must compute; kernels.py has two more sets with the same signatures, for few and for many rows.
 
 Shapes: B rows, T tokens of a row, D width, H heads, E head size, M MLP width, A action size, V vocabulary.
@@ -19,7 +19,7 @@ from policies.attention import rotate, rotation
 from policies.pi052.gemma import normalized
 from policies.siglip import LAYER_NORM_EPS
 
-from .slots import Rows, Slots
+from .slots import Residual, Rows, Slots
 from .weights import FusedWeights, Norm, step_times
 
 
@@ -57,10 +57,15 @@ class EulerTables:
 
 
 class Ops(Protocol):
+    def normed(self, residual: Residual, norm: Norm, rows: Rows) -> torch.Tensor:
+        """Adds what is pending; the norm of the stream, (B, T, D)."""
+
+    def settled(self, residual: Residual, rows: Rows) -> torch.Tensor:
+        """Adds what is pending; the stream."""
+
     def project_qkv(
         self,
-        x: torch.Tensor,
-        norm: Norm,
+        normed: torch.Tensor,
         weight: torch.Tensor,
         rows: Rows,
         slots: Slots,
@@ -69,35 +74,35 @@ class Ops(Protocol):
         *,
         keys_only: bool = False,
     ) -> torch.Tensor:
-        """Norms x (B, T, D), projects, rotates; keys and values go into the slots. The queries, (B, T, H, E), strided."""
+        """Projects and rotates; keys and values go into the slots. The queries, (B, T, H, E), tokens possibly apart."""
 
     def attend(self, q: torch.Tensor, rows: Rows, slots: Slots, layer: int) -> torch.Tensor:
         """(B, T, H * E)."""
 
-    def project_out(self, x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, norm: Norm, rows: Rows) -> None:
-        """x (B, T, D) += branch @ weight.T, times the gate of norm if it has one."""
+    def project_out(self, residual: Residual, branch: torch.Tensor, weight: torch.Tensor, norm: Norm, rows: Rows) -> None:
+        """The stream gets branch @ weight.T, times the gate of norm if it has one: now, or pending."""
 
-    def gate_up(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Norms x (B, T, D) and answers gelu(gate) * up, (B, T, M)."""
+    def gate_up(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """gelu(gate) * up, (B, T, M)."""
 
     def action_in(self, weights: FusedWeights, rows: Rows, slots: Slots) -> torch.Tensor:
         """The slots' noisy actions as the expert's tokens, (B, T, D)."""
 
-    def action_out(self, x: torch.Tensor, weights: FusedWeights, rows: Rows, slots: Slots, euler: EulerTables) -> None:
+    def action_out(self, residual: Residual, weights: FusedWeights, rows: Rows, slots: Slots, euler: EulerTables) -> None:
         """Final norm, velocity, guidance and one Euler step of the slots' actions."""
 
-    def logits(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
-        """Final norm and text head: (rows, D) to (rows, V) float32."""
+    def logits(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Text head: (rows, D) to (rows, V) float32."""
 
     def add_layer_norm(
         self,
         x: torch.Tensor,
         branch: torch.Tensor | None,
         branch_bias: torch.Tensor | None,
-        views: dict[str, torch.Tensor],
-        at: str,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
     ) -> torch.Tensor:
-        """x (rows, D) float32 += branch + branch_bias; its LayerNorm with the weight and bias named at, in the weights' dtype."""
+        """x (rows, D) float32 += branch + branch_bias; its LayerNorm, in the matrices' dtype."""
 
     def linear_gelu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor: ...
 
@@ -108,10 +113,15 @@ class ReferenceOps:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
+    def normed(self, residual: Residual, norm: Norm, rows: Rows) -> torch.Tensor:
+        return _modulated(self.settled(residual, rows), norm, rows)
+
+    def settled(self, residual: Residual, rows: Rows) -> torch.Tensor:
+        return residual.x
+
     def project_qkv(
         self,
-        x: torch.Tensor,
-        norm: Norm,
+        normed: torch.Tensor,
         weight: torch.Tensor,
         rows: Rows,
         slots: Slots,
@@ -120,17 +130,15 @@ class ReferenceOps:
         *,
         keys_only: bool = False,
     ) -> torch.Tensor:
-        inner = heads.num * heads.size
-        projected = functional.linear(_modulated(x, norm, rows), weight).unflatten(-1, (heads.num + 2, heads.size))
+        projected = functional.linear(normed, weight).unflatten(-1, (heads.num + 2, heads.size))
         cos, sin = rotation(rows.positions, heads.size)
         q, k, v = projected[:, :, : heads.num], projected[:, :, heads.num : heads.num + 1], projected[:, :, -1]
-        at = (rows.own[:, None] + torch.arange(rows.num_tokens, device=x.device)).long()
+        at = (rows.own[:, None] + torch.arange(rows.num_tokens, device=normed.device)).long()
         row = rows.slots[:, None].long().expand_as(at)
         slots.keys[layer][row, at] = rotate(k.transpose(1, 2), cos, sin)[:, 0]
         slots.values[layer][row, at] = v
         if keys_only:
             return q[..., :0]
-        assert q.shape[2] * q.shape[3] == inner
         return rotate(q.transpose(1, 2), cos, sin).transpose(1, 2)
 
     def attend(self, q: torch.Tensor, rows: Rows, slots: Slots, layer: int) -> torch.Tensor:
@@ -142,8 +150,6 @@ class ReferenceOps:
         if rows.sees_own:
             offset = (key - rows.own[:, None])[:, None, :]
             own = (offset >= 0) & (offset <= token if rows.causal else offset < num_tokens)
-            if rows.own_is_prefix:
-                own = own & slots.valid[rows.slots.long()].bool()[:, None, :]
             allowed = allowed | own
         # Heads fold into the rows of the query: (B, T * H, E) against the one key head.
         folded = q.flatten(1, 2)
@@ -152,12 +158,12 @@ class ReferenceOps:
         mixed = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=size**-0.5)
         return mixed.unflatten(1, (num_tokens, -1)).flatten(2)
 
-    def project_out(self, x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, norm: Norm, rows: Rows) -> None:
+    def project_out(self, residual: Residual, branch: torch.Tensor, weight: torch.Tensor, norm: Norm, rows: Rows) -> None:
         out = functional.linear(branch, weight)
-        x.add_(out if norm.gate is None else (out * _entries(norm.gate, rows)).to(x.dtype))
+        residual.x.add_(out if norm.gate is None else (out * _entries(norm.gate, rows)).to(out.dtype))
 
-    def gate_up(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, rows: Rows) -> torch.Tensor:
-        gate, up = functional.linear(_modulated(x, norm, rows), weight).chunk(2, dim=-1)
+    def gate_up(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        gate, up = functional.linear(normed, weight).chunk(2, dim=-1)
         return functional.gelu(gate, approximate="tanh") * up
 
     def action_in(self, weights: FusedWeights, rows: Rows, slots: Slots) -> torch.Tensor:
@@ -165,10 +171,10 @@ class ReferenceOps:
         actions = torch.where(_is_clean(rows)[:, :, None], slots.committed[index], slots.actions[index])
         return functional.linear(actions, views["action_in.weight"], views["action_in.bias"]).to(self.dtype)
 
-    def action_out(self, x: torch.Tensor, weights: FusedWeights, rows: Rows, slots: Slots, euler: EulerTables) -> None:
+    def action_out(self, residual: Residual, weights: FusedWeights, rows: Rows, slots: Slots, euler: EulerTables) -> None:
         views, index, norm = weights.views, rows.slots.long(), weights.expert_norm
         assert rows.steps is not None
-        hidden = _modulated(x.float(), norm, rows)
+        hidden = self.normed(residual, norm, rows).float()
         v = functional.linear(hidden, views["action_out.weight"], views["action_out.bias"])
         clean, committed = _is_clean(rows)[:, :, None], slots.committed[index]
         actions = torch.where(clean, committed, slots.actions[index])
@@ -177,8 +183,7 @@ class ReferenceOps:
         v = v - guidance * error
         slots.actions[index] = torch.where(clean, committed, actions - v / euler.num_steps)
 
-    def logits(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
-        normed = (normalized(x) * norm.scale[0]).to(x.dtype)
+    def logits(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(normed, weight).float()
 
     def add_layer_norm(
@@ -186,14 +191,13 @@ class ReferenceOps:
         x: torch.Tensor,
         branch: torch.Tensor | None,
         branch_bias: torch.Tensor | None,
-        views: dict[str, torch.Tensor],
-        at: str,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
     ) -> torch.Tensor:
         if branch is not None:
             x.add_(branch)
         if branch_bias is not None:
             x.add_(branch_bias)
-        weight, bias = views[f"{at}.weight"], views[f"{at}.bias"]
         return functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS).to(self.dtype)
 
     def linear_gelu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,10 @@ from policies import rtc
 from policies.configuration import TowerSize
 
 
+# Kernels read whole blocks of keys; what is behind the last key must at least exist.
+KEYS_READ_AT_A_TIME = 64
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlotSizes:
     """Attributes:
@@ -37,7 +41,7 @@ class SlotSizes:
 
     @property
     def capacity(self) -> int:
-        return self.text_capacity + self.horizon
+        return -(-(self.text_capacity + self.horizon) // KEYS_READ_AT_A_TIME) * KEYS_READ_AT_A_TIME
 
 
 class Slots:
@@ -90,6 +94,7 @@ class Slots:
         assert 0 <= slot < self.sizes.num_slots and slot not in self._free, f"slot {slot} was not taken"
         self._free.append(slot)
 
+    @torch.inference_mode()
     def begin_chunk(
         self,
         slot: int,
@@ -131,6 +136,7 @@ class Slots:
         )
         self.pull[slot].copy_(weights[0], non_blocking=True)
 
+    @torch.inference_mode()
     def see_text(self, slot: int) -> None:
         """Actions of this slot shall see the text decoded behind its prefix (a chunk conditioned on its own subtask)."""
         self.action_keys[slot] = self.text_keys[slot]
@@ -150,7 +156,6 @@ class Rows:
         clean: (B,) int32, first tokens that take the last table row; None: none.
         sees_own: Tokens also see their row's own keys,
         causal: but none of a token behind.
-        own_is_prefix: Their own keys are a prefix, some of which may be padding.
     """
 
     slots: torch.Tensor
@@ -161,7 +166,6 @@ class Rows:
     clean: torch.Tensor | None = None
     sees_own: bool = True
     causal: bool = False
-    own_is_prefix: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -170,3 +174,20 @@ class Rows:
     @property
     def num_tokens(self) -> int:
         return self.positions.shape[1]
+
+
+@dataclass(kw_only=True)
+class Residual:
+    """The stream of a tower, (B, T, D), and a branch that is still to be added to it.
+
+    A kernel that norms the stream reads all of it anyway: it adds what is pending on its way.
+
+    Attributes:
+        x: In place.
+        parts: What the branch is the sum of, each (B, T, D), stacked; None where nothing is pending.
+        gate: Table by step that the branch is multiplied with, or None.
+    """
+
+    x: torch.Tensor
+    parts: torch.Tensor | None = None
+    gate: torch.Tensor | None = None

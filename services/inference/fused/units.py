@@ -9,6 +9,7 @@ Shapes: B rows, I cameras, P tokens of a camera, L prompt tokens, S = I * P + L,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from policies import text
 
 from .layout import patch_columns
 from .ops import EulerTables, Heads, Ops
-from .slots import Rows, Slots
+from .slots import Residual, Rows, Slots
 from .weights import FusedWeights, Layer
 
 # Bits of a row's text flags.
@@ -51,15 +52,15 @@ class Units:
         branch, bias = None, None
         for index in range(size.depth):
             at = f"vision.layers.{index}"
-            normed = ops.add_layer_norm(x, branch, bias, views, f"{at}.norm_1")
+            normed = ops.add_layer_norm(x, branch, bias, *_norm(views, f"{at}.norm_1"))
             qkv = functional.linear(normed, views[f"{at}.qkv.weight"], views[f"{at}.qkv.bias"])
             q, k, v = qkv.view(num, -1, 3, size.heads, size.width // size.heads).permute(2, 0, 3, 1, 4)
             mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
             branch, bias = functional.linear(mixed, views[f"{at}.o.weight"]), views[f"{at}.o.bias"]
-            normed = ops.add_layer_norm(x, branch, bias, views, f"{at}.norm_2")
+            normed = ops.add_layer_norm(x, branch, bias, *_norm(views, f"{at}.norm_2"))
             hidden = ops.linear_gelu(normed, views[f"{at}.up.weight"], views[f"{at}.up.bias"])
             branch, bias = functional.linear(hidden, views[f"{at}.down.weight"]), views[f"{at}.down.bias"]
-        normed = ops.add_layer_norm(x, branch, bias, views, "vision.norm")
+        normed = ops.add_layer_norm(x, branch, bias, *_norm(views, "vision.norm"))
         tokens = functional.linear(normed, views["vision.projector.weight"], views["vision.projector.bias"])
         return tokens.view(num, -1, tokens.shape[-1])
 
@@ -85,21 +86,23 @@ class Units:
         num_rows, length = valid.shape
         index = slots.long()
         pool.valid[index] = functional.pad(valid.to(torch.uint8), (0, pool.valid.shape[1] - length), value=1)
-        nothing = torch.zeros_like(slots)
         rows = Rows(
             slots=slots,
             positions=(valid.cumsum(dim=1) - 1).clamp(min=0).int(),
-            seen=nothing,
-            own=nothing,
-            own_is_prefix=True,
+            # Every token's keys are there before one is looked at: a prefix looks back at itself.
+            seen=torch.full_like(slots, length),
+            own=torch.zeros_like(slots),
+            sees_own=False,
         )
-        x = torch.cat([picture_tokens, self._embedded(tokens)], dim=1)
+        residual = Residual(x=torch.cat([picture_tokens, self._embedded(tokens)], dim=1))
         layers = self.weights.language
         for number, layer in enumerate(layers[:-1]):
-            self._layer(x, layer, number, rows, many)
-        many.project_qkv(x, layers[-1].norm_1, layers[-1].qkv, rows, pool, len(layers) - 1, self._heads, keys_only=True)
+            self._layer(residual, layer, number, rows, many)
+        normed = many.normed(residual, layers[-1].norm_1, rows)
+        many.project_qkv(normed, layers[-1].qkv, rows, pool, len(layers) - 1, self._heads, keys_only=True)
         # Padding stands behind the prompt: its last valid token is what text follows.
         last = length - 1 - valid.flip(1).long().argmax(dim=1)
+        x = many.settled(residual, rows)
         pool.last_hidden[index] = x[torch.arange(num_rows, device=x.device), last]
         num_valid = valid.sum(dim=1).int()
         for count in (pool.action_keys, pool.text_keys):
@@ -131,10 +134,10 @@ class Units:
     def expert_layers(self, rows: Rows) -> None:
         """expert_step() with what it looks up given: it is the same at every step of a chunk."""
         few, pool = self.few, self.slots
-        x = few.action_in(self.weights, rows, pool)
+        residual = Residual(x=few.action_in(self.weights, rows, pool))
         for number, layer in enumerate(self.weights.expert):
-            self._layer(x, layer, number, rows, few)
-        few.action_out(x, self.weights, rows, pool, self.euler)
+            self._layer(residual, layer, number, rows, few)
+        few.action_out(residual, self.weights, rows, pool, self.euler)
 
     def first_text(self, slots: torch.Tensor, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What follows the prompt: runs the last layer that prefix() left out, for the last token alone.
@@ -155,22 +158,22 @@ class Units:
             own=torch.full_like(slots, pool.sizes.text_capacity),
             sees_own=False,
         )
-        x = pool.last_hidden[index][:, None].contiguous()
-        self._layer(x, self.weights.language[-1], len(self.weights.language) - 1, rows, few)
-        return self._chosen(x[:, 0], slots, flags)
+        residual = Residual(x=pool.last_hidden[index][:, None].contiguous())
+        self._layer(residual, self.weights.language[-1], len(self.weights.language) - 1, rows, few)
+        return self._chosen(residual, rows, flags)
 
     def text_step(self, slots: torch.Tensor, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads the slots' newest token and answers like first_text() what may follow."""
         pool, few, index = self.slots, self.few, slots.long()
         seen, position = pool.text_keys[index], pool.text_position[index]
         rows = Rows(slots=slots, positions=position[:, None], seen=seen, own=seen)
-        x = self._embedded(pool.token[index])[:, None].contiguous()
+        residual = Residual(x=self._embedded(pool.token[index])[:, None].contiguous())
         for number, layer in enumerate(self.weights.language):
-            self._layer(x, layer, number, rows, few)
+            self._layer(residual, layer, number, rows, few)
         # A slot that is full, as the scratch slot will be, writes over its last key.
         pool.text_keys[index] = (seen + 1).clamp(max=pool.sizes.text_capacity - 1)
         pool.text_position[index] = position + 1
-        return self._chosen(x[:, 0], slots, flags)
+        return self._chosen(residual, rows, flags)
 
     def check_draft(
         self, slots: torch.Tensor, flags: torch.Tensor, draft: torch.Tensor
@@ -191,10 +194,11 @@ class Units:
         seen, position = pool.text_keys[index], pool.text_position[index]
         offset = torch.arange(tokens.shape[1], dtype=torch.int32, device=slots.device)
         rows = Rows(slots=slots, positions=position[:, None] + offset, seen=seen, own=seen, causal=True)
-        x = self._embedded(tokens.clamp(min=0))
+        residual = Residual(x=self._embedded(tokens.clamp(min=0)))
         for number, layer in enumerate(self.weights.language):
-            self._layer(x, layer, number, rows, few)
-        logits = few.logits(x.flatten(0, 1), self.weights.language_norm, self.weights.views["text_head"])
+            self._layer(residual, layer, number, rows, few)
+        normed = few.normed(residual, self.weights.language_norm, rows)
+        logits = few.logits(normed.flatten(0, 1), self.weights.views["text_head"])
         logits = logits.view(*tokens.shape, -1).masked_fill_(self.forbidden[flags.long()][:, None], -math.inf)
         greedy = logits.argmax(dim=-1)
         agreed = (greedy[:, :-1] == draft).long().cumprod(dim=1).sum(dim=1)
@@ -209,22 +213,24 @@ class Units:
     def _heads(self) -> Heads:
         return Heads(num=self.weights.config.language.heads, size=self.weights.config.language.head_dim)
 
-    def _layer(self, x: torch.Tensor, layer: Layer, number: int, rows: Rows, ops: Ops) -> None:
-        """x (B, T, D) in place."""
-        q = ops.project_qkv(x, layer.norm_1, layer.qkv, rows, self.slots, number, self._heads)
-        ops.project_out(x, ops.attend(q, rows, self.slots, number), layer.o, layer.norm_1, rows)
-        ops.project_out(x, ops.gate_up(x, layer.norm_2, layer.gate_up, rows), layer.down, layer.norm_2, rows)
+    def _layer(self, residual: Residual, layer: Layer, number: int, rows: Rows, ops: Ops) -> None:
+        normed = ops.normed(residual, layer.norm_1, rows)
+        q = ops.project_qkv(normed, layer.qkv, rows, self.slots, number, self._heads)
+        ops.project_out(residual, ops.attend(q, rows, self.slots, number), layer.o, layer.norm_1, rows)
+        normed = ops.normed(residual, layer.norm_2, rows)
+        ops.project_out(residual, ops.gate_up(normed, layer.gate_up), layer.down, layer.norm_2, rows)
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         return functional.embedding(tokens, self.weights.views["token_table"]) * math.sqrt(
             self.weights.config.language.width
         )
 
-    def _chosen(self, x: torch.Tensor, slots: torch.Tensor, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.few.logits(x, self.weights.language_norm, self.weights.views["text_head"])
+    def _chosen(self, residual: Residual, rows: Rows, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = self.few.normed(residual, self.weights.language_norm, rows)
+        logits = self.few.logits(normed[:, 0], self.weights.views["text_head"])
         logits = logits.masked_fill_(self.forbidden[flags.long()], -math.inf)
         tokens = logits.argmax(dim=-1)
-        self.slots.token[slots.long()] = tokens
+        self.slots.token[rows.slots.long()] = tokens
         return logits, tokens
 
 
@@ -241,6 +247,10 @@ def forbidden_tokens(vocabulary: int, rules: text.Decoding, device: torch.device
         )
         found.append(text.allowed_logits(torch.zeros(1, vocabulary), asked, 0)[0].isinf())
     return torch.stack(found).to(device)
+
+
+def _norm(views: Mapping[str, torch.Tensor], at: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return views[f"{at}.weight"], views[f"{at}.bias"]
 
 
 def _patches(pictures: torch.Tensor, patch: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

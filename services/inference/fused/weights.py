@@ -4,10 +4,8 @@
 
 Fused: q, k and v of a layer are one matrix, gate and up are one; a picture patch is a row of a matrix. The expert's norms take
 their scale, shift and gate from tables, one entry per Euler step: modulations depend on nothing but the flow time, and the
-times are known. Behind a norm stands a projection W, and norm(x) * scale + shift goes through it as
-rms(x)^-1 * (x * scale) W + shift W, where shift W ("shifted") is in a table as well: a kernel can then normalise what it has
-already multiplied. RMSNorm weights are not multiplied into W: bfloat16 would round every weight a second time, and the kernels
-apply them for nothing on their way.
+times are known. RMSNorm weights are not multiplied into the projection behind them: bfloat16 would round every weight a second
+time, and the pass that divides by the root mean square multiplies by them for nothing.
 """
 
 from __future__ import annotations
@@ -34,13 +32,11 @@ class Norm:
     Attributes:
         scale: (N, D) float32, with the 1 added.
         shift: (N, D) float32.
-        shifted: (N, outputs of the projection behind this norm) float32, shift through that projection.
         gate: (N, D) float32, of the branch behind this norm.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor | None
-    shifted: torch.Tensor | None
     gate: torch.Tensor | None
 
 
@@ -88,7 +84,7 @@ class FusedWeights:
         self.stage(state)
         self.commit()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stage(self, state: State) -> None:
         """Brings a network's state dict (names of Pi052Network) into the spare buffer; what serves stays as it is.
 
@@ -105,6 +101,7 @@ class FusedWeights:
             wait()
         self._staged = True
 
+    @torch.inference_mode()
     def commit(self) -> None:
         """Makes the staged weights those that serve: one copy on the device, in order with the current stream's work."""
         assert self._spare is not None, "stage() comes first"
@@ -130,7 +127,6 @@ class FusedWeights:
         return Norm(
             scale=views[f"{at}.scale"],
             shift=views.get(f"{at}.shift"),
-            shifted=views.get(f"{at}.shifted"),
             gate=views.get(f"{at}.gate"),
         )
 
@@ -182,9 +178,9 @@ def _fill(
     for index in range(config.expert.depth):
         at = f"expert.layers.{index}"
         _fill_matrices(views, source, at)
-        _fill_modulation(views, source, f"{at}.norm_1", condition, views[f"{at}.qkv"])
-        _fill_modulation(views, source, f"{at}.norm_2", condition, views[f"{at}.gate_up"])
-    _fill_modulation(views, source, "expert.norm", condition, None)
+        _fill_modulation(views, source, f"{at}.norm_1", condition)
+        _fill_modulation(views, source, f"{at}.norm_2", condition)
+    _fill_modulation(views, source, "expert.norm", condition)
 
 
 class _Source:
@@ -255,16 +251,11 @@ def _condition(source: _Source, config: NetworkConfig, num_steps: int, device: t
     return hidden
 
 
-def _fill_modulation(
-    views: Mapping[str, torch.Tensor], source: _Source, at: str, condition: torch.Tensor, behind: torch.Tensor | None
-) -> None:
-    """behind: The fused projection that reads this norm."""
+def _fill_modulation(views: Mapping[str, torch.Tensor], source: _Source, at: str, condition: torch.Tensor) -> None:
     width = condition.shape[1]
     weight = source(f"{at}.modulation.weight", (3 * width, width)).float()
     bias = source(f"{at}.modulation.bias", (3 * width,)).float()
     scale, shift, gate = functional.linear(condition, weight, bias).chunk(3, dim=-1)
     torch.add(scale, 1.0, out=views[f"{at}.scale"])
     views[f"{at}.shift"].copy_(shift)
-    if behind is not None:
-        views[f"{at}.shifted"].copy_(shift @ behind.float().T)
-        views[f"{at}.gate"].copy_(gate)
+    views[f"{at}.gate"].copy_(gate)
