@@ -1,0 +1,7 @@
+"""The fast path of one pi052 network: fused weights, units of work in slots, captured graphs. See docs/design/0015-fused-engine.md."""
+
+from __future__ import annotations
+
+from .network import FusedPi052, FusedSettings, PrefixRow, TextRow
+
+__all__ = ["FusedPi052", "FusedSettings", "PrefixRow", "TextRow"]

@@ -1,0 +1,334 @@
+"""The fast path of one pi052 network on one device: what a scheduler calls between two decisions.
+
+    fused = FusedPi052(network.config, FusedSettings(...), device)
+    fused.weights.refill(network.state_dict())
+    fused.prepare(progress)                               captures a graph for every bucket
+    slot = fused.slots.take()
+    tokens = fused.vision(pictures)                       (I, P, D): keep them while a picture does not change
+    fused.prefix([PrefixRow(slot=slot, ...)])
+    fused.slots.begin_chunk(slot, noise, ...)
+    for step in range(num_steps): fused.expert_step([(slot, step)])       with rows of other robots, at other steps
+    chunk = fused.slots.actions[slot]
+
+Calls go to the current stream in order and do not wait for the device. They belong to one thread.
+
+Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A action size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from manyhands.errors import InvalidInput
+from policies import rtc, text
+from policies.pi052.config import NetworkConfig
+
+from .graphs import GraphPool, Recorded, Uploads
+from .ops import EulerTables, ReferenceOps
+from .slots import Slots, SlotSizes
+from .units import Units, forbidden_tokens
+from .weights import FusedWeights
+
+# done, total, what was just prepared.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedSettings:
+    """Attributes:
+    num_cameras: I, every prefix has as many; a missing one is masked.
+    num_steps: Euler steps of a chunk.
+    horizon: Actions of a chunk, T.
+    num_slots: Rows in work at a time.
+    max_text: Tokens decoded behind a prefix.
+    prompt_lengths: Buckets; a prompt is padded to the next.
+    prefix_rows, expert_rows, text_rows: Buckets of rows in one pass.
+    draft_length: Tokens of a draft checked in one pass; 0: no drafts.
+    decoding: Which tokens are special or no text; the rest of it is a request's.
+    max_guidance_weight: Of guided chunking.
+    trained_max_delay: > 0: trained chunking, which keeps up to so many committed actions.
+    schedule: Of guided chunking.
+    whole_chunk: One graph of vision, prefix and all steps, for a robot that is alone.
+    """
+
+    num_cameras: int
+    num_steps: int = 10
+    horizon: int = 50
+    num_slots: int = 32
+    max_text: int = 128
+    prompt_lengths: tuple[int, ...] = (48, 96, 200)
+    prefix_rows: tuple[int, ...] = (1, 2, 4)
+    expert_rows: tuple[int, ...] = (1, 2, 4, 8, 16)
+    text_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    draft_length: int = 0
+    decoding: text.Decoding = field(default_factory=text.Decoding)
+    max_guidance_weight: float = rtc.DEFAULT_MAX_GUIDANCE_WEIGHT
+    trained_max_delay: int = 0
+    schedule: rtc.PrefixSchedule = rtc.PrefixSchedule.LINEAR
+    whole_chunk: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixRow:
+    """Attributes:
+    slot: Where it goes.
+    picture_tokens: (I, P, D) or (I * P, D) of vision(), on the device.
+    picture_valid: Per camera.
+    tokens: Ids of the prompt.
+    """
+
+    slot: int
+    picture_tokens: torch.Tensor
+    picture_valid: Sequence[bool]
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRow:
+    """Attributes:
+    slot: Of the row.
+    flags: units.TOO_SHORT while fewer than min_new_tokens came, units.NO_LOCATIONS for anything but visual questions.
+    """
+
+    slot: int
+    flags: int
+
+
+class FusedPi052:
+    """Attributes:
+    weights: stage() and commit() change them under the captured graphs.
+    slots: Where rows live.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        settings: FusedSettings,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        kernels: bool | None = None,
+    ) -> None:
+        """kernels: Triton and cuBLAS; False: plain torch; None: as the device allows."""
+        self.config = config
+        self.settings = settings
+        self.device = device
+        self.weights = FusedWeights(config, num_steps=settings.num_steps, device=device, dtype=dtype)
+        self._patches = config.num_patches * settings.num_cameras
+        sizes = SlotSizes(
+            num_slots=settings.num_slots,
+            max_prefix=self._patches + max(settings.prompt_lengths),
+            max_text=settings.max_text,
+            horizon=settings.horizon,
+        )
+        self.slots = Slots(sizes, config.language, config.action_size, device=device, dtype=dtype)
+        euler = EulerTables.of(settings.num_steps, settings.max_guidance_weight, device)
+        few, many = _operations(config, sizes, device, dtype, device.type == "cuda" if kernels is None else kernels)
+        self.units = Units(
+            weights=self.weights,
+            slots=self.slots,
+            euler=euler,
+            few=few,
+            many=many,
+            forbidden=forbidden_tokens(config.vocabulary, settings.decoding, device),
+            trained=settings.trained_max_delay > 0,
+        )
+        widest = max(*settings.prefix_rows, *settings.expert_rows, *settings.text_rows)
+        self._uploads = Uploads(device, max(2 * widest, max(settings.prompt_lengths), settings.num_cameras))
+        self._pool = GraphPool(device)
+        self._recorded: dict[tuple[str, int, int], Recorded[Any]] = {}
+
+    # -- preparing -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Captures every bucket; weights must be there. Without it a bucket is captured at its first use."""
+        wanted = self._buckets()
+        for done, (name, rows, length) in enumerate(wanted):
+            self._bucket(name, rows, length)
+            if progress is not None:
+                progress(done + 1, len(wanted), f"{name}, {rows} rows" + (f", prompt {length}" if length else ""))
+
+    def _buckets(self) -> list[tuple[str, int, int]]:
+        settings = self.settings
+        wanted = [("vision", rows, 0) for rows in settings.prefix_rows]
+        wanted += [("prefix", rows, length) for rows in settings.prefix_rows for length in settings.prompt_lengths]
+        wanted += [("expert_step", rows, 0) for rows in settings.expert_rows]
+        wanted += [(name, rows, 0) for name in ("first_text", "text_step") for rows in settings.text_rows]
+        if settings.draft_length:
+            wanted += [("check_draft", rows, 0) for rows in settings.prefix_rows]
+        if settings.whole_chunk:
+            wanted += [("whole_chunk", 1, length) for length in settings.prompt_lengths]
+        return wanted
+
+    def _bucket(self, name: str, rows: int, length: int) -> Recorded[Any]:
+        key = (name, rows, length)
+        if key not in self._recorded:
+            unit = self._whole_chunk if name == "whole_chunk" else getattr(self.units, name)
+            with torch.inference_mode(False):
+                inputs = self._inputs(name, rows, length)
+            self._recorded[key] = Recorded(unit, inputs, self._pool)
+        return self._recorded[key]
+
+    def _inputs(self, name: str, rows: int, length: int) -> dict[str, torch.Tensor]:
+        config, cameras, device = self.config, self.settings.num_cameras, self.device
+        slots = torch.full((rows,), self.slots.scratch, dtype=torch.int32, device=device)
+        flags = torch.zeros(rows, dtype=torch.int32, device=device)
+        picture_shape = (rows * cameras, 3, config.image_height, config.image_width)
+        if name == "vision":
+            return {"pictures": torch.zeros(picture_shape, device=device)}
+        if name == "expert_step":
+            # One piece, so that one copy brings both.
+            both = torch.zeros(2 * rows, dtype=torch.int32, device=device)
+            both[:rows] = self.slots.scratch
+            return {"slots": both[:rows], "steps": both[rows:]}
+        if name in ("first_text", "text_step"):
+            both = torch.zeros(2 * rows, dtype=torch.int32, device=device)
+            both[:rows] = self.slots.scratch
+            return {"slots": both[:rows], "flags": both[rows:]}
+        if name == "check_draft":
+            draft = torch.zeros(rows, self.settings.draft_length, dtype=torch.int32, device=device)
+            return {"slots": slots, "flags": flags, "draft": draft}
+        prompt = {
+            "picture_valid": torch.ones(rows, cameras, dtype=torch.int32, device=device),
+            "tokens": torch.zeros(rows, length, dtype=torch.int32, device=device),
+            "token_valid": torch.zeros(rows, length, dtype=torch.int32, device=device),
+        }
+        if name == "whole_chunk":
+            return {"slots": slots, "pictures": torch.zeros(picture_shape, device=device), **prompt}
+        width = config.language.width
+        tokens = torch.zeros(rows, self._patches, width, dtype=self.weights.dtype, device=device)
+        return {"slots": slots, "picture_tokens": tokens, **prompt}
+
+    def _whole_chunk(
+        self,
+        slots: torch.Tensor,
+        pictures: torch.Tensor,
+        picture_valid: torch.Tensor,
+        tokens: torch.Tensor,
+        token_valid: torch.Tensor,
+    ) -> None:
+        picture_tokens = self.units.vision(pictures).flatten(0, 1)[None]
+        self.units.prefix(slots, picture_tokens, picture_valid, tokens, token_valid)
+        for step in range(self.settings.num_steps):
+            self.units.expert_step(slots, torch.full_like(slots, step))
+
+    # -- units ---------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def vision(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, 3, height, width) float32 in [-1, 1] to (N, P, D). The answer holds until the next call of any unit."""
+        cameras = self.settings.num_cameras
+        rows = self._fit("vision", -(-len(pictures) // cameras), self.settings.prefix_rows)
+        recorded = self._bucket("vision", rows, 0)
+        recorded.inputs["pictures"][: len(pictures)].copy_(pictures, non_blocking=True)
+        found: torch.Tensor = recorded.run()
+        return found[: len(pictures)]
+
+    @torch.inference_mode()
+    def prefix(self, rows: Sequence[PrefixRow]) -> None:
+        """Rows may have prompts of different lengths: all are padded to the bucket of the longest."""
+        num_rows = self._fit("prefix", len(rows), self.settings.prefix_rows)
+        length = self._fit("prompt", max(len(row.tokens) for row in rows), self.settings.prompt_lengths)
+        recorded = self._bucket("prefix", num_rows, length)
+        inputs = recorded.inputs
+        for index, row in enumerate(rows):
+            inputs["picture_tokens"][index].copy_(row.picture_tokens.reshape(-1, self.config.language.width))
+        self._send_prompts(inputs, [(row.slot, row.picture_valid, row.tokens) for row in rows])
+        recorded.run()
+
+    @torch.inference_mode()
+    def expert_step(self, rows: Sequence[tuple[int, int]]) -> None:
+        """One Euler step of each row: its slot, and its step from 0 to num_steps - 1."""
+        self._run_small("expert_step", [slot for slot, _ in rows], [step for _, step in rows], self.settings.expert_rows)
+
+    @torch.inference_mode()
+    def first_text(self, rows: Sequence[TextRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first token of each row behind its prefix: allowed logits (B, V) float32 and the likeliest tokens (B,) int64.
+
+        The likeliest become the slots' tokens; a row that samples sets another one with set_token() before text_step().
+        Both answers hold until the next call of any unit.
+        """
+        return self._text("first_text", rows)
+
+    @torch.inference_mode()
+    def text_step(self, rows: Sequence[TextRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of each row, as first_text() answers it."""
+        return self._text("text_step", rows)
+
+    @torch.inference_mode()
+    def check_draft(self, rows: Sequence[TextRow], drafts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What greedy decoding gives after the slots' tokens, as far as the drafts foresaw it: see units.check_draft."""
+        num_rows = self._fit("draft", len(rows), self.settings.prefix_rows)
+        recorded = self._bucket("check_draft", num_rows, 0)
+        length = self.settings.draft_length
+        self._fill(recorded.inputs["slots"], [row.slot for row in rows], self.slots.scratch)
+        self._fill(recorded.inputs["flags"], [row.flags for row in rows], 0)
+        for index, draft in enumerate(drafts):
+            self._fill(recorded.inputs["draft"][index], [int(token) for token in draft[:length]], -1)
+        tokens, counts = recorded.run()
+        return tokens[: len(rows)], counts[: len(rows)]
+
+    @torch.inference_mode()
+    def set_token(self, slot: int, token: int) -> None:
+        """The newest text token of a slot, where it was drawn and is not the likeliest."""
+        self.slots.token[slot] = token
+
+    @torch.inference_mode()
+    def whole_chunk(self, slot: int, pictures: torch.Tensor, picture_valid: Sequence[bool], tokens: Sequence[int]) -> None:
+        """vision(), prefix() and every expert_step() of one row in one go, after begin_chunk()."""
+        length = self._fit("prompt", len(tokens), self.settings.prompt_lengths)
+        recorded = self._bucket("whole_chunk", 1, length)
+        recorded.inputs["pictures"].copy_(pictures, non_blocking=True)
+        self._send_prompts(recorded.inputs, [(slot, picture_valid, tokens)])
+        recorded.run()
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _text(self, name: str, rows: Sequence[TextRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        slots, flags = [row.slot for row in rows], [row.flags for row in rows]
+        logits, tokens = self._run_small(name, slots, flags, self.settings.text_rows)
+        return logits[: len(rows)], tokens[: len(rows)]
+
+    def _run_small(self, name: str, slots: list[int], seconds: list[int], buckets: Sequence[int]) -> Any:
+        num_rows = self._fit(name, len(slots), buckets)
+        recorded = self._bucket(name, num_rows, 0)
+        spare = num_rows - len(slots)
+        both = recorded.inputs["slots"]
+        values = [*slots, *[self.slots.scratch] * spare, *seconds, *[0] * spare]
+        self._uploads.send(values, both.as_strided((2 * num_rows,), (1,)))
+        return recorded.run()
+
+    def _send_prompts(
+        self, inputs: dict[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Sequence[int]]]
+    ) -> None:
+        self._fill(inputs["slots"], [slot for slot, _, _ in rows], self.slots.scratch)
+        for index, (_, picture_valid, tokens) in enumerate(rows):
+            self._fill(inputs["tokens"][index], [int(token) for token in tokens], 0)
+            self._fill(inputs["token_valid"][index], [1] * len(tokens), 0)
+            self._fill(inputs["picture_valid"][index], [int(valid) for valid in picture_valid], 0)
+
+    def _fill(self, into: torch.Tensor, values: Sequence[int], beyond: int) -> None:
+        """What is beyond values takes one value."""
+        self._uploads.send([*values, *[beyond] * (into.shape[0] - len(values))], into)
+
+    def _fit(self, what: str, size: int, buckets: Sequence[int]) -> int:
+        fitting = [bucket for bucket in buckets if bucket >= size]
+        if not fitting:
+            raise InvalidInput(f"is {size}, and the largest bucket prepared is {max(buckets)}", field=what)
+        return min(fitting)
+
+
+def _operations(
+    config: NetworkConfig, sizes: SlotSizes, device: torch.device, dtype: torch.dtype, kernels: bool
+) -> tuple[Any, Any]:
+    """Operations for few and for many tokens."""
+    if not kernels:
+        return ReferenceOps(dtype), ReferenceOps(dtype)
+    from .kernels import FewOps, ManyOps  # Triton is only there where a GPU is.
+
+    return FewOps(config, sizes, device, dtype), ManyOps(config, sizes, device, dtype)

@@ -1,0 +1,193 @@
+"""Where robots' rows live on the device: a slot holds all that one row is between two units of work.
+
+Units take slot numbers, so joining rows of different robots in one pass, and parting them again, moves no data: a graph
+reads a few integers and finds the rest. One slot more than asked for is scratch: it fills a batch up to its bucket.
+
+Shapes: N slots with the scratch slot, C keys a slot can hold, T horizon, A action size, D width of the language tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from policies import rtc
+from policies.configuration import TowerSize
+
+
+# Kernels read whole blocks of keys; what is behind the last key must at least exist.
+KEYS_READ_AT_A_TIME = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotSizes:
+    """Attributes:
+    num_slots: Rows that can be in work at a time.
+    max_prefix: Tokens of the longest prefix, pictures and prompt.
+    max_text: Tokens that may be decoded behind a prefix.
+    horizon: Actions of a chunk.
+    """
+
+    num_slots: int
+    max_prefix: int
+    max_text: int
+    horizon: int
+
+    @property
+    def text_capacity(self) -> int:
+        """Keys of prefix and text; the expert's own stand behind them."""
+        return self.max_prefix + self.max_text
+
+    @property
+    def capacity(self) -> int:
+        return -(-(self.text_capacity + self.horizon) // KEYS_READ_AT_A_TIME) * KEYS_READ_AT_A_TIME
+
+
+class Slots:
+    """Attributes:
+    keys, values: Per layer, (N, C, head size).
+    valid: (N, C) uint8, keys that may be seen; beyond the prefix all may.
+    action_keys, text_keys: (N,) int32, how many keys actions and the next text token look back at.
+    action_position, text_position: (N,) int32, the position of the first action and of the next text token.
+    actions: (N, T, A) float32, noise before the first Euler step and the chunk after the last.
+    committed: (N, T, A) float32, of guided or trained chunking.
+    pull: (N, T) float32, guidance weights; zeros: none.
+    clean: (N,) int32, first actions that stay what was committed (trained chunking).
+    last_hidden: (N, D), the last prompt token before the last layer, from where text starts.
+    token: (N,) int64, the newest text token.
+    """
+
+    def __init__(
+        self, sizes: SlotSizes, tower: TowerSize, action_size: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.sizes = sizes
+        num = sizes.num_slots + 1
+        shape = (tower.depth, num, sizes.capacity, tower.head_dim)
+        # Zeros, not garbage: a masked key that is not a number would spoil a row through 0 * nan.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.valid = torch.ones(num, sizes.capacity, dtype=torch.uint8, device=device)
+        self.action_keys, self.text_keys, self.action_position, self.text_position, self.clean = (
+            torch.zeros(num, dtype=torch.int32, device=device) for _ in range(5)
+        )
+        self.actions = torch.zeros(num, sizes.horizon, action_size, device=device)
+        self.committed = torch.zeros_like(self.actions)
+        self.pull = torch.zeros(num, sizes.horizon, device=device)
+        self.last_hidden = torch.zeros(num, tower.width, dtype=dtype, device=device)
+        self.token = torch.zeros(num, dtype=torch.int64, device=device)
+        self._free = list(range(sizes.num_slots))[::-1]
+
+    @property
+    def scratch(self) -> int:
+        return self.sizes.num_slots
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int | None:
+        """A free slot, or None when all are in work."""
+        return self._free.pop() if self._free else None
+
+    def give_back(self, slot: int) -> None:
+        assert 0 <= slot < self.sizes.num_slots and slot not in self._free, f"slot {slot} was not taken"
+        self._free.append(slot)
+
+    @torch.inference_mode()
+    def begin_chunk(
+        self,
+        slot: int,
+        noise: torch.Tensor,
+        *,
+        committed: torch.Tensor | None = None,
+        delay_steps: int = 0,
+        execution_horizon: int = 0,
+        schedule: rtc.PrefixSchedule = rtc.PrefixSchedule.LINEAR,
+        trained_max_delay: int = 0,
+    ) -> None:
+        """Sets a slot's noise and what the chunk is committed to; see rtc.prefix_weights and sampling.clean_prefix.
+
+        Args:
+            noise: (T, A) float32, on any device; pinned memory makes the copy asynchronous.
+            committed: (length, A) float32, still to be executed of the previous chunk; None or empty: nothing.
+            trained_max_delay: > 0: trained chunking keeps up to so many committed actions; 0: guided chunking.
+        """
+        self.actions[slot].copy_(noise, non_blocking=True)
+        length = 0 if committed is None else min(len(committed), self.sizes.horizon)
+        if committed is not None:
+            self.committed[slot, :length].copy_(committed[:length], non_blocking=True)
+        if length < self.sizes.horizon:
+            self.committed[slot, length:].zero_()
+        if trained_max_delay:
+            self.clean[slot] = max(0, min(delay_steps, length, trained_max_delay))
+            self.pull[slot].zero_()
+            return
+        self.clean[slot] = 0
+        if length == 0:
+            self.pull[slot].zero_()
+            return
+        weights = rtc.prefix_weights(
+            schedule,
+            delay_steps=torch.tensor([delay_steps]),
+            execution_horizon=torch.tensor([execution_horizon]),
+            length=torch.tensor([length]),
+            horizon=self.sizes.horizon,
+        )
+        self.pull[slot].copy_(weights[0], non_blocking=True)
+
+    @torch.inference_mode()
+    def see_text(self, slot: int) -> None:
+        """Actions of this slot shall see the text decoded behind its prefix (a chunk conditioned on its own subtask)."""
+        self.action_keys[slot] = self.text_keys[slot]
+        self.action_position[slot] = self.text_position[slot]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of one pass through a tower: B rows of T tokens each.
+
+    Attributes:
+        slots: (B,) int32.
+        positions: (B, T) int32.
+        seen: (B,) int32, how many keys of its slot a row looks back at.
+        own: (B,) int32, where in the slot a row's own keys begin.
+        steps: (B,) int32, row of the modulation tables; None: tables of a single row.
+        clean: (B,) int32, first tokens that take the last table row; None: none.
+        sees_own: Tokens also see their row's own keys,
+        causal: but none of a token behind.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    seen: torch.Tensor
+    own: torch.Tensor
+    steps: torch.Tensor | None = None
+    clean: torch.Tensor | None = None
+    sees_own: bool = True
+    causal: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[1]
+
+
+@dataclass(kw_only=True)
+class Residual:
+    """The stream of a tower, (B, T, D), and a branch that is still to be added to it.
+
+    A kernel that norms the stream reads all of it anyway: it adds what is pending on its way.
+
+    Attributes:
+        x: In place.
+        parts: What the branch is the sum of, each (B, T, D), stacked; None where nothing is pending.
+        gate: Table by step that the branch is multiplied with, or None.
+    """
+
+    x: torch.Tensor
+    parts: torch.Tensor | None = None
+    gate: torch.Tensor | None = None

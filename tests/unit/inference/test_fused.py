@@ -1,0 +1,209 @@
+"""The fused path without kernels and graphs, on the CPU in float32, against the plain module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from manyhands.errors import InvalidInput
+from policies import text
+from services.inference.fused import FusedPi052
+from services.inference.fused.units import NO_LOCATIONS
+from tests.support import fused_lab as lab
+
+TOLERANCE = 1e-5
+CPU = torch.device("cpu")
+
+
+def fused_of(model: torch.nn.Module, **changes: object) -> FusedPi052:
+    made = FusedPi052(lab.TINY, lab.settings(**changes), CPU, dtype=torch.float32)
+    made.weights.refill(model.state_dict())
+    return made
+
+
+def mixed_requests() -> list[lab.Request]:
+    """Different prompt lengths, cameras, and committed prefixes of different lengths, delays and horizons."""
+    return [
+        lab.request(lab.TINY, 1, 5),
+        lab.request(lab.TINY, 2, 20, committed=7, delay_steps=2, execution_horizon=6),
+        lab.request(lab.TINY, 3, 11, lacks=1, committed=10, delay_steps=4, execution_horizon=9),
+        lab.request(lab.TINY, 4, 24, committed=3, delay_steps=5, execution_horizon=10),
+    ]
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return lab.network()
+
+
+def run_staggered(fused: FusedPi052, slots: list[int], num_steps: int) -> None:
+    """Row n starts n steps after row 0, so that rows of every step share passes."""
+    steps = dict.fromkeys(slots, 0)
+    tick = 0
+    while any(step < num_steps for step in steps.values()):
+        rows = [(slot, steps[slot]) for n, slot in enumerate(slots) if n <= tick and steps[slot] < num_steps]
+        fused.expert_step(rows)
+        for slot, _ in rows:
+            steps[slot] += 1
+        tick += 1
+
+
+def test_rows_at_different_steps_give_the_chunks_of_the_plain_module(model: torch.nn.Module) -> None:
+    fused, asked = fused_of(model), mixed_requests()
+    slots = lab.begin(fused, asked)
+    run_staggered(fused, slots, lab.NUM_STEPS)
+    for slot, one in zip(slots, asked, strict=True):
+        assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one)) < TOLERANCE
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model: torch.nn.Module) -> None:
+    asked = mixed_requests()
+    alone = []
+    for one in asked:
+        fused = fused_of(model)
+        [slot] = lab.begin(fused, [one])
+        run_staggered(fused, [slot], lab.NUM_STEPS)
+        alone.append(fused.slots.actions[slot].clone())
+    fused = fused_of(model)
+    slots = lab.begin(fused, asked[::-1], together=False)[::-1]
+    run_staggered(fused, slots, lab.NUM_STEPS)
+    for slot, chunk in zip(slots, alone, strict=True):
+        assert lab.relative(fused.slots.actions[slot], chunk) < TOLERANCE
+
+
+def test_a_slot_is_as_new_when_it_is_taken_again(model: torch.nn.Module) -> None:
+    fused, asked = fused_of(model), mixed_requests()
+    for one in (asked[1], asked[3], asked[2], asked[0]):  # Long prompts before short ones, text in between.
+        [slot] = lab.begin(fused, [one])
+        lab.fused_ids(fused, [slot], 0, 5)
+        run_staggered(fused, [slot], lab.NUM_STEPS)
+        assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one)) < TOLERANCE
+        fused.slots.give_back(slot)
+
+
+def test_trained_chunking_keeps_committed_actions_bit_for_bit(model: torch.nn.Module) -> None:
+    fused, asked = fused_of(model, trained_max_delay=4), mixed_requests()
+    slots = lab.begin(fused, asked)
+    run_staggered(fused, slots, lab.NUM_STEPS)
+    for slot, one in zip(slots, asked, strict=True):
+        chunk = fused.slots.actions[slot]
+        assert lab.relative(chunk, lab.plain_chunk(model, one, trained_max_delay=4)) < TOLERANCE
+        if one.committed is not None:
+            kept = min(one.delay_steps, len(one.committed), 4)
+            assert torch.equal(chunk[:kept], one.committed[:kept])
+
+
+def test_a_whole_chunk_is_its_units_one_after_the_other(model: torch.nn.Module) -> None:
+    fused, one = fused_of(model), mixed_requests()[2]
+    slot = fused.slots.take()
+    assert slot is not None and one.committed is not None
+    fused.slots.begin_chunk(
+        slot, one.noise, committed=one.committed, delay_steps=one.delay_steps, execution_horizon=one.execution_horizon
+    )
+    fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens)
+    assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one)) < TOLERANCE
+
+
+@pytest.mark.parametrize("suppress_locations", [True, False])
+def test_rows_that_decode_together_give_the_greedy_ids_of_the_plain_module(
+    model: torch.nn.Module, suppress_locations: bool
+) -> None:
+    fused, asked = fused_of(model), mixed_requests()
+    rules = text.Decoding(max_new_tokens=9, end_token=-5, suppress_locations=suppress_locations)
+    expected = [lab.plain_ids(model, one, rules) for one in asked]
+    slots = lab.begin(fused, asked)
+    assert lab.fused_ids(fused, slots, NO_LOCATIONS if suppress_locations else 0, 9) == expected
+
+
+def test_tokens_that_may_not_come_are_those_of_the_policys_rules(model: torch.nn.Module) -> None:
+    fused = fused_of(model)
+    for flags in range(4):
+        rules = text.Decoding(min_new_tokens=flags & 1, suppress_locations=bool(flags & NO_LOCATIONS))
+        expected = text.allowed_logits(torch.zeros(1, lab.TINY.vocabulary), rules, 0)[0].isinf()
+        assert torch.equal(fused.units.forbidden[flags], expected)
+    one = mixed_requests()[0]
+    [slot] = lab.begin(fused, [one])
+    logits, _ = fused.first_text([lab.TextRow(slot=slot, flags=NO_LOCATIONS)])
+    plain = model.text_logits(lab.plain_state(model, one, hidden=True).hidden[:, -1])
+    expected = text.allowed_logits(plain, text.Decoding(), 0)[0]
+    finite = expected.isfinite()
+    assert torch.equal(logits[0].isfinite(), finite)
+    assert lab.relative(logits[0][finite], expected[finite]) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_right", [0, 2, 5])
+def test_a_draft_is_followed_as_far_as_greedy_decoding_agrees(model: torch.nn.Module, num_right: int) -> None:
+    fused, asked = fused_of(model), mixed_requests()[:2]
+    rules = text.Decoding(max_new_tokens=9, end_token=-5)
+    expected = [lab.plain_ids(model, one, rules) for one in asked]
+    slots = lab.begin(fused, asked)
+    rows = [lab.TextRow(slot=slot, flags=NO_LOCATIONS) for slot in slots]
+    fused.first_text(rows)
+    drafts = [[*ids[1 : 1 + num_right], *[7] * (5 - num_right)] for ids in expected]
+    tokens, counts = fused.check_draft(rows, drafts)
+    assert counts.tolist() == [num_right + 1] * 2
+    found = [[ids[0], *tokens[row, : num_right + 1].tolist()] for row, ids in enumerate(expected)]
+    for _ in range(9 - len(found[0])):
+        for row, token in enumerate(fused.text_step(rows)[1].tolist()):
+            found[row].append(token)
+    assert found == expected
+
+
+def test_actions_can_see_the_text_that_was_decoded(model: torch.nn.Module) -> None:
+    fused, one = fused_of(model), mixed_requests()[1]
+    [slot] = lab.begin(fused, [one])
+    ids = lab.fused_ids(fused, [slot], NO_LOCATIONS, 4)[0]
+    fused.slots.see_text(slot)
+    run_staggered(fused, [slot], lab.NUM_STEPS)
+    state = lab.plain_state(model, one, hidden=True)
+    with torch.inference_mode():
+        for token in ids[:3]:  # The last one was chosen and not read.
+            _, state = model.text_step(state, torch.tensor([token]))
+    assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one, state=state)) < TOLERANCE
+
+
+def test_new_weights_serve_after_commit_and_not_before(model: torch.nn.Module) -> None:
+    fused, one, other = fused_of(model), mixed_requests()[1], lab.network(seed=9)
+    where = {name: view.data_ptr() for name, view in fused.weights.views.items()}
+    fused.weights.stage(other.state_dict())
+    for serving in (model, other):
+        [slot] = lab.begin(fused, [one])
+        run_staggered(fused, [slot], lab.NUM_STEPS)
+        assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(serving, one)) < TOLERANCE
+        fused.slots.give_back(slot)
+        fused.weights.commit()
+    assert where == {name: view.data_ptr() for name, view in fused.weights.views.items()}
+
+
+@pytest.mark.parametrize("name", ["language.layers.1.k.weight", "expert.norm.modulation.bias", "projector.weight"])
+def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(model: torch.nn.Module, name: str) -> None:
+    fused = fused_of(model)
+    before = fused.weights.views["language.layers.1.qkv"].clone()
+    for broken in ({}, {name: torch.zeros(3, 3)}):
+        state = {key: torch.zeros_like(value) for key, value in model.state_dict().items() if key != name} | broken
+        with pytest.raises(InvalidInput) as refused:
+            fused.weights.stage(state)
+        assert name in str(refused.value.field)
+        with pytest.raises(AssertionError):
+            fused.weights.commit()
+    assert torch.equal(fused.weights.views["language.layers.1.qkv"], before)
+
+
+def test_more_than_a_bucket_holds_is_refused(model: torch.nn.Module) -> None:
+    fused = fused_of(model)
+    with pytest.raises(InvalidInput, match="largest bucket"):
+        fused.expert_step([(0, 0)] * 5)
+    with pytest.raises(InvalidInput, match="largest bucket"):
+        lab.begin(fused, [lab.request(lab.TINY, 1, 25)])
+
+
+def test_the_package_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU there is none."""
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith(("services.inference.fused", "triton"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    import services.inference.fused.network as fresh
+
+    assert fresh.FusedPi052 is not None
