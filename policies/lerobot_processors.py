@@ -60,6 +60,8 @@ _AFTER: Mapping[str, tuple[str, ...]] = {
     "smolvla": (_UNNORMALIZE, _DEVICE),
     "smolvla2": (_UNNORMALIZE, _DEVICE),
 }
+# What lerobot does instead where such a policy has no recipe.
+_PLAIN = {"pi052": _STATE_TEXT, "smolvla2": _NEWLINE}
 # Without one of these lerobot leaves out what we always do.
 _NEEDED = {_NORMALIZE, _UNNORMALIZE, _STATE_TEXT, _TOKENIZE, _NEWLINE, _RENDER, _PI052_TEXT, _SMOLVLA2_TEXT}
 # Of those that are there, this must be the order; the others may stand anywhere.
@@ -118,6 +120,8 @@ def read(folder: Path, described: Described[Any]) -> Processing | None:
     in_training = _statistics(before[_NORMALIZE], PREPROCESSOR, ACTION, config.action_normalization, described)
     action = _statistics(after[_UNNORMALIZE], POSTPROCESSOR, ACTION, config.action_normalization, described)
     _check_same(in_training, action, f"{PREPROCESSOR} and {POSTPROCESSOR}")
+    if _FAST in before:
+        _check_fast(before[_FAST].config, config)
     text = next((before[name] for name in (_TOKENIZE, _PI052_TEXT, _SMOLVLA2_TEXT) if name in before), None)
     return Processing(
         renamed=_renamed(before[_RENAME].config) if _RENAME in before else {},
@@ -178,9 +182,10 @@ def _read_steps(folder: Path, file_name: str, known: Sequence[str], type_name: s
         raise Corrupt(f"{path} is no list of processor steps: {error!r}", field=file_name) from None
     steps: dict[str, _Step] = {}
     for name, entry in named:
-        if type_name == "pi052" and name == _STATE_TEXT:
+        if name == _PLAIN.get(type_name):
             raise InvalidInput(
-                "has pi05's prompts, as a pi052 without a recipe; type pi052 has others here", field=file_name
+                f"has the step {name!r}: trained without a recipe, on prompts that type {type_name} does not make here",
+                field=file_name,
             )
         if name not in known:
             raise InvalidInput(
@@ -293,7 +298,18 @@ def _renamed(config: Mapping[str, Any]) -> dict[str, str]:
     return renamed
 
 
+def _check_fast(step: Mapping[str, Any], config: Any) -> None:
+    for name, expected in (
+        ("fast_skip_tokens", config.fast_skip_tokens),
+        ("max_action_tokens", config.prompts.max_action_tokens),
+    ):
+        if step.get(name, expected) != expected:
+            raise InvalidInput(f"is {expected} in config.json and {step[name]} in the step {_FAST}", field=name)
+
+
 def _prompt_length(config: Mapping[str, Any]) -> int | None:
+    if config.get("tools"):
+        raise InvalidInput("tells of tools in every prompt; that is not implemented", field=PREPROCESSOR)
     if config.get("padding_side", "right") != "right":
         raise InvalidInput(f"pads on the {config['padding_side']}; prompts are padded on the right", field=PREPROCESSOR)
     length = config.get("max_length")
