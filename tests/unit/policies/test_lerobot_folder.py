@@ -199,11 +199,7 @@ def test_a_file_from_before_processors(folder: Path) -> None:
     expected = chunk_of(lerobot_folder.read(folder).policy)
     for path in folder.glob("policy_*"):
         path.unlink()
-    moved = {
-        "normalize_inputs": ("observation.state",),
-        "normalize_targets": ("action",),
-        "unnormalize_outputs": ("action",),
-    }
+    modules = {"normalize_inputs": "observation.state", "normalize_targets": "action", "unnormalize_outputs": "action"}
     old = {
         f"{module}.buffer_{feature.replace('.', '_')}.{name}": torch.tensor(STATISTICS[feature][name])
         for module, feature in modules.items()
