@@ -220,6 +220,23 @@ def test_truncated_statistics_are_named(folder: Path) -> None:
         lerobot_processors.read(folder, described(VALUES["pi05"]))
 
 
+@pytest.mark.parametrize("type_name", VALUES)
+def test_a_setting_of_any_kind_is_read_or_refused(type_name: str, tmp_path: Path) -> None:
+    write(tmp_path, VALUES[type_name])
+    values = described(VALUES[type_name])
+    for file_name in (BEFORE, AFTER):
+        whole = (tmp_path / file_name).read_text()
+        places = [(i, name) for i, step in enumerate(json.loads(whole)["steps"]) for name in step["config"]]
+        for index, name in places:
+            for odd in (None, -1, "x", [1], {"a": 1}, True):
+                edit(tmp_path, file_name, lambda s, i=index, name=name, odd=odd: s[i]["config"].update({name: odd}))
+                try:
+                    lerobot_processors.read(tmp_path, values)
+                except ManyhandsError:
+                    pass
+                (tmp_path / file_name).write_text(whole)
+
+
 @pytest.mark.parametrize(("plain", "type_name"), [("pi05", "pi052"), ("smolvla", "smolvla2")])
 def test_without_a_recipe_prompts_are_others(plain: str, type_name: str, tmp_path: Path) -> None:
     write(tmp_path, VALUES[plain])
