@@ -28,6 +28,10 @@ class Ranks:
     device: torch.device = CPU
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 

@@ -25,6 +25,7 @@ class Recipe:
     learning_rate: At its peak; groups of parameters scale it (Policy.parameter_groups).
     schedule: How the rate goes up and down, over max_steps.
     weight_decay, betas, epsilon: Of AdamW.
+    mixed_precision: On a GPU, matrix products are of bfloat16; weights, gradients and the optimiser stay as they are.
     max_grad_norm: Longer gradients are shortened to it.
     ema_decay: Of the averaged weights, which are what is published and acts; 0 publishes the raw ones and keeps no others.
     max_steps: The run's end unless time ends it earlier.
@@ -45,6 +46,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    mixed_precision: bool = False
     ema_decay: float = 0.995
     max_steps: int
     save_interval_s: float = 10.0
@@ -89,6 +91,7 @@ def published(policy_type: str, **settings: Any) -> Recipe:
         "epsilon": preset.epsilon,
         "max_grad_norm": preset.max_grad_norm,
         "ema_decay": 0.0,
+        "mixed_precision": True,
         "max_steps": preset.schedule.decay_steps,
     }
     return Recipe(**defaults | settings)

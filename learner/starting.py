@@ -16,6 +16,7 @@ from manyhands.errors import InvalidInput, NotFound
 from manyhands.spec import Spec
 from policies import checkpoint as policy_checkpoint
 from policies import files as policy_files
+from policies import loading
 from policies.normalization import Normalizer
 from policies.policy import Policy
 
@@ -81,7 +82,8 @@ def start(snapshot: Path, recipe: Recipe, folder: RunFolder, ranks: Ranks, place
 
 
 def from_checkpoint(path: Path, recipe: Recipe, spec: Spec) -> tuple[Policy[Any], tuple[str, ...]]:
-    """A policy for spec with the checkpoint's type, files, network and configuration, the recipe's keys in place of its own.
+    """A policy for spec with the type, files, network and configuration of a checkpoint, ours or lerobot's folder, and the
+    recipe's keys in place of the configuration's own.
 
     Raises:
         NotFound: No such checkpoint.
@@ -92,7 +94,7 @@ def from_checkpoint(path: Path, recipe: Recipe, spec: Spec) -> tuple[Policy[Any]
             f"{path} is not there; put the checkpoint there, or start the learner with another --checkpoints",
             field="recipe.start_from",
         )
-    origin = policy_checkpoint.load(path)
+    origin = loading.load(path)
     if recipe.policy_type not in ("", origin.type_name):
         raise InvalidInput(
             f"is {recipe.policy_type!r}, but {path} holds a policy of type {origin.type_name!r}", field="recipe.policy_type"

@@ -116,7 +116,8 @@ def train(
         generator = torch.Generator().manual_seed(schedule.step_seed(seed, step, ranks.rank))
         torch.manual_seed(schedule.step_seed(seed, step, ranks.rank))  # For layers that draw by themselves, as dropout.
 
-        losses = model(rows.to_device(inputs, ranks.device), generator)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.mixed_precision and ranks.on_gpu):
+            losses = model(rows.to_device(inputs, ranks.device), generator)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), recipe.max_grad_norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Generic, TypeVar
 
 from manyhands.errors import InvalidInput
@@ -155,6 +156,7 @@ def write_action_names(spec: Spec) -> list[str] | None:
 
 def read_normalization(values: Mapping[str, Any], usual: Normalization) -> dict[str, str]:
     """state_normalization and action_normalization of our configurations."""
+    check_kinds(values, {"normalization_mapping": (dict, NoneType)})
     mapping = values.get("normalization_mapping") or {}
     if mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
         raise InvalidInput(f"VISUAL is {mapping['VISUAL']!r}; pictures are taken as they are", field="normalization_mapping")
@@ -170,6 +172,7 @@ def write_normalization(state: Normalization, action: Normalization) -> dict[str
 
 def read_guidance(values: Mapping[str, Any]) -> dict[str, Any]:
     """prefix_schedule and max_guidance_weight of our configurations, where rtc_config is given."""
+    check_kinds(values, {"rtc_config": (dict, NoneType)})
     rtc = values.get("rtc_config")
     if rtc is None:
         return {}
@@ -220,6 +223,21 @@ def shipped_recipe(path: str) -> str | None:
     return next((name for name in SHIPPED if path in (name, f"recipes/{name}.yaml")), None)
 
 
+def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Of the fields that are read one by one; InvalidInput names one that is something else."""
+    for name, kind in kinds.items():
+        if name in values and (not isinstance(values[name], kind) or isinstance(values[name], bool)):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise InvalidInput(f"is {values[name]!r}, must be of type {names}", field=name)
+
+
+def pair(values: Mapping[str, Any], name: str, usual: tuple[int, int]) -> tuple[int, int]:
+    value = values.get(name, usual)
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InvalidInput(f"is {value!r}, must be two whole numbers", field=name)
+    return value[0], value[1]
+
+
 def refuse_other(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     """Only these values are what we compute."""
     for name, expected in fixed.items():
@@ -246,7 +264,7 @@ def _names(spec: Spec) -> list[str]:
     return vectors.element_names(spec.action)
 
 
-def _normalization(name: str) -> Normalization:
-    if name not in Normalization.__members__:
+def _normalization(name: Any) -> Normalization:
+    if not isinstance(name, str) or name not in Normalization.__members__:
         raise InvalidInput(f"{name!r} is not one of {', '.join(Normalization.__members__)}", field="normalization_mapping")
     return Normalization[name]

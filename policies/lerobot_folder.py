@@ -113,7 +113,7 @@ def read(
     """
     values = _read_config(folder)
     type_name = values.get("type")
-    if type_name not in _FAMILIES:
+    if not isinstance(type_name, str) or type_name not in _FAMILIES:
         raise NotOffered(f"is {type_name!r}; of lerobot's, {', '.join(_FAMILIES)} can be read", field="type")
     family = _FAMILIES[type_name]
     described: Described[Any] = family.fields.read(values)

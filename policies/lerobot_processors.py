@@ -60,6 +60,8 @@ _AFTER: Mapping[str, tuple[str, ...]] = {
     "smolvla": (_UNNORMALIZE, _DEVICE),
     "smolvla2": (_UNNORMALIZE, _DEVICE),
 }
+# What lerobot does instead where such a policy has no recipe.
+_PLAIN = {"pi052": _STATE_TEXT, "smolvla2": _NEWLINE}
 # Without one of these lerobot leaves out what we always do.
 _NEEDED = {_NORMALIZE, _UNNORMALIZE, _STATE_TEXT, _TOKENIZE, _NEWLINE, _RENDER, _PI052_TEXT, _SMOLVLA2_TEXT}
 # Of those that are there, this must be the order; the others may stand anywhere.
@@ -107,8 +109,7 @@ def read(folder: Path, described: Described[Any]) -> Processing | None:
         Corrupt: A file cannot be read.
         InvalidInput: A step or a setting that is not what we compute, or one file against the other; names it.
     """
-    present = [name for name in (PREPROCESSOR, POSTPROCESSOR) if (folder / name).is_file()]
-    if not present:
+    if not any((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR)):
         return None
     before = _read_steps(folder, PREPROCESSOR, _BEFORE[described.type_name], described.type_name)
     after = _read_steps(folder, POSTPROCESSOR, _AFTER[described.type_name], described.type_name)
@@ -118,6 +119,8 @@ def read(folder: Path, described: Described[Any]) -> Processing | None:
     in_training = _statistics(before[_NORMALIZE], PREPROCESSOR, ACTION, config.action_normalization, described)
     action = _statistics(after[_UNNORMALIZE], POSTPROCESSOR, ACTION, config.action_normalization, described)
     _check_same(in_training, action, f"{PREPROCESSOR} and {POSTPROCESSOR}")
+    if _FAST in before:
+        _check_fast(before[_FAST].config, config)
     text = next((before[name] for name in (_TOKENIZE, _PI052_TEXT, _SMOLVLA2_TEXT) if name in before), None)
     return Processing(
         renamed=_renamed(before[_RENAME].config) if _RENAME in before else {},
@@ -178,11 +181,12 @@ def _read_steps(folder: Path, file_name: str, known: Sequence[str], type_name: s
         raise Corrupt(f"{path} is no list of processor steps: {error!r}", field=file_name) from None
     steps: dict[str, _Step] = {}
     for name, entry in named:
-        if type_name == "pi052" and name == _STATE_TEXT:
+        if name == _PLAIN.get(type_name):
             raise InvalidInput(
-                "has pi05's prompts, as a pi052 without a recipe; type pi052 has others here", field=file_name
+                f"has the step {name!r}: trained without a recipe, on prompts that type {type_name} does not make here",
+                field=file_name,
             )
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise InvalidInput(
                 f"the step {name!r} is none of type {type_name}'s ({', '.join(known)}) and may change numbers; "
                 "take it out of the file if it does not",
@@ -193,6 +197,9 @@ def _read_steps(folder: Path, file_name: str, known: Sequence[str], type_name: s
         config = entry.get("config") or {}
         if not isinstance(config, dict):
             raise Corrupt(f"{path}: the config of step {name!r} is {config!r}, must be an object", field=file_name)
+        for key in ("norm_map", "features", "rename_map"):
+            if not isinstance(config.get(key, {}), dict):
+                raise Corrupt(f"{path}: {key} of step {name!r} is {config[key]!r}, must be an object", field=file_name)
         statistics = _read_statistics(folder, entry["state_file"], file_name) if entry.get("state_file") else {}
         steps[name] = _Step(config=config, statistics=statistics)
     for name in known:
@@ -201,8 +208,8 @@ def _read_steps(folder: Path, file_name: str, known: Sequence[str], type_name: s
     ordered = [name for name in steps if name in _ORDERED]
     if ordered != [name for name in _ORDERED if name in steps]:
         raise InvalidInput(f"has the steps {', '.join(ordered)} in this order; it must be the other way", field=file_name)
-    if steps.get(_DEVICE) is not None and steps[_DEVICE].config.get("float_dtype") not in (None, "float32"):
-        dtype = steps[_DEVICE].config["float_dtype"]
+    dtype = steps[_DEVICE].config.get("float_dtype") if _DEVICE in steps else None
+    if dtype not in (None, "float32"):
         raise InvalidInput(f"{_DEVICE} rounds to {dtype!r}; only float32 is implemented", field=file_name)
     return steps
 
@@ -226,7 +233,7 @@ def _statistics(
     config = step.config
     kind = "STATE" if feature == STATE else "ACTION"
     size = described.features.state_size if feature == STATE else described.features.action_size
-    mode = (config.get("norm_map") or {}).get(kind, "IDENTITY")
+    mode = config.get("norm_map", {}).get(kind, "IDENTITY")
     if mode != normalization.name:
         raise InvalidInput(
             f"{source} normalises {kind} by {mode!r}, config.json says {normalization.name!r}", field="normalization_mapping"
@@ -235,9 +242,9 @@ def _statistics(
         raise InvalidInput(f"eps is {config['eps']!r}; only {EPSILON} is implemented", field=source)
     if config.get("normalize_observation_keys") is not None and STATE not in config["normalize_observation_keys"]:
         raise InvalidInput(f"normalize_observation_keys leaves {STATE} out; that is not implemented", field=source)
-    if (config.get("norm_map") or {}).get("VISUAL", "IDENTITY") != "IDENTITY":
+    if config.get("norm_map", {}).get("VISUAL", "IDENTITY") != "IDENTITY":
         raise InvalidInput(f"{source} normalises pictures; they are taken as they are", field="normalization_mapping")
-    is_listed = feature == ACTION or feature in (config.get("features") or {})
+    is_listed = feature == ACTION or feature in config.get("features", {})
     if normalization is Normalization.IDENTITY or feature not in step.statistics or not is_listed:
         return None
     return _used(step.statistics[feature], normalization, feature=feature, size=size, source=source)
@@ -286,18 +293,31 @@ def _relative(
 
 def _renamed(config: Mapping[str, Any]) -> dict[str, str]:
     renamed: dict[str, str] = {}
-    for robots, policys in (config.get("rename_map") or {}).items():
+    for robots, policys in config.get("rename_map", {}).items():
         if policys in renamed:
             raise InvalidInput(f"renames both {renamed[policys]!r} and {robots!r} to {policys!r}", field=PREPROCESSOR)
         renamed[str(policys)] = str(robots)
     return renamed
 
 
+def _check_fast(step: Mapping[str, Any], config: Any) -> None:
+    for name, expected in (
+        ("fast_skip_tokens", config.fast_skip_tokens),
+        ("max_action_tokens", config.prompts.max_action_tokens),
+    ):
+        if step.get(name, expected) != expected:
+            raise InvalidInput(f"is {expected} in config.json and {step[name]} in the step {_FAST}", field=name)
+
+
 def _prompt_length(config: Mapping[str, Any]) -> int | None:
+    if config.get("tools"):
+        raise InvalidInput("tells of tools in every prompt; that is not implemented", field=PREPROCESSOR)
     if config.get("padding_side", "right") != "right":
         raise InvalidInput(f"pads on the {config['padding_side']}; prompts are padded on the right", field=PREPROCESSOR)
     length = config.get("max_length")
-    return int(length) if length is not None else None
+    if not isinstance(length, int | None) or isinstance(length, bool):
+        raise InvalidInput(f"is {length!r}, must be a whole number", field="max_length")
+    return length
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..recipe import Recipe, published
 def recipe() -> Recipe:
     return published(
         "pi05",
-        policy_config={"network": {"gradient_checkpointing": True}},
+        policy_config={"network": {"gradient_checkpointing": True, "precision": "float32"}},
         start_from="pi05_base",
         batch_size=32,
         # A checkpoint is some 66 GB: weights, and the optimiser's two moments.

@@ -14,7 +14,10 @@ from ..recipe import Recipe, published
 def recipe() -> Recipe:
     return published(
         "pi052",
-        policy_config={"network": {"gradient_checkpointing": True}, "prompts": {"recipe": "subtask"}},
+        policy_config={
+            "network": {"gradient_checkpointing": True, "precision": "float32"},
+            "prompts": {"recipe": "subtask"},
+        },
         start_from="pi052_base",
         fit_fast=FitSettings(),
         batch_size=32,

@@ -11,6 +11,7 @@ from ..recipe import Recipe, published
 def recipe() -> Recipe:
     return published(
         "smolvla",
+        policy_config={"network": {"precision": "float32"}},
         start_from="smolvla_base",
         batch_size=64,
         save_interval_s=600.0,

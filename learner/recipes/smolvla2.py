@@ -11,7 +11,7 @@ from ..recipe import Recipe, published
 def recipe() -> Recipe:
     return published(
         "smolvla2",
-        policy_config={"prompts": {"recipe": "subtask"}},
+        policy_config={"network": {"precision": "float32"}, "prompts": {"recipe": "subtask"}},
         start_from="smolvla2_base",
         batch_size=64,
         save_interval_s=600.0,

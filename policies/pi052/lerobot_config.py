@@ -71,6 +71,7 @@ _FIXED = {
     "use_visual_memory": False,
     "use_proprioceptive_memory": False,
 }
+_KINDS = {"relative_exclude_joints": list, "dtype": str, "paligemma_variant": str, "action_expert_variant": str}
 _RECIPE = "recipes/subtask_mem.yaml"
 _FAST = "physical-intelligence/fast"
 _STATE_SIZE = 32
@@ -88,6 +89,7 @@ def read(values: Mapping[str, Any]) -> Described[Pi052Config]:
     known = {*same, *_SAME_NETWORK, *_ELSEWHERE, *_FIXED, *lerobot_fields.ELSEWHERE, *lerobot_fields.PROMPTING}
     notes = lerobot_fields.notes(values, known=known, old=_OLD)
     lerobot_fields.refuse_other(values, _FIXED)
+    lerobot_fields.check_kinds(values, _KINDS)
     features = lerobot_fields.read_features(values)
 
     settings: dict[str, Any] = {ours: values[theirs] for theirs, ours in same.items() if theirs in values}
@@ -171,6 +173,6 @@ def _network(values: Mapping[str, Any]) -> dict[str, Any]:
     dtype = values.get("dtype", "float32")
     if dtype not in {precision.value for precision in Precision}:
         raise InvalidInput(f"is {dtype!r}, must be 'float32' or 'bfloat16'", field="dtype")
-    height, width = values.get("image_resolution", (224, 224))
+    height, width = lerobot_fields.pair(values, "image_resolution", (224, 224))
     settings |= {"precision": dtype, "image_height": height, "image_width": width}
     return {**dumped, **settings}

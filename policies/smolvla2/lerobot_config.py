@@ -48,6 +48,13 @@ _FIXED = {"adapt_to_pi_aloha": False, "use_delta_joint_actions_aloha": False}
 VLM = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 _VLM_LAYERS = 32
 _WIDTH_MULTIPLIER = 0.75
+_MAX_WIDTH_MULTIPLIER = 16
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "num_vlm_layers": int,
+    "prefix_length": int,
+    "self_attn_every_n_layers": int,
+    "expert_width_multiplier": (int, float),
+}
 _RECIPE = "recipes/subtasks_vqa.yaml"
 # What no field says.
 BASE = NetworkConfig()
@@ -63,13 +70,13 @@ def read(values: Mapping[str, Any]) -> Described[SmolVLA2Config]:
     known = {*same, *_SAME_NETWORK, *_ELSEWHERE, *_FIXED, *lerobot_fields.ELSEWHERE, *lerobot_fields.PROMPTING}
     notes = lerobot_fields.notes(values, known=known, old=set())
     lerobot_fields.refuse_other(values, _FIXED)
-    if (values.get("rtc_config") or {}).get("mode", "guided") != "guided":
-        raise InvalidInput("mode must be 'guided'; these policies know no trained prefix", field="rtc_config")
 
     defaults = configs.dump(SmolVLA2Config() if is_smolvla2 else configs.smolvla_config())
     settings: dict[str, Any] = {ours: values[theirs] for theirs, ours in same.items() if theirs in values}
     settings |= lerobot_fields.read_normalization(values, Normalization.MEAN_STD)
     settings |= lerobot_fields.read_guidance(values)
+    if (values.get("rtc_config") or {}).get("mode", "guided") != "guided":
+        raise InvalidInput("mode must be 'guided'; these policies know no trained prefix", field="rtc_config")
     settings["network"] = _read_network(values)
     if settings.get("text_weight", defaults["text_weight"]) > 0:
         # Text trains what it reads, whatever the file says; so does lerobot.
@@ -124,12 +131,11 @@ def write(type_name: str, config: SmolVLA2Config, spec: Spec) -> dict[str, Any]:
 
 def _read_network(values: Mapping[str, Any]) -> dict[str, Any]:
     lerobot_fields.refuse_other(values, {"vlm_model_name": VLM})
+    lerobot_fields.check_kinds(values, _KINDS)
     attention_mode = values.get("attention_mode", "cross_attn")
     if attention_mode not in ("cross_attn", "self_attn"):
         raise InvalidInput(f"is {attention_mode!r}, must be 'cross_attn' or 'self_attn'", field="attention_mode")
-    size = values.get("resize_imgs_with_padding", (512, 512))
-    if size is None:
-        raise InvalidInput("is null; pictures of any size need one to be brought to", field="resize_imgs_with_padding")
+    size = lerobot_fields.pair(values, "resize_imgs_with_padding", (512, 512))
     depth = values.get("num_vlm_layers", BASE.language.depth)
     depth = _VLM_LAYERS if depth <= 0 else depth
     if values.get("num_expert_layers", -1) not in (-1, 0, depth):
@@ -138,7 +144,12 @@ def _read_network(values: Mapping[str, Any]) -> dict[str, Any]:
             field="num_expert_layers",
         )
     language = dataclasses.replace(BASE.language, depth=depth)
-    expert = configs.expert_size(language, values.get("expert_width_multiplier", _WIDTH_MULTIPLIER))
+    multiplier = values.get("expert_width_multiplier", _WIDTH_MULTIPLIER)
+    if not 0 < multiplier <= _MAX_WIDTH_MULTIPLIER:
+        raise InvalidInput(
+            f"is {multiplier}, must be over 0, up to {_MAX_WIDTH_MULTIPLIER}", field="expert_width_multiplier"
+        )
+    expert = configs.expert_size(language, multiplier)
     every = 1 if attention_mode == "self_attn" else max(0, values.get("self_attn_every_n_layers", 2))
     dumped = configs.dump(SmolVLA2Config(network=dataclasses.replace(BASE, language=language, expert=expert)))["network"]
     return {

@@ -106,6 +106,7 @@ def test_frames_without_rows_may_be_null(root):
     reader = DatasetReader(root)
     assert reader.language_of(0)["events"] == []
     assert reader.language_of(5)["events"][0]["content"] == "stop"
+    assert reader.event_frames().tolist() == [5, 11]
 
 
 def test_one_column_alone_is_refused(root):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dataset_store.reader import DatasetReader
 from learner import action_tokenizer, messages, starting
-from learner.data import Demonstrations
+from learner.data import Batches, Demonstrations
 from learner.ranks import Ranks
 from learner.recipe import Recipe
 from learner.recipes import build_recipe
@@ -24,10 +24,11 @@ from learner.starting import Places
 from manyhands.errors import InvalidInput, ManyhandsError, NotFound, TooLate
 from manyhands.spec import Spec
 from policies import checkpoint as policy_checkpoint
-from policies import fast_fitting
+from policies import fast_fitting, lerobot_folder
 from policies import files as policy_files
 from policies.fast_fitting import FitSettings
 from policies.schedule import Schedule
+from tests.support import lerobot_lab
 from tests.support.language_lab import annotate, publish, row, save_pi052, say
 
 HORIZON = 8
@@ -102,6 +103,22 @@ class TestFromCheckpoint:
         assert config.prompts.recipe == "subtask"
         assert begun.notes[0].startswith("starts from")
         assert not any("cameras" in note for note in begun.notes)
+
+    def test_a_robot_of_other_sizes_is_no_obstacle(self, start, checkpoints, spec):
+        wide = [dataclasses.replace(f, shape=(7,), element_names=(), element_units=()) for f in spec.states]
+        other = Spec(observation=(*wide, *spec.images), action=spec.action, control_rate_hz=20.0)
+        save_pi052(checkpoints / "wide", other)
+        assert start(start_from="wide").policy.spec == spec
+
+    def test_lerobots_folder_serves_as_well(self, start, checkpoints, monkeypatch):
+        ours = policy_checkpoint.load(checkpoints / "base")
+        lerobot_lab.name_pi_sizes(monkeypatch, ours.config.network)
+        lerobot_folder.write(ours, checkpoints / "theirs")
+        begun = start(start_from="theirs")
+        origin = policy_checkpoint.load(checkpoints / "base").state_dict()
+        state = begun.policy.state_dict()
+        assert all(torch.equal(state[name], origin[name]) for name in state if name.startswith("network."))
+        assert begun.policy.files.keys() == {policy_files.TOKENIZER}
 
     def test_it_need_not_name_the_type(self, start):
         assert start(policy_type="").policy.type_name == "pi052"
@@ -247,6 +264,26 @@ class TestActions:
         with pytest.raises(InvalidInput, match="learns no FAST") as refused:
             start(policy_config={**with_prompts(recipe="subtask"), "fast_weight": 0.0}, fit_fast=FIT)
         assert refused.value.field == "recipe.fit_fast"
+
+
+def test_episodes_whose_chunks_take_more_codes_than_others_are_kept_in_memory_together(start):
+    """Episode 2 stands still after its first third: fewer codes. The loss of a batch is the same, kept or made anew."""
+    begun = start(fit_fast=FIT)
+    begun.demonstrations.actions[47:60] = begun.demonstrations.actions[47]
+    kept = Batches(begun.demonstrations, begun.policy, max_cached_bytes=2**30)
+    anew = Batches(begun.demonstrations, begun.policy, max_cached_bytes=0)
+    indices = np.array([55, 58])
+    lengths, losses = [], []
+    for batches in (kept, anew):
+        inputs = batches.get(indices, indices)
+        lengths.append(inputs.fast_tokens.shape[1])
+        losses.append(begun.policy.loss(inputs, torch.Generator().manual_seed(0)))
+        batches.close()
+    assert kept.is_cached
+    assert not anew.is_cached
+    assert lengths[0] > lengths[1]
+    for name, term in losses[0].terms.items():
+        torch.testing.assert_close(term, losses[1].terms[name], rtol=1e-5, atol=1e-6)
 
 
 def test_what_a_run_goes_on_with_is_its_own_checkpoint(start, tmp_path, checkpoints):

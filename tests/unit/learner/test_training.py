@@ -19,7 +19,7 @@ from learner.ranks import Ranks
 from learner.recipe import Recipe
 from learner.recipes import build_recipe
 from learner.run_folder import RunFolder
-from learner.train import Hooks, TrainingDiverged, train
+from learner.train import Hooks, Meter, TrainingDiverged, train
 from manyhands.errors import Corrupt, InvalidInput
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies import checkpoint as policy_checkpoint
@@ -97,7 +97,7 @@ class Log:
         return self._stop_at is not None and self.looks > self._stop_at
 
 
-def run(path, *, recipe=RECIPE, seed=3, max_steps=None, max_duration_s=0.0, log=None, spoil=None):
+def run(path, *, recipe=RECIPE, seed=3, max_steps=None, max_duration_s=0.0, log=None, spoil=None, ranks=Ranks()):  # noqa: B008
     torch.manual_seed(seed)
     policy = policy_checkpoint.build(recipe.policy_type, recipe.policy_config, SPEC)
     batches = Memory(policy)
@@ -111,7 +111,7 @@ def run(path, *, recipe=RECIPE, seed=3, max_steps=None, max_duration_s=0.0, log=
         policy=policy,
         batches=batches,
         num_frames=NUM_FRAMES,
-        ranks=Ranks(),
+        ranks=ranks,
         folder=RunFolder(path),
         hooks=(log or Log()).hooks(),
     )
@@ -265,6 +265,41 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Corrupt, match="step-000000003"):
         run(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_on_a_gpu_it_goes_on_to_the_same_bits_too(tmp_path, decay):
+    ranks = Ranks(device=torch.device("cuda"))
+    mixed = dataclasses.replace(RECIPE, mixed_precision=True, ema_decay=decay)
+    run(tmp_path / "whole", recipe=mixed, ranks=ranks)
+    run(tmp_path / "parts", recipe=mixed, max_steps=17, ranks=ranks)
+    _, policy, _ = run(tmp_path / "parts", recipe=mixed, ranks=ranks)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert {parameter.device.type for parameter in policy.parameters()} == {"cuda"}
+
+
+def test_a_term_is_averaged_over_the_samples_that_have_it():
+    meter = Meter(lambda: 0.0)
+    for flow, text in (([1.0, 0.0], [0.0, 4.0]), ([2.0, 3.0], [0.0, 0.0])):
+        terms = {"flow": torch.tensor(flow), "text": torch.tensor(text), "fast": torch.zeros(2)}
+        meter.add(loss=1.0, terms=terms, norm=1.0, rate=1.0, samples=2)
+    metrics = meter.read(2, reset=True)
+    assert (metrics["train/loss_flow"], metrics["train/loss_text"]) == (2.0, 4.0)
+    assert "train/loss_fast" not in metrics
+    meter.add(loss=1.0, terms={"flow": torch.tensor([7.0])}, norm=1.0, rate=1.0, samples=1)
+    assert meter.read(3)["train/loss_flow"] == 7.0, "since the reset"
+
+
+def test_without_an_average_the_raw_weights_are_the_checkpoint_and_go_on(tmp_path):
+    raw = dataclasses.replace(RECIPE, ema_decay=0.0)
+    run(tmp_path / "whole", recipe=raw)
+    run(tmp_path / "parts", recipe=raw, max_steps=17)
+    run(tmp_path / "parts", recipe=raw)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    tensors = all_tensors(tmp_path / "whole")
+    assert torch.equal(tensors["chunk_in.weight"], tensors["model/chunk_in.weight"])
 
 
 class TestSchedule:

@@ -169,6 +169,50 @@ def test_the_robot_is_what_the_configuration_says(folder: Path) -> None:
     assert lerobot_folder.read(folder, control_rate_hz=15.0).policy.spec.control_rate_hz == 15.0
 
 
+TABLE = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+
+
+def without_prefix(tensors: dict[str, torch.Tensor]) -> None:
+    """As pi05_base is published: the head stands for the table too."""
+    del tensors[TABLE]
+    for key in list(tensors):
+        tensors[key.removeprefix("model.")] = tensors.pop(key)
+
+
+def newer_transformers(tensors: dict[str, torch.Tensor]) -> None:
+    for key in list(tensors):
+        tensors[key.replace(".vision_tower.vision_model.", ".vision_tower.")] = tensors.pop(key)
+
+
+@pytest.mark.parametrize("form", [without_prefix, newer_transformers])
+def test_other_names_are_the_same_weights(form: Callable[[dict[str, torch.Tensor]], None], tmp_path: Path) -> None:
+    policy = make("pi05")
+    policy.network.token_table.load_state_dict(policy.network.text_head.state_dict())
+    lerobot_folder.write(policy, tmp_path / "saved")
+    edit_tensors(tmp_path / "saved" / "model.safetensors", form)
+    found = lerobot_folder.read(tmp_path / "saved")
+    assert found.notes == ()
+    assert np.array_equal(chunk_of(found.policy), chunk_of(policy))
+
+
+def test_a_file_from_before_processors(folder: Path) -> None:
+    expected = chunk_of(lerobot_folder.read(folder).policy)
+    for path in folder.glob("policy_*"):
+        path.unlink()
+    modules = {"normalize_inputs": "observation.state", "normalize_targets": "action", "unnormalize_outputs": "action"}
+    old = {
+        f"{module}.buffer_{feature.replace('.', '_')}.{name}": torch.tensor(STATISTICS[feature][name])
+        for module, feature in modules.items()
+        for name in ("q01", "q99")
+    }
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors.update(old))
+    found = lerobot_folder.read(folder)
+    assert np.array_equal(chunk_of(found.policy), expected)
+    assert len(found.notes) == 2
+    assert "old buffers" in found.notes[0]
+    assert "6 tensors" in found.notes[1]
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_weights_have_the_precision_that_the_configuration_says(stored: torch.dtype, tmp_path: Path) -> None:
     policy = make("pi05", network=replace(PI, precision=Precision.BFLOAT16))

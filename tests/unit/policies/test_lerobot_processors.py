@@ -220,9 +220,52 @@ def test_truncated_statistics_are_named(folder: Path) -> None:
         lerobot_processors.read(folder, described(VALUES["pi05"]))
 
 
-def test_pi052_without_a_recipe_has_other_prompts(tmp_path: Path) -> None:
-    write(tmp_path, VALUES["pi05"])
-    with pytest.raises(InvalidInput, match="pi05's prompts"):
+@pytest.mark.parametrize("type_name", VALUES)
+def test_a_setting_of_any_kind_is_read_or_refused(type_name: str, tmp_path: Path) -> None:
+    write(tmp_path, VALUES[type_name])
+    values = described(VALUES[type_name])
+    for file_name in (BEFORE, AFTER):
+        whole = (tmp_path / file_name).read_text()
+        places = [(i, name) for i, step in enumerate(json.loads(whole)["steps"]) for name in step["config"]]
+        for index, name in places:
+            for odd in (None, -1, "x", [1], {"a": 1}, True):
+                edit(tmp_path, file_name, lambda s, i=index, name=name, odd=odd: s[i]["config"].update({name: odd}))
+                try:
+                    lerobot_processors.read(tmp_path, values)
+                except ManyhandsError:
+                    pass
+                (tmp_path / file_name).write_text(whole)
+
+
+@pytest.mark.parametrize(("plain", "type_name"), [("pi05", "pi052"), ("smolvla", "smolvla2")])
+def test_without_a_recipe_prompts_are_others(plain: str, type_name: str, tmp_path: Path) -> None:
+    write(tmp_path, VALUES[plain])
+    with pytest.raises(InvalidInput, match="without a recipe"):
+        lerobot_processors.read(tmp_path, described(VALUES[type_name]))
+
+
+def test_steps_of_older_files_say_nothing(tmp_path: Path) -> None:
+    """Those of pi052 had no configuration at first."""
+    write(tmp_path, VALUES["pi052"])
+    for name in ("pi052_text_tokenizer", "action_tokenizer_processor"):
+        edit(tmp_path, BEFORE, lambda steps, name=name: config_of(steps, name).clear())
+    found = lerobot_processors.read(tmp_path, described(VALUES["pi052"]))
+    assert found is not None
+    assert (found.prompt_length, found.tokenizer_name, found.action_tokenizer_name) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("action_tokenizer_processor", {"fast_skip_tokens": 128}), "fast_skip_tokens"),
+        (("action_tokenizer_processor", {"max_action_tokens": 512}), "max_action_tokens"),
+        (("pi052_text_tokenizer", {"tools": [{"name": "say"}]}), "tools"),
+    ],
+)
+def test_prompts_that_are_others(change: tuple[str, dict[str, Any]], message: str, tmp_path: Path) -> None:
+    write(tmp_path, VALUES["pi052"])
+    edit(tmp_path, BEFORE, set_config(change[0], **change[1]))
+    with pytest.raises(InvalidInput, match=message):
         lerobot_processors.read(tmp_path, described(VALUES["pi052"]))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from manyhands.errors import InvalidInput
+from manyhands.errors import InvalidInput, ManyhandsError
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies.normalization import Normalization
 from policies.pi052 import lerobot_config
@@ -187,3 +187,13 @@ def test_a_size_without_a_name_cannot_be_written() -> None:
     )
     with pytest.raises(InvalidInput, match=r"network\.expert"):
         lerobot_config.write("pi052", config, spec)
+
+
+@pytest.mark.parametrize("values", [PI05_BASE, PI052])
+def test_a_field_of_any_kind_is_read_or_refused(values: dict[str, Any]) -> None:
+    for name in values:
+        for odd in (None, -1, 2.5, "x", [], [1], {}, {"a": 1}, True, float("inf")):
+            try:
+                lerobot_config.read(values | {name: odd})
+            except ManyhandsError:
+                continue

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from manyhands.errors import InvalidInput
+from manyhands.errors import InvalidInput, ManyhandsError
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies.configuration import TowerSize
 from policies.normalization import Normalization
@@ -137,3 +137,13 @@ def test_sizes_of_our_own_have_no_name() -> None:
     small = TowerSize(width=960, depth=16, mlp=256, heads=15, kv_heads=5, head_dim=64)
     with pytest.raises(InvalidInput, match=r"network\.language"):
         lerobot_config.write("smolvla", smolvla_config(network=NetworkConfig(language=small)), _spec())
+
+
+@pytest.mark.parametrize("values", [BASE, SMOLVLA2])
+def test_a_field_of_any_kind_is_read_or_refused(values: dict[str, Any]) -> None:
+    for name in values:
+        for odd in (None, -1, 2.5, "x", [], [1], {}, {"a": 1}, True, float("inf")):
+            try:
+                lerobot_config.read(values | {name: odd})
+            except ManyhandsError:
+                continue
