@@ -59,6 +59,9 @@ class BytePrompter:
         whole = bytes(token - FIRST_BYTE for token in tokens if FIRST_BYTE <= token < FIRST_CODE)
         return whole.decode("utf-8", errors="replace").lstrip()
 
+    def answer(self, text: str) -> list[int]:
+        return [*_bytes(f" {text}"), END]
+
     def shown(self, prompt: Prompt) -> str:
         return self.text(prompt.tokens.tolist())
 

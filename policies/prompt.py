@@ -52,5 +52,26 @@ class Prompter(Protocol):
     def text(self, tokens: Sequence[int]) -> str:
         """Special tokens left out."""
 
+    def answer(self, text: str) -> list[int]:
+        """The tokens of an answer of this text, its end included."""
+
     def shown(self, prompt: Prompt) -> str:
         """For people: special tokens as they are written, what is learnt between [[ and ]]."""
+
+
+class Pieces:
+    """An answer's tokens as text, one by one. One may end inside a character; its text comes with what completes it."""
+
+    def __init__(self, prompter: Prompter) -> None:
+        self._prompter = prompter
+        self._tokens: list[int] = []
+        self._written = ""
+
+    def add(self, token: int) -> str:
+        """The text that this token adds, often nothing for a special one."""
+        self._tokens.append(token)
+        whole = self._prompter.text(self._tokens)
+        if not whole.startswith(self._written) or whole.endswith("\ufffd"):
+            return ""
+        new, self._written = whole[len(self._written) :], whole
+        return new

@@ -26,7 +26,7 @@ from .files import Files
 from .losses import Term
 from .normalization import Normalization, Normalizer, Statistics
 from .policy import CommittedPrefix, Losses, Policy, Sample, TextKind, TextRequest
-from .prompt import Prompt, Prompter
+from .prompt import Pieces, Prompt, Prompter
 
 PAD_TOKEN = 0
 EMPTY_CAMERA = "observation.images.empty_camera_"
@@ -37,6 +37,14 @@ class PromptedInputs(Protocol):
 
     @property
     def state(self) -> torch.Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Read:
+    """A sample's prompt, and its state (1, S) in the robot's units, which relative actions are anchored at."""
+
+    prompt: Prompt
+    state: torch.Tensor
 
 
 class PromptedConfig(Protocol):
@@ -279,29 +287,34 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
             raise NotOffered(f"policy type {self.type_name!r} has no text head", field="model")
         if len(samples) != 1:
             raise InvalidInput(f"text is generated for one sample at a time, not {len(samples)}", field="samples")
-        prompter = self._prompter()
-        sample_checks.check(samples, self.spec)
+        question = self.question(samples[0], request)
+        inputs = self._inputs(samples, [question.prompt], question.state, None, len(question.prompt.tokens), device)
+        generators = [torch.Generator().manual_seed(request.seed)]
+        pieces = Pieces(self._prompter())
+        for token in text.generate(self.network, self.text_state(inputs), self.decoding(request), generators):
+            yield pieces.add(int(token))
+
+    def question(self, sample: Sample, request: TextRequest) -> Read:
+        """What the text head reads, before it is padded."""
+        sample_checks.check([sample], self.spec)
         sample_checks.check_text(request.user_text, "user_text")
         sample_checks.check_text(request.previous_text, "previous_text")
-        state = self._state(samples)
-        prompt = prompter.asking(samples[0], request, self._normalised(state)[0])
-        ids: list[int] = []
-        written = ""
-        inputs = self._inputs(samples, [prompt], state, None, len(prompt.tokens), device)
-        generators = [torch.Generator().manual_seed(request.seed)]
-        for token in map(int, text.generate(self.network, self.text_state(inputs), self._decoding(request), generators)):
-            ids.append(token)
-            # A token may end inside a character; its text comes with the token that completes it.
-            whole = prompter.text(ids)
-            if whole.startswith(written) and not whole.endswith("\ufffd"):
-                yield whole[len(written) :]
-                written = whole
+        state = self._state([sample])
+        return Read(prompt=self._prompter().asking(sample, request, self._normalised(state)[0]), state=state)
+
+    def observation(self, sample: Sample) -> Read:
+        """What an action chunk is made from, before it is padded."""
+        sample_checks.check([sample], self.spec)
+        state = self._state([sample])
+        (prompt,) = self._prompts([sample], state, None)
+        return Read(prompt=prompt, state=state)
 
     @abc.abstractmethod
     def text_state(self, inputs: InputsT) -> Any:
         """The prefix that text follows, with hidden states; as the network's text_step takes it."""
 
-    def _decoding(self, request: TextRequest) -> text.Decoding:
+    def decoding(self, request: TextRequest) -> text.Decoding:
+        """Which tokens may come, and when a text ends."""
         prompter = self._prompter()
         return text.Decoding(
             max_new_tokens=request.max_new_tokens or self.config.max_new_tokens,

@@ -265,9 +265,9 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
     def text_state(self, inputs: Pi052Inputs) -> PrefixState:
         return self.prefix_state(inputs, hidden=True)
 
-    def _decoding(self, request: TextRequest) -> text.Decoding:
+    def decoding(self, request: TextRequest) -> text.Decoding:
         return replace(
-            super()._decoding(request),
+            super().decoding(request),
             suppress_locations=request.kind is not TextKind.VISUAL_QUESTION,
             fast_skip_tokens=self.config.fast_skip_tokens,
         )

@@ -127,6 +127,9 @@ class Pi052Prompter:
     def text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens).lstrip()
 
+    def answer(self, text: str) -> list[int]:
+        return [*self._tokenizer.encode(f" {text}").tokens.tolist(), self.eos_token]
+
     def shown(self, prompt: Prompt) -> str:
         return conversations.shown(prompt, self._tokenizer)
 

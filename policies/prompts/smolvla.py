@@ -76,6 +76,9 @@ class SmolVLA2Prompter:
     def text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens).lstrip()
 
+    def answer(self, text: str) -> list[int]:
+        return [*self._tokenizer.encode(f" {text}").tokens.tolist(), self.eos_token]
+
     def shown(self, prompt: Prompt) -> str:
         return conversations.shown(prompt, self._tokenizer)
 

@@ -73,6 +73,11 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         return len(self._line) + len(self._rows)
 
     @property
+    def num_in_progress(self) -> int:
+        """Chunks whose prefix has run or runs."""
+        return len(self._rows)
+
+    @property
     def num_texts(self) -> int:
         return len(self._texts)
 
@@ -106,12 +111,17 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             self._held_up.discard(_key(work))
         return tuple(chunks), self._texts.withdraw(owner=owner)
 
-    def withdraw_text(self, text_id: Hashable) -> bool:
-        """Forgets a text that nobody listens to any more; whether it was there."""
-        return bool(self._texts.withdraw(text_id=text_id))
+    def withdraw_text(self, text_id: Hashable) -> tuple[TextWork[TextT], ...]:
+        """Forgets a text that nobody listens to any more; answers it if it was there."""
+        return self._texts.withdraw(text_id=text_id)
 
-    def next_unit(self, now_s: float) -> Decision[ChunkT, TextT]:
-        """What to run now."""
+    def next_unit(self, now_s: float, *, only_begun: bool = False) -> Decision[ChunkT, TextT]:
+        """What to run now. only_begun: Chunks in progress come to their end, and nothing else runs."""
+        if only_begun:
+            unit = self._expert_unit(self._in_progress())
+            if unit is not None:
+                self._begin(unit, now_s)
+            return Decision(unit=unit)
         late_chunks = self._refuse_late(now_s)
         late_texts = self._texts.drop_late(now_s) if len(self._texts) else ()
         unit = self._action_unit(now_s)
@@ -194,7 +204,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         return tuple(late)
 
     def _action_unit(self, now_s: float) -> Unit[ChunkT, TextT] | None:
-        rows = sorted(self._rows.values(), key=lambda row: row.work.deadline_s)
+        rows = self._in_progress()
         waiting = [work for work in self._line.ordered() if work.owner not in self._rows]
         if len(rows) >= self._max_rows or not waiting:
             return self._expert_unit(rows)
@@ -206,6 +216,9 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         if (is_earlier or pressed) and self._rows_in_time(rows, prefix, now_s):
             return prefix
         return self._expert_unit(rows)
+
+    def _in_progress(self) -> list[Row[ChunkT]]:
+        return sorted(self._rows.values(), key=lambda row: row.work.deadline_s)
 
     def _expert_unit(self, rows: Sequence[Row[ChunkT]]) -> Unit[ChunkT, TextT] | None:
         """A step of all rows that share the model of the most urgent one."""

@@ -1,0 +1,438 @@
+"""The thread that runs a GPU: prepared units of chunks and texts, one after the other, as the scheduler decides.
+
+Between two units weights may change. A version comes in when no chunk is in progress: those begun are finished first, which
+takes a few expert steps and no prefix, so every chunk is of one version.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from manyhands.common.v1 import common_pb2
+from manyhands.errors import InternalError, InvalidInput, ManyhandsError, TooLate, Unreachable
+from policies.policy import Sample, TextRequest
+
+from .engine import Answer, Job, Outcome, Superseded
+from .fused_model import ChunkRow, FusedModel, TextRowInWork
+from .unit_scheduler import UnitScheduler
+from .units import ChunkWork, TextWork, Unit, UnitKind, group
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_RUNS = 5
+Progress = Callable[[int, int, str], None]
+RowT = TypeVar("RowT", ChunkRow, TextRowInWork)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDone:
+    """The end of an answer.
+
+    Attributes:
+        num_drafted: Tokens that a draft gave, of num_tokens.
+    """
+
+    text: str
+    num_tokens: int
+    num_drafted: int
+    version: common_pb2.PolicyVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question, and who hears its answer: pieces as they come, then one TextDone or error; neither may block."""
+
+    model: str
+    sample: Sample
+    request: TextRequest
+    piece: Callable[[str], None]
+    done: Callable[[TextDone | ManyhandsError], None]
+
+
+@dataclass(kw_only=True)
+class _Chunk:
+    job: Job
+    row: ChunkRow
+    began_s: float = 0.0
+    prefix_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Text:
+    question: Question
+    row: TextRowInWork
+    text: str = ""
+    num_sent: int = 0
+    num_drafted: int = 0
+
+
+class UnitEngine:
+    """Runs units of several robots on one device.
+
+    Args:
+        models: By name, prepared or not.
+        max_rows: Chunks in progress at once.
+        max_texts: Texts in progress at once.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, FusedModel],
+        *,
+        max_rows: int,
+        max_texts: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.models = dict(models)
+        self._clock = clock
+        self._scheduler: UnitScheduler[_Chunk, _Text] = UnitScheduler(max_rows=max_rows, max_texts=max_texts)
+        self._changed = threading.Condition()
+        # Slots to give back, at once; and changes of weights, when no chunk is in progress.
+        self._between: list[Callable[[], None]] = []
+        self._swaps: list[Callable[[], None]] = []
+        self._chunks_per_s: dict[str, float] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ready: Future[None] = Future()
+        self._text_ids = itertools.count(1)
+        self._progress: Progress | None = None
+
+    def start(self, progress: Progress | None = None) -> None:
+        """Prepares every unit, tries each model and measures how long its units take.
+
+        Raises:
+            InternalError: A model cannot make a finite chunk.
+        """
+        self._progress = progress
+        self._thread.start()
+        self._ready.result()
+
+    def stop(self) -> None:
+        """Finishes the chunks and texts in hand, then ends the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    # -- requests: any thread ------------------------------------------------------------------------------------------
+
+    def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
+        """Puts a row in line. Its outcome, and that of the owner's row it replaces, goes to job.done."""
+        model = self.models[job.model]
+        try:
+            row = model.chunk_row(job.row)
+        except ManyhandsError as error:
+            job.done(error)
+            return
+        work = ChunkWork(
+            owner=owner,
+            request_id=request_id,
+            model=job.model,
+            bucket=model.bucket(row),
+            num_steps=model.num_steps,
+            arrived_s=arrived_s,
+            deadline_s=deadline_s,
+            payload=_Chunk(job=job, row=row),
+        )
+        now_s = self._clock()
+        with self._changed:
+            stopping, replaced, accepted = self._stopping, None, False
+            if not stopping:
+                replaced, accepted = self._scheduler.submit(work, now_s)
+                self._changed.notify()
+        if replaced is not None:
+            replaced.payload.job.done(Superseded())
+        if stopping:
+            job.done(Unreachable("the server is going away; open a session again"))
+        elif not accepted:
+            job.done(_too_late(work, now_s))
+
+    def ask(self, *, owner: str, arrived_s: float, deadline_s: float, question: Question) -> int:
+        """Puts a question in line; the answer's id is for hush(). InvalidInput where the policy refuses it."""
+        model = self.models[question.model]
+        row = model.text_row(question.sample, question.request)
+        text_id = next(self._text_ids)
+        work = TextWork(
+            owner=owner,
+            text_id=text_id,
+            model=question.model,
+            bucket=model.bucket(row),
+            num_prefix_slices=1,
+            num_draft_tokens=len(row.draft),
+            max_tokens=row.rules.max_new_tokens,
+            arrived_s=arrived_s,
+            deadline_s=deadline_s,
+            payload=_Text(question=question, row=row),
+        )
+        with self._changed:
+            if self._stopping:
+                raise Unreachable("the server is going away; ask again")
+            self._scheduler.ask(work)
+            self._changed.notify()
+        return text_id
+
+    def hush(self, text_id: int) -> None:
+        """Nobody listens to this answer any more."""
+        with self._changed:
+            self._release_later(self._scheduler.withdraw_text(text_id))
+            self._changed.notify()
+
+    def withdraw(self, owner: str) -> None:
+        """Drops what an owner has waiting and in progress; nobody is told."""
+        with self._changed:
+            chunks, texts = self._scheduler.withdraw(owner)
+            self._release_later((*chunks, *texts))
+            self._changed.notify()
+
+    def pending(self) -> int:
+        with self._changed:
+            return len(self._scheduler)
+
+    def chunks_per_s(self, model: str) -> float | None:
+        """What the device can make, from how long units take: full batches of prefixes and of expert rows."""
+        return self._chunks_per_s.get(model)
+
+    def between_passes(self, change: Callable[[], None]) -> float:
+        """Runs change on the engine's thread while no chunk is in progress; answers how many seconds no unit ran.
+
+        Raises:
+            Whatever change raises; Unreachable when the engine stopped.
+        """
+        done: Future[float] = Future()
+
+        def run() -> None:
+            started = time.perf_counter()
+            try:
+                change()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(time.perf_counter() - started)
+
+        with self._changed:
+            if self._stopping:
+                raise Unreachable("the server is going away")
+            self._swaps.append(run)
+            self._changed.notify()
+        return done.result()
+
+    def _release_later(self, works: Sequence[ChunkWork[_Chunk] | TextWork[_Text]]) -> None:
+        """A unit that runs may still write into their slots."""
+        for work in works:
+            self._between.append(functools.partial(self.models[work.model].release, work.payload.row))
+
+    # -- the engine's thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._prepare()
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._between or self._swaps or len(self._scheduler))
+                between, self._between = self._between, []
+                swaps: list[Callable[[], None]] = []
+                if self._swaps and not self._scheduler.num_in_progress:
+                    swaps, self._swaps = self._swaps, []
+                now_s = self._clock()
+                decision = self._scheduler.next_unit(now_s, only_begun=bool(self._swaps))
+                is_over = self._stopping and not len(self._scheduler)
+            for change in (*between, *swaps):
+                change()
+            for late in decision.late_chunks:
+                late.payload.job.done(_too_late(late, now_s))
+            for late_text in decision.late_texts:
+                self._end_text(late_text, TooLate("the text was not finished in time", field="deadline"))
+            if decision.unit is not None:
+                self._run_unit(decision.unit)
+            elif is_over:
+                return
+
+    def _run_unit(self, unit: Unit[_Chunk, _Text]) -> None:
+        started_s = self._clock()
+        model = self.models[unit.model]
+        known = {text.work.text_id: len(text.work.payload.row.tokens) for text in unit.texts}
+        try:
+            self._do(model, unit)
+            model.wait()
+        except Exception as error:
+            self._fail(unit, error)
+            return
+        now_s = self._clock()
+        new = {text.work.text_id: len(text.work.payload.row.tokens) - known[text.work.text_id] for text in unit.texts}
+        ended = [text.work.text_id for text in unit.texts if text.work.payload.row.has_ended]
+        for row in unit.rows:
+            chunk = row.work.payload
+            if unit.kind is UnitKind.PREFIX:
+                chunk.began_s, chunk.prefix_s = started_s, now_s - started_s
+        with self._changed:
+            finished = self._scheduler.finished(unit, now_s - started_s, now_s, num_new_tokens=new, ended=ended)
+        for text in unit.texts:
+            self._send_pieces(text.work.payload)
+        for work in finished.chunks:
+            self._end_chunk(model, work, now_s, unit.size)
+        for text_work in finished.texts:
+            payload = text_work.payload
+            self._end_text(
+                text_work,
+                TextDone(
+                    text=payload.text,
+                    num_tokens=len(payload.row.tokens),
+                    num_drafted=payload.num_drafted,
+                    version=model.version,
+                ),
+            )
+
+    def _do(self, model: FusedModel, unit: Unit[_Chunk, _Text]) -> None:
+        if unit.kind is UnitKind.PREFIX:
+            model.run_prefix([row.work.payload.row for row in unit.rows])
+        elif unit.kind is UnitKind.EXPERT:
+            model.run_expert([(row.work.payload.row, row.step) for row in unit.rows])
+        elif unit.kind is UnitKind.TEXT_PREFIX:
+            model.run_text_prefix(unit.texts[0].work.payload.row)
+        elif unit.kind is UnitKind.DRAFT_CHECK:
+            text = unit.texts[0].work.payload
+            before = len(text.row.tokens)
+            model.run_draft(text.row)
+            text.num_drafted += max(0, len(text.row.tokens) - before - 1)
+        else:
+            model.run_text([text.work.payload.row for text in unit.texts])
+
+    def _end_chunk(self, model: FusedModel, work: ChunkWork[_Chunk], now_s: float, batch_size: int) -> None:
+        payload = work.payload
+        actions, model_actions = model.chunk(payload.row)
+        model.release(payload.row)
+        finished_s = self._clock()
+        outcome: Outcome
+        if np.isfinite(actions).all() and np.isfinite(model_actions).all():
+            outcome = Answer(
+                actions=actions,
+                model_actions=model_actions,
+                version=model.version,
+                queue_s=payload.began_s - work.arrived_s,
+                prefix_s=payload.prefix_s,
+                sample_s=now_s - payload.began_s - payload.prefix_s,
+                postprocess_s=finished_s - now_s,
+                batch_size=batch_size,
+            )
+        else:
+            logger.error("version %d of %s answered a chunk that is not finite", model.version.number, model.name)
+            outcome = InternalError("the model's chunk is not finite; no action was sent")
+        payload.job.done(outcome)
+
+    def _send_pieces(self, text: _Text) -> None:
+        row = text.row
+        for token in row.tokens[text.num_sent :]:
+            piece = row.pieces.add(token)
+            text.text += piece
+            text.question.piece(piece)
+        text.num_sent = len(row.tokens)
+
+    def _end_text(self, work: TextWork[_Text], outcome: TextDone | ManyhandsError) -> None:
+        self.models[work.model].release(work.payload.row)
+        work.payload.question.done(outcome)
+
+    def _fail(self, unit: Unit[_Chunk, _Text], error: Exception) -> None:
+        """Of several rows each is tried alone: one robot's bad row must not cost the others theirs."""
+        with self._changed:
+            self._scheduler.failed(unit, self._clock())
+        told = error if isinstance(error, InvalidInput) else InternalError(
+            "the model failed on this request; the server's log has the reason under its id"
+        )  # fmt: skip
+        if told is not error:
+            logger.exception("a %s unit of %s failed", unit.kind.value, unit.model)
+        for row in unit.rows:
+            self.models[unit.model].release(row.work.payload.row)
+            row.work.payload.job.done(told)
+        for text in unit.texts:
+            self._end_text(text.work, told)
+
+    # -- before the first robot ----------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        for name, model in self.models.items():
+            model.fused.prepare(self._progress)
+            if not np.isfinite(model.canary()).all():
+                raise InternalError(f"model {name!r} fails on a plain observation: its chunk is not finite")
+            self._measure(name, model)
+
+    def _measure(self, name: str, model: FusedModel) -> None:
+        """Every prepared unit a few times, so that the first robots are promised what can be kept."""
+        settings, times = model.fused.settings, self._scheduler.times
+        for bucket in settings.prompt_lengths:
+            for size in settings.prefix_rows:
+                if size <= settings.expert_rows[-1]:
+                    prefix_s = self._fastest_s(model, [model.example_row(bucket) for _ in range(size)], model.run_prefix)
+                    times.observe(group(UnitKind.PREFIX, name, bucket), size, prefix_s, self._clock())
+        for size in settings.expert_rows:
+            rows = [model.example_row(settings.prompt_lengths[0]) for _ in range(size)]
+            for row in rows:
+                model.run_prefix([row])
+            step_s = self._fastest_s(model, [], lambda _, rows=rows: model.run_expert([(row, 0) for row in rows]))  # type: ignore[misc]
+            for row in rows:
+                model.release(row)
+            for bucket in settings.prompt_lengths:
+                times.observe(group(UnitKind.EXPERT, name, bucket), size, step_s, self._clock())
+        self._chunks_per_s[name] = self._best_rate(name, model)
+        if model.policy.has_text_head:
+            self._measure_text(name, model)
+
+    def _best_rate(self, name: str, model: FusedModel) -> float:
+        """Chunks a second with full batches of the longest prompts."""
+        settings, times = model.fused.settings, self._scheduler.times
+        bucket, rows = settings.prompt_lengths[-1], settings.expert_rows[-1]
+        size = max(size for size in settings.prefix_rows if size <= rows)
+        prefix_s = times.mean_s(group(UnitKind.PREFIX, name, bucket), size)
+        step_s = times.mean_s(group(UnitKind.EXPERT, name, bucket), rows)
+        assert prefix_s is not None
+        assert step_s is not None
+        return 1.0 / (prefix_s / size + model.num_steps * step_s / rows)
+
+    def _measure_text(self, name: str, model: FusedModel) -> None:
+        settings, times = model.fused.settings, self._scheduler.times
+        for bucket in settings.prompt_lengths:
+            prefix_s = self._fastest_s(model, [model.example_question(bucket)], lambda rows: model.run_text_prefix(rows[0]))
+            times.observe(group(UnitKind.TEXT_PREFIX, name, bucket), 1, prefix_s, self._clock())
+        for size in settings.text_rows:
+            rows = [model.example_question(settings.prompt_lengths[0]) for _ in range(size)]
+            for row in rows:
+                model.run_text_prefix(row)
+            step_s = self._fastest_s(model, [], lambda _, rows=rows: model.run_text(rows))  # type: ignore[misc]
+            for row in rows:
+                model.release(row)
+            for bucket in settings.prompt_lengths:
+                times.observe(group(UnitKind.TEXT, name, bucket), size, step_s, self._clock())
+                times.observe(group(UnitKind.DRAFT_CHECK, name, bucket), 1, 2 * step_s, self._clock())
+
+    def _fastest_s(self, model: FusedModel, rows: Sequence[RowT], run: Callable[[Sequence[RowT]], None]) -> float:
+        """Of a few runs; rows' slots are given back after each."""
+        fastest_s = float("inf")
+        for _ in range(WARM_UP_RUNS):
+            model.wait()
+            started_s = time.perf_counter()
+            run(rows)
+            model.wait()
+            fastest_s = min(fastest_s, time.perf_counter() - started_s)
+            for row in rows:
+                model.release(row)
+        return fastest_s
+
+
+def _too_late(work: ChunkWork[_Chunk], now_s: float) -> TooLate:
+    left_ms = max(0.0, work.deadline_s - now_s) * 1e3
+    return TooLate(
+        f"{left_ms:.1f} ms are left, less than a chunk takes; give a longer deadline or replan less often", field="deadline"
+    )

@@ -1,0 +1,283 @@
+"""The engine of prepared units answers what the plain policy answers, whoever else is served."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from manyhands.errors import InvalidInput, TooLate, Unreachable
+from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
+from services.inference.engine import Answer, Job, Superseded
+from services.inference.fused_model import FusedModel, can_be_fused
+from services.inference.prepare import Row
+from services.inference.unit_engine import Question, TextDone, UnitEngine
+from tests.support import prompted_lab
+from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
+
+TOLERANCE = 1e-5
+
+
+def make_policy(policy_type="pi052", **changes):
+    policy = prompted_lab.policy(policy_type, max_new_tokens=12, **changes).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.network.named_parameters():
+        if "modulation" in name:  # Fresh ones are zero: every step would see the same expert.
+            parameter.data.normal_(std=0.2, generator=generator)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy()
+
+
+@pytest.fixture(scope="module")
+def engine(policy):
+    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
+    made = UnitEngine({"tiny": model}, max_rows=4, max_texts=4)
+    made.start()
+    yield made
+    made.stop()
+
+
+def sample(seed, *, task="tidy up"):
+    random_numbers = np.random.default_rng(seed)
+    picture = random_numbers.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return Sample(observation={CAMERA: picture, STATE: random_numbers.uniform(-1, 1, 2).astype(np.float32)}, task=task)
+
+
+def row(seed, *, prefix=None, delay_steps=0, execution_horizon=HORIZON, task="tidy up"):
+    return Row(
+        sample=sample(seed, task=task),
+        prefix=prefix,
+        delay_steps=delay_steps,
+        execution_horizon=execution_horizon,
+        seed=seed,
+    )
+
+
+def plain(policy, asked):
+    """(T, R), by the plain module, alone."""
+    committed = None
+    if asked.prefix is not None:
+        actions = torch.zeros(1, HORIZON, policy.model_action_size)
+        actions[0, : len(asked.prefix)] = torch.from_numpy(asked.prefix)
+        committed = CommittedPrefix(
+            actions=actions,
+            length=torch.tensor([len(asked.prefix)]),
+            delay_steps=torch.tensor([asked.delay_steps]),
+            execution_horizon=torch.tensor([asked.execution_horizon]),
+        )
+    inputs = policy.preprocess([asked.sample], CPU)
+    chunk = policy.act(inputs, policy.draw_noise([asked.seed]), committed)
+    return policy.postprocess(chunk, inputs)[0], policy.carried(chunk, inputs)[0].numpy()
+
+
+def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1):
+    outcomes = queue.Queue()
+    now_s = time.monotonic()
+    engine.submit(
+        owner=owner,
+        request_id=request_id,
+        arrived_s=now_s,
+        deadline_s=now_s + deadline_s,
+        job=Job(model="tiny", row=asked, done=outcomes.put),
+    )
+    return outcomes
+
+
+def answer_of(outcomes):
+    outcome = outcomes.get(timeout=30.0)
+    assert isinstance(outcome, Answer), outcome
+    return outcome
+
+
+def near(found, expected):
+    return np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
+
+
+def ask(engine, request, *, owner="left", seed=1, task="tidy up", deadline_s=30.0):
+    pieces, done = [], queue.Queue()
+    question = Question(model="tiny", sample=sample(seed, task=task), request=request, piece=pieces.append, done=done.put)
+    now_s = time.monotonic()
+    text_id = engine.ask(owner=owner, arrived_s=now_s, deadline_s=now_s + deadline_s, question=question)
+    return text_id, pieces, done
+
+
+def test_one_robots_chunk_is_the_plain_one(engine, policy):
+    outcome = answer_of(submit(engine, "left", row(1)))
+    actions, carried = plain(policy, row(1))
+    assert near(outcome.actions, actions)
+    assert near(outcome.model_actions, carried)
+    assert outcome.queue_s >= 0 and outcome.prefix_s > 0 and outcome.sample_s > 0  # noqa: PT018
+
+
+def test_rows_of_different_robots_do_not_change_each_other(engine, policy):
+    """Different prompts, with and without a committed prefix, with different delays, some joining midway."""
+    random_numbers = np.random.default_rng(0)
+    asked = [
+        row(
+            seed,
+            prefix=None if seed % 3 == 0 else random_numbers.normal(size=(1 + seed % 5, 8)).astype(np.float32) * 0.3,
+            delay_steps=seed % 3,
+            execution_horizon=2 + seed % 4,
+            task="tidy up" + " the table" * (seed % 4),
+        )
+        for seed in range(9)
+    ]
+    waiting = []
+    for seed, one in enumerate(asked):
+        waiting.append(submit(engine, f"robot {seed}", one))
+        if seed % 4 == 3:
+            time.sleep(0.005)
+    sizes = set()
+    for one, outcomes in zip(asked, waiting, strict=True):
+        outcome = answer_of(outcomes)
+        sizes.add(outcome.batch_size)
+        assert near(outcome.actions, plain(policy, one)[0])
+    assert max(sizes) > 1, "they were to share units"
+
+
+@pytest.mark.parametrize("kind", [TextKind.SUBTASK, TextKind.VISUAL_QUESTION, TextKind.MEMORY])
+def test_greedy_text_is_the_plain_one(engine, policy, kind):
+    request = TextRequest(kind=kind, user_text="what now", min_new_tokens=3)
+    _, pieces, done = ask(engine, request, seed=4)
+    end = done.get(timeout=30.0)
+    expected = "".join(policy.generate([sample(4)], request, CPU))
+    assert isinstance(end, TextDone), end
+    assert (end.text, "".join(pieces)) == (expected, expected)
+
+
+def test_drawn_text_is_the_plain_one(engine, policy):
+    request = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9, seed=7)
+    _, _, done = ask(engine, request, seed=2)
+    assert done.get(timeout=30.0).text == "".join(policy.generate([sample(2)], request, CPU))
+
+
+@pytest.mark.parametrize("previous", ["itself", "half", "else"])
+def test_a_draft_changes_nothing_but_the_time(engine, policy, previous):
+    plain_request = TextRequest(kind=TextKind.SUBTASK)
+    expected = "".join(policy.generate([sample(5)], plain_request, CPU))
+    draft = {"itself": expected, "half": expected[: len(expected) // 2] + "zzz", "else": "something else"}[previous]
+    _, pieces, done = ask(engine, TextRequest(kind=TextKind.SUBTASK, previous_text=draft), seed=5)
+    end = done.get(timeout=30.0)
+    assert (end.text, "".join(pieces)) == (expected, expected)
+    if previous == "else":
+        assert end.num_drafted == 0
+
+
+def test_texts_of_several_robots_beside_chunks(engine, policy):
+    requests = [TextRequest(kind=TextKind.SUBTASK, max_new_tokens=4 + n) for n in range(6)]
+    asked = [ask(engine, request, owner=f"asks {n}", seed=n) for n, request in enumerate(requests)]
+    chunks = [submit(engine, f"acts {n}", row(n)) for n in range(6)]
+    for n, outcomes in enumerate(chunks):
+        assert near(answer_of(outcomes).actions, plain(policy, row(n))[0])
+    for n, (_, _, done) in enumerate(asked):
+        assert done.get(timeout=30.0).text == "".join(policy.generate([sample(n)], requests[n], CPU))
+
+
+def test_all_slots_come_back(engine):
+    model = engine.models["tiny"]
+    engine.between_passes(lambda: None)
+    assert model.slots.num_free == model.slots.sizes.num_slots
+
+
+def test_a_newer_observation_takes_the_place(engine):
+    gate = threading.Event()
+    holding = threading.Thread(target=engine.between_passes, args=(gate.wait,))
+    holding.start()
+    time.sleep(0.05)
+    first = submit(engine, "left", row(1), request_id=1)
+    second = submit(engine, "left", row(2), request_id=2)
+    assert isinstance(first.get(timeout=5.0), Superseded)
+    gate.set()
+    answer_of(second)
+    holding.join()
+
+
+def test_what_cannot_be_in_time_is_refused(engine):
+    assert isinstance(submit(engine, "left", row(1), deadline_s=0.0).get(timeout=5.0), TooLate)
+
+
+def test_a_bad_observation_is_refused_by_name(engine):
+    bad = row(1)
+    bad.sample.observation[STATE][0] = np.nan
+    outcome = submit(engine, "left", bad).get(timeout=5.0)
+    assert isinstance(outcome, InvalidInput)
+    assert outcome.field == STATE
+
+
+def test_withdrawn_work_frees_its_slots_and_nobody_is_told(engine):
+    gate = threading.Event()
+    holding = threading.Thread(target=engine.between_passes, args=(gate.wait,))
+    holding.start()
+    time.sleep(0.05)
+    outcomes = submit(engine, "gone", row(1))
+    text_id, _, done = ask(engine, TextRequest(kind=TextKind.SUBTASK), owner="also gone")
+    engine.withdraw("gone")
+    engine.hush(text_id)
+    gate.set()
+    holding.join()
+    test_all_slots_come_back(engine)
+    assert engine.pending() == 0
+    assert outcomes.empty()
+    assert done.empty()
+
+
+def test_weights_change_between_chunks_only(policy):
+    """Under load every chunk is wholly of one version, and names it."""
+    first, second = make_policy(), make_policy()
+    with torch.no_grad():
+        for parameter in second.network.parameters():
+            parameter.add_(0.01)
+    model = FusedModel("tiny", first, CPU, max_rows=4, max_texts=1)
+    engine = UnitEngine({"tiny": model}, max_rows=4, max_texts=1)
+    engine.start()
+    model.fused.weights.stage(second.network.state_dict())
+    versions = {0: first, 1: second}
+    before = model.version
+
+    def swap():
+        model.fused.weights.commit()
+        after = type(before)()
+        after.CopyFrom(before)
+        after.number = 1
+        model.version = after
+
+    outcomes = {}
+    for seed in range(40):
+        outcomes[seed] = submit(engine, f"robot {seed % 7}", row(seed))
+        time.sleep(0.002)
+        if seed == 20:
+            engine.between_passes(swap)
+    engine.stop()
+    seen = set()
+    for seed, waiting in outcomes.items():
+        outcome = waiting.get(timeout=30.0)
+        if isinstance(outcome, Answer):
+            seen.add(outcome.version.number)
+            assert near(outcome.actions, plain(versions[outcome.version.number], row(seed))[0])
+    assert seen == {0, 1}
+
+
+def test_a_stopped_engine_refuses(policy):
+    engine = UnitEngine({"tiny": FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1)}, max_rows=1, max_texts=1)
+    engine.start()
+    waiting = submit(engine, "left", row(1))
+    engine.stop()
+    answer_of(waiting)
+    assert isinstance(submit(engine, "left", row(1)).get(timeout=5.0), Unreachable)
+    with pytest.raises(Unreachable):
+        ask(engine, TextRequest(kind=TextKind.SUBTASK))
+
+
+def test_which_policies_can_be_fused():
+    assert can_be_fused(prompted_lab.policy("pi052"))
+    assert can_be_fused(prompted_lab.policy("pi05"))
+    assert not can_be_fused(prompted_lab.policy("pi052", prompts={"joint": True}))
+    assert not can_be_fused(prompted_lab.policy("smolvla2"))
