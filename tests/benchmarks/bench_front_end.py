@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.bench_front_end [--seconds 15] [--rate-hz 5] [--robots 1 8 16] [--write]
 
-Runs `manyhands loadtest --compare` with a tiny policy behind three 224-pixel JPEG cameras, one row a pass in both servers, and
-measures what a request costs without any server: decoding, preparing and the policy in one process. With --write the result
-goes to docs/benchmarks/2026-11-22-front-end.md.
+Runs `manyhands loadtest --compare` with a tiny policy behind three 224-pixel JPEG cameras, one row a pass in both servers,
+and measures what a request costs without any server: decoding, preparing and the policy in one process. With --write the
+result goes to docs/benchmarks/2026-11-22-front-end.md.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def report(
         f"Each robot sends {STATE_SIZE} numbers and three {CAMERA_PX} px JPEG cameras (quality 95, {request_kib:.0f} KiB) "
         f"{options.rate_hz:g} times a second for {options.seconds:g} s over loopback and waits for 50 actions. Both servers "
         "run the same tiny flow policy, one row a pass, one torch thread; ours is `manyhands serve`, the other "
-        "`services/loadtest/plain_server.py` (websocket, msgpack, all in one loop). First ours, then the plain one, for each "
-        "number of robots. Everything on the same cores.",
+        "`services/loadtest/plain_server.py` (websocket, msgpack, all in one loop). First ours, then the plain one, for "
+        "each number of robots. Everything on the same cores.",
         "",
         f"Decoding, preparing and the policy alone, in one process without a server: {alone_cpu_ms:.2f} ms of CPU, "
         f"{alone_wall_ms:.2f} ms p50.",

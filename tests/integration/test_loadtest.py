@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ import pytest
 from deploy.local import Topology
 from manyhands.clients.inference import InferenceClient
 from manyhands.errors import ManyhandsError
-from services.loadtest import servers
-from tests.support.inference_lab import ENVIRONMENT
+from services.loadtest import main, servers, worker
+from tests.support.inference_lab import ENVIRONMENT, InProcessService, TalkingPolicy, make_policy
 from tests.support.waiting import wait_until
 
 
@@ -105,3 +107,20 @@ def test_ctrl_c_ends_with_the_summary_so_far_and_leaves_no_process(tmp_path: Pat
     assert "stopped early" in printed
     assert result["requests"] > 0
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+async def test_questions_are_asked_and_their_tokens_counted() -> None:
+    with InProcessService(make_policy(policy_class=TalkingPolicy)) as service:
+        settings = main.Settings(
+            robots=2, rate_hz=5.0, seconds=2.0, deadline_ms=5000.0, ask_every_s=0.3, ask_tokens=8, camera_px=64
+        )
+        plan = await asyncio.to_thread(main.make_plan, settings, service.address)
+        plan = plan.model_copy(update={"begins_s": time.monotonic()})
+        tally = await worker.run(plan, asyncio.Event(), lambda tally: None)
+    assert tally.errors == {}
+    assert tally.chunks == tally.requests > 10
+    # "subtask open the drawer", a word a token.
+    assert tally.texts >= 4
+    assert tally.tokens == pytest.approx(4 * tally.texts, abs=8)
+    assert len(tally.first_token_ms) >= tally.texts
+    assert tally.questions - tally.texts <= 2
