@@ -56,6 +56,7 @@ def test_a_short_test_of_its_own_server_and_of_the_plain_one(tmp_path: Path) -> 
         assert one["robots_never_served"] == 0
         assert 0 < one["latency_ms"]["p50"] <= one["latency_ms"]["p99"] <= one["latency_ms"]["max"]
         assert 0 < one["server_cpu_ms_per_request"] < 1000
+        assert 0 < one["server_loop_cpu_ms_per_request"] <= one["server_cpu_ms_per_request"]
         assert one["stage_ms"]["sample"]["p50"] > 0
     assert result["mean_batch_size"] >= 1.0
     assert "plain websocket server" in printed

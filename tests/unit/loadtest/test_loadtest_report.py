@@ -138,14 +138,16 @@ def test_the_summary_has_what_the_file_promises() -> None:
     tally = Tally(
         requests=100, chunks=99, missed_deadlines=3, latency_ms=[float(number) for number in range(1, 101)], cpu_s=0.1
     )
-    result = report.summarise(tally, robots=4, seconds=10.0, server_cpu_s=0.5)
+    result = report.summarise(tally, robots=4, seconds=10.0, server_cpu_s=0.5, server_loop_cpu_s=0.1)
     assert (result["requests"], result["errors"], result["missed_deadlines"]) == (100, 0, 3)
     assert result["latency_ms"] == {"p50": 50.5, "p99": pytest.approx(99.01), "mean": 50.5, "max": 100.0}
     assert result["server_cpu_ms_per_request"] == pytest.approx(5.0)
     assert result["client_cpu_ms_per_request"] == pytest.approx(1.0)
+    assert result["server_loop_cpu_ms_per_request"] == pytest.approx(1.0)
     json.dumps(result)
-    empty = report.summarise(Tally(), robots=1, seconds=0.0, server_cpu_s=None)
+    empty = report.summarise(Tally(), robots=1, seconds=0.0, server_cpu_s=float("nan"), server_loop_cpu_s=float("nan"))
     assert empty["latency_ms"]["p50"] is None
+    assert empty["server_cpu_ms_per_request"] is None
     console = Console(width=120, record=True, quiet=True)
     console.print(report.table({"ours": result, "plain": empty}, "test"))
 
