@@ -124,7 +124,7 @@ def report(
         f"Decoding, preparing and the policy alone, in one process without a server: {alone_cpu_ms:.2f} ms of CPU, "
         f"{alone_wall_ms:.2f} ms p50.",
         "",
-        "| robots | server | p50 ms | p99 ms | requests | missed | errors | CPU ms a request | beside the work | on the loop |",
+        "| robots | server | p50 ms | p99 ms | requests | missed | errors | CPU ms a request | beside work | on the loop |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for robots, result in results.items():
@@ -137,8 +137,8 @@ def report(
             )
     lines += [
         "",
-        "*Beside the work* is CPU a request less that of the work alone; *on the loop* is the main thread's, which bounds how many "
-        "robots one front end carries: the plain server's holds all the work.",
+        "*Beside work* is CPU a request less that of the work alone; *on the loop* is the main thread's, which bounds how "
+        "many robots one front end carries: the plain server's holds all the work.",
     ]
     if load > (os.cpu_count() or 1) / 2:
         lines += ["", "**The machine ran other jobs meanwhile**: trust the ratios of one row to the next, not the p99."]
