@@ -181,9 +181,7 @@ class _Simulation:
         self._outcome = Outcome(robots=self._robots)
         self._outcome.chunks_per_s = capacity.chunks_per_s(
             prefix_s=durations.of(UnitKind.PREFIX, 1),
-            step_s_by_rows={
-                size: durations.of(UnitKind.EXPERT, size) for size in durations.expert_step_s if size <= fleet.max_rows
-            },
+            step_s=durations.of(UnitKind.EXPERT, 1),
             num_steps=fleet.num_steps,
         )
 

@@ -163,7 +163,7 @@ def summarise(fleet: Fleet, outcome: Outcome) -> dict[str, Any]:
                 kind: sum(size * count for size, count in sizes.items()) / sizes.total()
                 for kind, sizes in sorted(outcome.sizes.items())
             },
-            "chunks_per_s_at_most": outcome.chunks_per_s,
+            "chunks_per_s_one_by_one": outcome.chunks_per_s,
             "text_share_admitted": outcome.text_share,
         },
     }
@@ -187,7 +187,7 @@ def table(result: dict[str, Any]) -> Table:
     shown.add_row("device in use", f"{device['use']:.1%} ({by_unit})")
     rows = ", ".join(f"{kind} {mean:.2f}" for kind, mean in device["mean_rows"].items())
     shown.add_row("mean rows of a unit", rows or "-")
-    shown.add_row("chunks a second at most, without text", f"{device['chunks_per_s_at_most']:.0f}")
+    shown.add_row("chunks a second, one by one and no text", f"{device['chunks_per_s_one_by_one']:.0f}")
     return shown
 
 

@@ -110,7 +110,10 @@ class ServiceLink:
                 head.delay_steps = min(1, len(self._last_chunk) - steps)
         drained_s: float | None = None
         with channel.translated_errors():
-            await self._call.write(head.SerializeToString() + self._bodies[tick % len(self._bodies)])
+            try:
+                await self._call.write(head.SerializeToString() + self._bodies[tick % len(self._bodies)])
+            except asyncio.InvalidStateError:  # The stream had ended between two requests.
+                raise errors.Unreachable(f"the stream has ended: {await self._call.details()}") from None
             while True:
                 response = await self._call.read()
                 if response is grpc.aio.EOF:

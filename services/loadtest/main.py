@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -118,11 +119,17 @@ def _measure(settings: Settings, folder: Path) -> tuple[dict[str, dict[str, Any]
 
 def _run(settings: Settings, plan: Plan, own: servers.ServerProcess | None, name: str) -> tuple[dict[str, Any], bool]:
     workers = settings.processes or fleet.num_workers(plan)
-    before_s = own.cpu_s() if own else None
+    before_s = (own.cpu_s(), own.loop_cpu_s()) if own else (math.nan, math.nan)
     with _progress(name, plan.ramp_up_s + plan.seconds) as on_progress:
         tally, seconds, interrupted = fleet.run(plan, min(workers, plan.fleet), on_progress)
-    cpu_s = own.cpu_s() - before_s if own and before_s is not None else None
-    return report.summarise(tally, robots=plan.fleet, seconds=seconds, server_cpu_s=cpu_s), interrupted
+    after_s = (own.cpu_s(), own.loop_cpu_s()) if own else (math.nan, math.nan)
+    return report.summarise(
+        tally,
+        robots=plan.fleet,
+        seconds=seconds,
+        server_cpu_s=after_s[0] - before_s[0],
+        server_loop_cpu_s=after_s[1] - before_s[1],
+    ), interrupted
 
 
 @contextlib.contextmanager

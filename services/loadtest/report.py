@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,9 @@ from rich.table import Table
 from .plan import STAGES, Tally
 
 
-def summarise(tally: Tally, *, robots: int, seconds: float, server_cpu_s: float | None) -> dict[str, Any]:
-    """As the file has it."""
+def summarise(tally: Tally, *, robots: int, seconds: float, server_cpu_s: float, server_loop_cpu_s: float) -> dict[str, Any]:
+    """As the file has it; CPU that nobody could measure is NaN here and null there."""
     requests = max(1, tally.requests)
-    has_server_cpu = server_cpu_s is not None and server_cpu_s == server_cpu_s
     return {
         "robots": robots,
         "robots_never_served": robots - tally.robots_served,
@@ -32,7 +32,8 @@ def summarise(tally: Tally, *, robots: int, seconds: float, server_cpu_s: float 
         "stage_ms": {stage: percentiles(tally.stage_ms[stage]) for stage in STAGES if stage in tally.stage_ms},
         "mean_batch_size": sum(size * number for size, number in tally.batch_sizes.items()) / max(1, tally.chunks),
         "lag_ms": percentiles(tally.lag_ms),
-        "server_cpu_ms_per_request": server_cpu_s / requests * 1e3 if has_server_cpu and server_cpu_s is not None else None,
+        "server_cpu_ms_per_request": _ms_each(server_cpu_s, requests),
+        "server_loop_cpu_ms_per_request": _ms_each(server_loop_cpu_s, requests),
         "client_cpu_ms_per_request": tally.cpu_s / requests * 1e3,
         "text": {
             "questions": tally.questions,
@@ -74,6 +75,7 @@ def table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
             row(f"server: {stage}, ms", *(_three(one["stage_ms"].get(stage)) for one in columns))
     row("robots in a pass, mean", *(f"{one['mean_batch_size']:.2f}" for one in columns))
     row("server's CPU a request, ms", *(_number(one["server_cpu_ms_per_request"]) for one in columns))
+    row("of that on its event loop, ms", *(_number(one["server_loop_cpu_ms_per_request"]) for one in columns))
     row("this tool's CPU a request, ms", *(_number(one["client_cpu_ms_per_request"]) for one in columns))
     row("this tool's lag p50 / p99 / longest, ms", *(_three(one["lag_ms"]) for one in columns))
     if any(one["text"]["questions"] for one in columns):
@@ -81,6 +83,10 @@ def table(results: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         row("text tokens a second", *(f"{one['text']['tokens_per_s']:.1f}" for one in columns))
         row("first token p50 / p99 / longest, ms", *(_three(one["text"]["first_token_ms"]) for one in columns))
     return shown
+
+
+def _ms_each(seconds: float, number: int) -> float | None:
+    return None if math.isnan(seconds) else seconds / number * 1e3
 
 
 def _three(values: Mapping[str, float | None] | None) -> str:

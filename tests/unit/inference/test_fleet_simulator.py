@@ -52,18 +52,18 @@ def test_questions_hardly_delay_chunks() -> None:
 
 
 def test_over_capacity_intervals_grow_before_robots_are_refused() -> None:
-    many = fleet(num_robots=60, ask_every_s=0.0)
+    many = fleet(num_robots=60, ask_every_s=0.0, ramp_up_s=5.0)
     crowded = simulate(many, H200)
     assert crowded.refused_robots == 0
     assert crowded.stretch > 2.0
     assert summarise(many, crowded)["replan_hz"] < 2.5
-    assert crowded.num_missed < 0.005 * crowded.num_requests
-    too_many = simulate(fleet(num_robots=200, ask_every_s=0.0), H200)
+    assert crowded.num_missed == 0
+    too_many = simulate(fleet(num_robots=200, ask_every_s=0.0, ramp_up_s=5.0), H200)
     assert too_many.refused_robots > 50
     # Those who are in are served, at whole chunks between replans.
     served = [robot for robot in too_many.robots if robot.is_open]
     assert min(len(robot.latencies_s) for robot in served) > 5
-    assert too_many.num_missed < 0.02 * too_many.num_requests
+    assert too_many.num_missed < 0.005 * too_many.num_requests
 
 
 def test_drafts_that_are_right_save_steps() -> None:

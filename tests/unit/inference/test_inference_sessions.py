@@ -186,3 +186,33 @@ def test_everyones_interval_grows_before_anyone_is_refused() -> None:
     assert capacity.interval_steps(demand, 100.0) == 16
     assert capacity.fits([demand] * 16, 25.0)
     assert not capacity.fits([demand] * 17, 25.0)
+
+
+def test_text_takes_its_share_of_the_capacity_and_delay_its_part_of_the_horizon() -> None:
+    asking = capacity.TextDemand(questions_per_s=0.5, tokens=20, within_s=1.0)
+    share = capacity.text_share([asking] * 16, question_s=0.006, step_s=0.001, max_texts=32)
+    # Eight prefixes of 6 ms, and 20 steps of 1 ms that serve all.
+    assert share == pytest.approx(8 * 0.006 + 20 * 0.001)
+    assert capacity.text_share([asking], question_s=0.0, step_s=0.001, max_texts=32) == pytest.approx(0.010)
+    full = capacity.text_share([asking] * 160, question_s=0.0, step_s=0.001, max_texts=4)
+    assert full == pytest.approx(160 * 10 / 4 * 0.001)
+    assert capacity.text_share([asking] * 1000, question_s=0.006, step_s=0.001, max_texts=4) == capacity.MAX_TEXT_SHARE
+    assert capacity.text_share([], question_s=1.0, step_s=1.0, max_texts=4) == 0.0
+    demand = Demand(rate_hz=20.0, interval_steps=4, horizon=16, delay_steps=6)
+    assert capacity.interval_steps(demand, 100.0) == 10
+    assert capacity.fits([demand] * 10, 25.0)
+    assert not capacity.fits([demand] * 10, 25.0, 0.1)
+    assert capacity.stretch([demand] * 4, 25.0, 0.5) == pytest.approx(2.0)
+
+
+def test_admission_lengthens_intervals_first_and_refuses_with_a_reason_and_a_time() -> None:
+    demand = Demand(rate_hz=20.0, interval_steps=4, horizon=16)
+    rate = capacity.chunks_per_s(prefix_s=0.030, step_s=0.001, num_steps=10)
+    assert rate == pytest.approx(25.0)
+    assert capacity.admit([demand] * 3, demand, chunks_per_s=rate, retry_after_s=4.0) == pytest.approx(1.0)
+    assert capacity.admit([demand] * 15, demand, chunks_per_s=rate, retry_after_s=4.0) == pytest.approx(4.0)
+    with pytest.raises(Overloaded, match=r"16 robots .* 25\.0 chunks/s") as refused:
+        capacity.admit([demand] * 16, demand, chunks_per_s=rate, retry_after_s=4.0)
+    assert refused.value.retry_after_s == 4.0
+    with pytest.raises(Overloaded, match="text takes 50%"):
+        capacity.admit([demand] * 15, demand, chunks_per_s=rate, text_share=0.5, retry_after_s=4.0)

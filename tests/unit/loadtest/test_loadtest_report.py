@@ -1,0 +1,186 @@
+"""What a load test counts and says, without servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from manyhands import errors
+from manyhands.errors import InvalidInput, NotFound, Refused
+from manyhands.inference.v1 import inference_pb2
+from manyhands.security import SecuritySettings
+from manyhands.spec import Spec
+from services.loadtest import fleet, main, observations, report, servers, worker
+from services.loadtest.links import Answer
+from services.loadtest.plan import Plan, Tally
+
+
+def make_plan(**changed: object) -> Plan:
+    values = {
+        "kind": "service",
+        "address": "127.0.0.1:1",
+        "model": "tiny",
+        "spec": servers.TINY_SPEC.to_proto().SerializeToString().hex(),
+        "name": "test",
+        "first": 0,
+        "number": 1,
+        "fleet": 1,
+        "rate_hz": 50.0,
+        "seconds": 0.3,
+        "ramp_up_s": 0.0,
+        "begins_s": time.monotonic(),
+        "deadline_s": 0.015,
+        "jpeg_quality": 95,
+        "replan_interval_steps": 1,
+        "with_prefix": False,
+        "ask_every_s": 0.0,
+        "ask_tokens": 20,
+        "security": SecuritySettings(),
+    }
+    return Plan.model_validate({**values, **changed})
+
+
+class FakeLink:
+    """Answers with what it is told to, tick by tick."""
+
+    def __init__(self, answer: Callable[[int], Answer], waits_s: float = 0.0) -> None:
+        self._answer = answer
+        self._waits_s = waits_s
+        self.num_opened = 0
+        self.ticks: list[int] = []
+
+    async def open(self) -> None:
+        self.num_opened += 1
+
+    async def ask(self, tick: int) -> Answer:
+        self.ticks.append(tick)
+        await asyncio.sleep(self._waits_s)
+        return self._answer(tick)
+
+    async def close(self) -> None:
+        pass
+
+
+async def drive(link: FakeLink, **changed: object) -> Tally:
+    tally = Tally()
+    await worker.SimulatedRobot(make_plan(**changed), 0, link, tally, asyncio.Event()).run()
+    return tally
+
+
+async def test_a_robot_asks_at_its_rate_and_every_answer_is_counted() -> None:
+    tally = await drive(FakeLink(lambda tick: Answer(stage_s={"queue": 0.001}, batch_size=2)))
+    assert 13 <= tally.requests <= 15
+    assert tally.chunks == tally.requests
+    assert tally.robots_served == 1
+    assert tally.num_errors == 0
+    assert tally.stage_ms["queue"] == [1.0] * tally.chunks
+    assert tally.batch_sizes == {2: tally.chunks}
+
+
+async def test_a_slow_answer_is_a_missed_deadline_and_skips_ticks_instead_of_piling_up() -> None:
+    tally = await drive(FakeLink(lambda tick: Answer(batch_size=1), waits_s=0.05))
+    assert tally.missed_deadlines == tally.chunks == tally.requests
+    assert tally.requests <= 6
+    assert tally.skipped >= tally.requests
+    assert min(tally.latency_ms) >= 50.0
+
+
+async def test_refusals_are_told_apart() -> None:
+    reasons = ["deadline", "overloaded", "invalid"]
+    tally = await drive(FakeLink(lambda tick: Answer(refusal=reasons[tick % 3], message="no")))
+    assert tally.refusals["deadline"] == tally.missed_deadlines > 0
+    assert tally.refusals["overloaded"] > 0
+    assert tally.num_errors == tally.refusals["invalid"] > 0
+    assert tally.chunks == 0
+
+
+async def test_a_broken_connection_is_an_error_and_the_robot_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "REOPEN_S", 0.02)
+
+    def answer(tick: int) -> Answer:
+        if link.num_opened == 1 and tick >= 3:
+            raise errors.Unreachable("gone")
+        return Answer(batch_size=1)
+
+    link = FakeLink(answer)
+    tally = await drive(link)
+    assert link.num_opened == 2
+    assert tally.errors == {"Unreachable: gone": 1}
+    assert tally.chunks > 6
+    assert tally.robots_served == 1
+
+
+async def test_a_server_that_drains_is_left_and_met_again_without_an_error() -> None:
+    link = FakeLink(lambda tick: Answer(batch_size=1, drained_s=0.05 if link.num_opened == 1 and tick == 4 else None))
+    tally = await drive(link)
+    assert (link.num_opened, tally.drains, tally.num_errors) == (2, 1, 0)
+    assert tally.chunks == tally.requests
+
+
+def test_tallies_of_processes_add_up_and_survive_their_pipe() -> None:
+    one = Tally(requests=2, latency_ms=[1.0], stage_ms={"queue": [1.0]}, errors={"a": 1}, batch_sizes={2: 1}, cpu_s=0.5)
+    other = Tally(requests=3, latency_ms=[2.0], stage_ms={"total": [4.0]}, errors={"a": 1, "b": 2}, batch_sizes={2: 2})
+    total = Tally()
+    for tally in (one, other):
+        total.add(Tally.model_validate(json.loads(tally.model_dump_json())))
+    assert (total.requests, total.latency_ms, total.cpu_s) == (5, [1.0, 2.0], 0.5)
+    assert total.errors == {"a": 2, "b": 2}
+    assert total.stage_ms == {"queue": [1.0], "total": [4.0]}
+    assert total.batch_sizes == {2: 3}
+
+
+def test_the_summary_has_what_the_file_promises() -> None:
+    tally = Tally(
+        requests=100, chunks=99, missed_deadlines=3, latency_ms=[float(number) for number in range(1, 101)], cpu_s=0.1
+    )
+    result = report.summarise(tally, robots=4, seconds=10.0, server_cpu_s=0.5, server_loop_cpu_s=0.1)
+    assert (result["requests"], result["errors"], result["missed_deadlines"]) == (100, 0, 3)
+    assert result["latency_ms"] == {"p50": 50.5, "p99": pytest.approx(99.01), "mean": 50.5, "max": 100.0}
+    assert result["server_cpu_ms_per_request"] == pytest.approx(5.0)
+    assert result["client_cpu_ms_per_request"] == pytest.approx(1.0)
+    assert result["server_loop_cpu_ms_per_request"] == pytest.approx(1.0)
+    json.dumps(result)
+    empty = report.summarise(Tally(), robots=1, seconds=0.0, server_cpu_s=float("nan"), server_loop_cpu_s=float("nan"))
+    assert empty["latency_ms"]["p50"] is None
+    assert empty["server_cpu_ms_per_request"] is None
+    console = Console(width=120, record=True, quiet=True)
+    console.print(report.table({"ours": result, "plain": empty}, "test"))
+
+
+def test_small_loads_take_one_process() -> None:
+    assert fleet.num_workers(make_plan(fleet=32, rate_hz=10.0)) == 1
+    assert fleet.num_workers(make_plan(fleet=1, rate_hz=1000.0)) == 1
+
+
+def test_pictures_come_in_the_models_size_or_the_one_asked_for_and_compress_like_a_cameras() -> None:
+    spec = main.robot_spec(servers.TINY_SPEC, 96)
+    required = tuple(feature.name for feature in spec.observation)
+    values = observations.encode(observations.make(spec, required, 0), 95)
+    assert [value.name for value in values] == list(required)
+    picture = values[1].image
+    assert (picture.height, picture.width) == (96, 96)
+    assert len(picture.data) < 96 * 96
+    assert main.robot_spec(servers.TINY_SPEC, 0) == Spec.from_proto(servers.TINY_SPEC.to_proto())
+
+
+def test_what_the_server_does_not_serve_is_said_before_any_robot_begins() -> None:
+    arm = inference_pb2.Model(name="arm", has_text_head=False)
+    models = (arm, inference_pb2.Model(name="leg", has_text_head=True))
+    with pytest.raises(InvalidInput, match="arm, leg"):
+        main._choose(models, main.Settings())
+    with pytest.raises(NotFound, match="arm, leg"):
+        main._choose(models, main.Settings(model="nose"))
+    with pytest.raises(Refused, match="no text head"):
+        main._choose(models, main.Settings(model="arm", ask_every_s=1.0))
+    assert main._choose(models, main.Settings(model="leg", ask_every_s=1.0)).name == "leg"
+    assert main._choose((arm,), main.Settings()).name == "arm"
+
+
+def test_comparing_with_a_server_elsewhere_needs_the_checkpoint() -> None:
+    with pytest.raises(InvalidInput, match="checkpoint"):
+        main.main(main.Settings(compare=True, address="127.0.0.1:1"))
