@@ -16,10 +16,12 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate, Unreachable
@@ -35,7 +37,14 @@ REQUEST_SLOTS = 16
 ANSWER_SLOTS = 64
 # Questions hold pictures; more of them than this wait in no buffer.
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
-REAP_S = 2.0
+# A process that holds tens of gigabytes takes a while to end even when killed.
+REAP_S = 10.0
+# Nothing that runs takes so long after its deadline: the device hangs.
+HUNG_S = 20.0
+HUNG_CHECK_S = 1.0
+ENGINE_MODULE = "services.inference.engine_process"
+_STDERR = 2
+_ROOT = Path(__file__).resolve().parents[2]
 
 _tokens = itertools.count(1)
 
@@ -58,44 +67,58 @@ class Listeners:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Waiting:
+class _Asked:
     request: Request
+    done: Callable[[Outcome], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InFlight:
+    deadline_s: float
     done: Callable[[Outcome], None]
 
 
 class EngineClient:
     """One engine process. Made by start(), on the loop, in a thread that lives as long as the front end."""
 
-    def __init__(self, listeners: Listeners, generation: int) -> None:
+    def __init__(self, listeners: Listeners, generation: int, hung_s: float) -> None:
         self.models: dict[str, ModelDescription] = {}
         self.ready: asyncio.Future[engine_pb2.Ready] = asyncio.get_running_loop().create_future()
         self._listeners = listeners
         self._generation = generation
+        self._hung_s = hung_s
         self._loop = asyncio.get_running_loop()
         self._memory_fd = make_memory()
         self._request_bell, self._answer_bell = Doorbell.make(), Doorbell.make()
         self._requests: RingWriter | None = None
         self._answers: RingReader | None = None
         self._layout: SlotLayout | None = None
-        self._in_flight: dict[int, Callable[[Outcome], None]] = {}
-        self._waiting: dict[str, _Waiting] = {}
+        self._in_flight: dict[int, _InFlight] = {}
+        self._waiting: dict[str, _Asked] = {}
         self._texts: dict[int, Callable[[str | TextEnd], None]] = {}
         self._swaps: dict[int, Future[SwapResult]] = {}
         self._capacity: dict[str, float] = {}
         self._numbers = itertools.count(1)
         self._reading: asyncio.Task[None] | None = None
+        self._watching: asyncio.TimerHandle | None = None
+        self._answered_s = 0.0
         self._ended: Exception | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
 
     @classmethod
-    async def start(cls, start: engine_pb2.Start, listeners: Listeners) -> EngineClient:
-        """Starts the process; it loads and then is ready, or listeners hear of its end."""
-        client = cls(listeners, start.generation)
+    async def start(cls, start: engine_pb2.Start, listeners: Listeners, *, hung_s: float = HUNG_S) -> EngineClient:
+        """Starts the process; it loads and then is ready, or listeners hear of its end.
+
+        Args:
+            hung_s: An engine that answers nothing for so long after a deadline is ended.
+        """
+        client = cls(listeners, start.generation, hung_s)
         ours = client._spawn()
         reader, client._writer = await asyncio.open_unix_connection(sock=ours)
         client._send(start=start)
         client._reading = asyncio.create_task(client._read(reader))
+        client._watching = client._loop.call_later(HUNG_CHECK_S, client._watch)
         return client
 
     def _spawn(self) -> socket.socket:
@@ -103,13 +126,22 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         bells = (self._request_bell, self._answer_bell)
         files = [theirs.fileno(), self._memory_fd, *(fd for bell in bells for fd in (bell.filled_fd, bell.free_fd))]
-        command = [sys.executable, "-m", "services.inference.engine_process", "--parent", str(os.getpid()), "--files"]
+        command = [sys.executable, "-P", "-m", ENGINE_MODULE, "--parent", str(os.getpid()), "--files"]
         with theirs:
             # Python makes this vfork and exec at once: nothing of this process, which has threads, is copied.
             self._process = subprocess.Popen(
-                [*command, *map(str, files)], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), pass_fds=files
+                [*command, *map(str, files)],
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,  # READY is the front end's to say.
+                pass_fds=files,
+                env=_environment(),
             )
         return ours
+
+    @property
+    def ended(self) -> Exception | None:
+        """Why it is gone; None while it is there."""
+        return self._ended
 
     @property
     def pid(self) -> int:
@@ -132,7 +164,7 @@ class EngineClient:
         if self._waiting or not self._put(request, job.done):
             if not self._waiting:
                 self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
-            self._waiting[owner] = _Waiting(request=request, done=job.done)
+            self._waiting[owner] = _Asked(request=request, done=job.done)
 
     def withdraw(self, owner: str) -> None:
         self._waiting.pop(owner, None)
@@ -174,15 +206,17 @@ class EngineClient:
         self._end(Unreachable("the server is going away; open a session again"))
         await self.reaped()
 
-    async def reaped(self) -> int:
-        """Kills the process if it still runs; its exit code."""
+    async def reaped(self) -> int | None:
+        """Waits until the killed process has ended, and its memory on the device is free; its exit code.
+
+        None after REAP_S: the kernel cannot end it now (a device that hangs).
+        """
         process = self._process
         assert process is not None
-        # Its socket closes a moment before the process has ended.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return await asyncio.to_thread(process.wait, 0.5)
-        process.kill()
-        return await asyncio.to_thread(process.wait, REAP_S)
+        try:
+            return await asyncio.to_thread(process.wait, REAP_S)
+        except subprocess.TimeoutExpired:
+            return None
 
     def _put(self, request: Request, done: Callable[[Outcome], None]) -> bool:
         """Into a slot, if there is a free one."""
@@ -193,7 +227,7 @@ class EngineClient:
             if body is None:
                 return False
             self._layout.write_request(body, request)
-            self._in_flight[request.token] = done
+            self._in_flight[request.token] = _InFlight(deadline_s=request.deadline_s, done=done)
             self._requests.publish()
         except InternalError as error:
             self._in_flight.pop(request.token, None)
@@ -218,16 +252,27 @@ class EngineClient:
         assert self._layout is not None
         try:
             for body in self._answers.take():
+                self._answered_s = time.monotonic()
                 token, outcome = self._layout.read_answer(body)
-                done = self._in_flight.pop(token, None)
-                if done is None:
+                asked = self._in_flight.pop(token, None)
+                if asked is None:
                     logger.warning("an answer that nobody waits for is dropped")
                     continue
-                done(outcome)
+                asked.done(outcome)
             if self._answers.num_passed_over:
-                raise InternalError("a slot was announced that holds no answer")
+                raise InternalError("a slot was announced that holds no answer of this engine's")
         except InternalError as error:
             self._broken(error)
+
+    def _watch(self) -> None:
+        """Ends an engine that has long left requests unanswered: a pass that hangs says nothing by itself."""
+        now_s = time.monotonic()
+        waited_for = [asked.deadline_s for asked in self._in_flight.values()]
+        waited_for += [waiting.request.deadline_s for waiting in self._waiting.values()]
+        if waited_for and now_s - max(self._answered_s, min(waited_for)) > self._hung_s:
+            self._broken(InternalError(f"no chunk came for {self._hung_s:g} s after a deadline: it hangs"))
+            return
+        self._watching = self._loop.call_later(HUNG_CHECK_S, self._watch)
 
     def _send(self, **message: object) -> None:
         if self._ended is None and self._writer is not None:
@@ -334,6 +379,8 @@ class EngineClient:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
         self._writer.transport.abort()
+        if self._watching is not None:
+            self._watching.cancel()
         self._listeners.end(why)
         if not self.ready.done():
             self.ready.set_exception(why)
@@ -348,8 +395,10 @@ class EngineClient:
         in_flight, self._in_flight = self._in_flight, {}
         texts, self._texts = self._texts, {}
         swaps, self._swaps = self._swaps, {}
-        for done in (*in_flight.values(), *(each.done for each in waiting.values())):
-            done(error)
+        for asked in in_flight.values():
+            asked.done(error)
+        for left in waiting.values():
+            left.done(error)
         for heard in texts.values():
             heard(TextEnd(error=error))
         for future in swaps.values():
@@ -361,3 +410,11 @@ def _failure(message: engine_pb2.Failed) -> Exception:
     if message.missing_module:
         return ModuleNotFoundError(f"No module named {message.missing_module!r}", name=message.missing_module)
     return engine_messages.from_status_bytes(message.status) or InternalError("the engine process failed")
+
+
+def _environment() -> dict[str, str]:
+    """This process's own code and nothing of the working folder is what the engine imports."""
+    if str(_ROOT) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        return dict(os.environ)
+    known = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (known, str(_ROOT)) if path)}

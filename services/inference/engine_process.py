@@ -19,13 +19,13 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from manyhands import logs, stamps
 from manyhands.engine.v1 import engine_pb2
-from manyhands.errors import InternalError, ManyhandsError
+from manyhands.errors import Cancelled, InternalError, ManyhandsError
 from manyhands.security import SecuritySettings
 
 from . import engine_messages
@@ -195,6 +195,7 @@ class EngineHost:
         return 0
 
     def _load(self) -> LocalEngine:
+        """The engine with its models in place, not warm yet."""
         self._progress("loading the engine's libraries", 0, 0)
         # Here and not above: torch takes seconds, and one that is not installed is told to the front end.
         import torch
@@ -245,13 +246,13 @@ class EngineHost:
         )
 
     def _begin_with(self, engine: LocalEngine) -> list[str]:
-        from .weights_follower import Resume
-
         if not self._start.weights_address:
             return [
                 f"{told.version.model} starts with its checkpoint: there is no weights service"
                 for told in self._start.resume
             ]
+        from .weights_follower import Resume
+
         self._progress("fetching the newest weights", 0, 0)
         security = self._start.security
         return engine.follow_weights(
@@ -367,7 +368,9 @@ class EngineHost:
                 result = future.result()
             except ManyhandsError as error:
                 result = error
-            except BaseException:
+            except CancelledError:  # It had not begun.
+                result = Cancelled("the server is going away; nothing was changed")
+            except Exception:
                 logger.exception("version %d of %s could not be staged", asked.number, asked.model)
                 result = InternalError("the version could not be staged; the server's log has the reason")
             if asked.model in engine.models:
@@ -417,11 +420,20 @@ def end_with_parent(parent_pid: int) -> None:
         raise SystemExit(GONE)
 
 
+def _end_on_error(unhandled: threading.ExceptHookArgs) -> None:
+    """An engine without one of its threads would take rows and answer none; the front end starts a whole one."""
+    name = unhandled.thread.name if unhandled.thread else "of a library"
+    error = unhandled.exc_value
+    logger.critical("the thread %s failed; this engine ends", name, exc_info=error)
+    os._exit(FAILED)
+
+
 def _path(text: str) -> Path | None:
     return Path(text) if text else None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, host: type[EngineHost] | None = None) -> int:
+    """host: Another kind of engine, for tests and benchmarks."""
     parser = argparse.ArgumentParser(description="Started by the front end of 'manyhands serve', which hands it its files.")
     parser.add_argument("--parent", type=int, required=True, help="process id of the front end")
     parser.add_argument("--files", type=int, nargs=6, required=True, help="inherited: socket, memory, four eventfds")
@@ -438,11 +450,12 @@ def main(arguments: list[str] | None = None) -> int:
         return GONE
     start = messages[0].start
     logs.set_up(start.log_level, process="engine", as_json=start.log_json)
+    threading.excepthook = _end_on_error
     requests = Doorbell(filled_fd=bells[0], free_fd=bells[1])
     answers = Doorbell(filled_fd=bells[2], free_fd=bells[3])
     failed = engine_pb2.Failed()
     try:
-        return EngineHost(line, start, memory_fd, (requests, answers)).run()
+        return (host or EngineHost)(line, start, memory_fd, (requests, answers)).run()
     except ManyhandsError as error:
         if isinstance(error, RingBroken):
             logger.exception("the front end is broken")
@@ -458,9 +471,11 @@ def main(arguments: list[str] | None = None) -> int:
     return FAILED
 
 
-if __name__ == "__main__":
-    code = main()
-    # Threads of the model's libraries may still run; nothing is left to be written.
+def exit_at_once(code: int) -> NoReturn:
+    """Threads of the model's libraries may still run; nothing is left to be written."""
     logging.shutdown()
-    sys.stdout.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":
+    exit_at_once(main())

@@ -17,7 +17,7 @@ from manyhands import metrics
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Refused, Unreachable
 
-from .engine_client import EngineClient, Listeners
+from .engine_client import HUNG_S, EngineClient, Listeners
 from .engine_messages import same_model
 from .engine_port import Job, ModelDescription, Question, Swap, SwapResult, TextEnd
 from .restarts import WITHIN_S, RestartPolicy
@@ -37,6 +37,7 @@ class EngineSupervisor:
     Args:
         start: What the process is told; the generation and what to resume are filled in here.
         restart_limit: Deaths within a minute after which it is given up.
+        hung_s: An engine that answers nothing for so long after a deadline is ended and started again.
         on_serving: Told whether requests can be answered.
     """
 
@@ -45,6 +46,7 @@ class EngineSupervisor:
         start: engine_pb2.Start,
         *,
         restart_limit: int = 5,
+        hung_s: float = HUNG_S,
         on_serving: Callable[[bool], None] = lambda serving: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -53,6 +55,7 @@ class EngineSupervisor:
         self.on_serving = on_serving
         self._start = start
         self._restarts = RestartPolicy(limit=restart_limit)
+        self._hung_s = hung_s
         self._clock = clock
         self._generation = 0
         self._client: EngineClient | None = None  # While it is ready.
@@ -140,9 +143,11 @@ class EngineSupervisor:
         listeners = Listeners(
             progress=progress, swap=self._swaps.append, version=self._version_served, end=self._engine_ended
         )
-        client = self._starting = await EngineClient.start(start, listeners)
+        client = self._starting = await EngineClient.start(start, listeners, hung_s=self._hung_s)
         try:
             ready = await client.ready
+            if client.ended is not None:  # In the moment since.
+                raise client.ended
             self._check_same(client.models)
         except BaseException:
             await client.stop(0.0)
@@ -193,9 +198,16 @@ class EngineSupervisor:
         client.fail_all(self._away())
         self._restarting = asyncio.create_task(self._restart(client, wait_s, why))
 
-    async def _restart(self, ended: EngineClient, wait_s: float | None, why: Exception) -> None:
+    async def _restart(self, ended: EngineClient, wait_s: float, why: Exception) -> None:
+        try:
+            await self._start_again(ended, wait_s, why)
+        except Exception as error:
+            logger.exception("the engine cannot be started again")
+            self._give_up(error)
+
+    async def _start_again(self, ended: EngineClient, wait_s: float | None, why: Exception) -> None:
         code = await ended.reaped()
-        logger.error("the engine process %d ended (exit code %d): %s", ended.pid, code, why)
+        logger.error("the engine process %d ended (exit code %s): %s", ended.pid, code, why)
         while wait_s is not None:
             self._expected_s = self._clock() + wait_s + self._start_took_s
             await asyncio.sleep(wait_s)

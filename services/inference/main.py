@@ -56,6 +56,9 @@ class Settings(config.Settings):
     engine_restarts: int = Field(
         default=5, ge=0, description="times within a minute that an engine process that died is started again"
     )
+    engine_hung_s: float = Field(
+        default=20.0, gt=0, description="an engine process that answers nothing for so long after a deadline is ended"
+    )
     metrics_port: int = Field(default=0, ge=0, le=65535, description="port of the Prometheus page; 0 means none")
     security: SecuritySettings = SecuritySettings()
 
@@ -70,7 +73,7 @@ def main(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    engine = EngineSupervisor(start_message(settings), restart_limit=settings.engine_restarts)
+    engine = EngineSupervisor(start_message(settings), restart_limit=settings.engine_restarts, hung_s=settings.engine_hung_s)
     try:
         with StartProgress() as progress:
             await engine.start(progress.show)

@@ -15,10 +15,11 @@ import fcntl
 import mmap
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from manyhands.errors import InternalError
+from manyhands.errors import InternalError, NotOffered
 
 _MAGIC = 0x6D68_7267  # "mhrg"
 _HEADER = struct.Struct("<IIQ")  # Magic, generation, number.
@@ -69,6 +70,8 @@ class Doorbell:
 
 def make_memory() -> int:
     """An empty file in memory that another process may inherit; grow_and_seal() gives it its size."""
+    if sys.platform != "linux":
+        raise NotOffered("serving needs Linux: memfd, eventfd and the kernel's word when a parent ends")
     return os.memfd_create("manyhands-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
@@ -153,15 +156,14 @@ class RingReader(_Side):
             raise RingBroken(f"{self._announced} slots were announced, there are {self.shape.slot_count}")
         while self._announced:
             header = _HEADER.unpack_from(self._memory, self._header_at(self._number))
-            try:
-                if header == (_MAGIC, self._generation, self._number):
-                    yield self._body(self._number)
-                else:
-                    self.num_passed_over += 1
-            finally:
-                self._number += 1
-                self._announced -= 1
-                _ring(self.doorbell.free_fd)
+            if header == (_MAGIC, self._generation, self._number):
+                # Not in a finally: who gives up on a body gives up on the ring, and may have closed its doorbell.
+                yield self._body(self._number)
+            else:
+                self.num_passed_over += 1
+            self._number += 1
+            self._announced -= 1
+            _ring(self.doorbell.free_fd)
 
 
 def _count(fd: int) -> int:

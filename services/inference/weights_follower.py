@@ -124,14 +124,15 @@ class WeightsFollower:
     def end_swaps(self) -> None:
         """No version comes in from now on; a swap that runs ends with Cancelled and changes nothing. Does not wait."""
         self._stopping.set()
-
-    def stop(self) -> None:
-        """end_swaps(), and ends watching and staging."""
-        self.end_swaps()
         for watch in self._watches:
             watch.close()
         self._staging.shutdown(wait=False, cancel_futures=True)
+        # A call that waits for the weights service ends with it.
         self._client.close()
+
+    def stop(self) -> None:
+        """end_swaps(), and waits for the threads that watch."""
+        self.end_swaps()
         for thread in self._threads:
             thread.join(2.0)
 
@@ -156,7 +157,11 @@ class WeightsFollower:
         return self._staging.submit(self._swap_asked, self._slots[model], number)
 
     def _swap_asked(self, slot: _Slot, number: int) -> SwapResult:
-        result = self._stage(slot, number)
+        try:
+            result = self._stage(slot, number)
+        except Exception:
+            self._check_going_on()  # What went wrong is then that the client was closed.
+            raise
         slot.newest_number = max(slot.newest_number, result.current.number)
         slot.pinned = 0 < number < slot.newest_number
         return result
@@ -192,11 +197,9 @@ class WeightsFollower:
                 slot.newest_number = max(slot.newest_number, published.version.number)
                 if not self._stopping.is_set():
                     self._staging.submit(self._catch_up, slot, published.version.number)
-        except ManyhandsError:
+        except Exception:  # Stopping: the client is closed, the executor shut down.
             if not self._stopping.is_set():
                 logger.exception("no longer following the weights of %s", model)
-        except RuntimeError:  # The executor is shut down: stopping.
-            pass
 
     def _catch_up(self, slot: _Slot, number: int) -> None:
         """Swaps to the newest version; older ones that queued up meanwhile are skipped."""
@@ -212,6 +215,8 @@ class WeightsFollower:
             except ManyhandsError as error:
                 logger.warning("version %d of %s is refused: %s", number, slot.served.name, error)
             except Exception:
+                if self._stopping.is_set():
+                    return
                 logger.exception("version %d of %s could not be staged", number, slot.served.name)
             return
 
