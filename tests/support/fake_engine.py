@@ -24,7 +24,7 @@ from services.inference.engine_port import Answer, Job, ModelDescription, Outcom
 from services.inference.engine_process import Answers, EngineHost, exit_at_once
 from services.inference.shared_ring import Doorbell
 
-MANNERS, CAMERA_SIZE = "FAKE_ENGINE_MANNERS", "FAKE_ENGINE_CAMERA_SIZE"
+MANNERS, CAMERA_SIZE, BUSY_S = "FAKE_ENGINE_MANNERS", "FAKE_ENGINE_CAMERA_SIZE", "FAKE_ENGINE_BUSY_S"
 BAD_AFTER = 3
 HORIZON, ACTION_SIZE, STATE_SIZE = 50, 32, 14
 
@@ -74,6 +74,9 @@ class FakeEngine:
         pass
 
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
+        until_s = time.monotonic() + float(os.environ.get(BUSY_S, "0"))
+        while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
+            pass
         actions = np.zeros((HORIZON, STATE_SIZE), dtype=np.float32)
         actions[0, 0] = job.row.seed
         job.done(
