@@ -38,6 +38,10 @@ STAGE_SECONDS = prometheus_client.Histogram(
     "manyhands_stage_seconds", "Time in one stage of a component's work", ["component", "stage"], buckets=LATENCY_BUCKETS_S
 )
 
+ENGINE_DEATHS = prometheus_client.Counter(
+    "manyhands_engine_deaths", "Engine processes of the inference service that ended without being told to"
+)
+
 
 def serve_metrics(port: int, *, host: str = "127.0.0.1") -> None:
     """Serves /metrics in a thread of its own; port 0 means none. The page is plain and open: keep it on a trusted network.

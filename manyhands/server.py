@@ -81,6 +81,7 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         self._services: list[str] = []
+        self._telling: set[asyncio.Task[None]] = set()
 
     def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str) -> None:
         """register: the generated add_XServicer_to_server; service_name: DESCRIPTOR full name, shown by health."""
@@ -96,17 +97,31 @@ class GrpcServer:
         for name in ("", *self._services):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
+    def set_serving(self, serving: bool) -> None:
+        """What health says of this server's services from now on; after stop() it stays NOT_SERVING."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._services):
+            task = asyncio.get_running_loop().create_task(self._health.set(name, status))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
     async def stop(self, grace_s: float) -> None:
         """Says NOT_SERVING, lets running calls finish for grace_s, ends the rest."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
 
-    async def run_until_signalled(self, *, drain: Callable[[], Awaitable[None]] | None = None, grace_s: float = 2.0) -> None:
-        """start(), then serve until SIGTERM or SIGINT; drain (tell clients, flush) runs before stop().
+    async def run_until_signalled(
+        self,
+        *,
+        drain: Callable[[], Awaitable[None]] | None = None,
+        grace_s: float = 2.0,
+        ending: asyncio.Event | None = None,
+    ) -> None:
+        """start(), then serve until SIGTERM or SIGINT, or ending is set; drain (tell clients, flush) runs before stop().
 
         A process ends within 5 s of the signal: grace_s, which streams that nobody ends take whole, is part of it.
         """
-        stopping = asyncio.Event()
+        stopping = ending or asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)

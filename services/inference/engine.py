@@ -12,18 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import InternalError, InvalidInput, ManyhandsError, TooLate, Unreachable
-from policies.policy import CommittedPrefix
+from manyhands.errors import InternalError, InvalidInput, TooLate, Unreachable
+from policies.policy import CommittedPrefix, Sample
 
+from .engine_port import Answer, Job, Outcome, Row, Superseded
 from .models import AnyPolicy, ServedModel, canary_sample
-from .prepare import Row
 from .scheduler import Scheduler, Work
 
 logger = logging.getLogger(__name__)
@@ -31,40 +30,10 @@ logger = logging.getLogger(__name__)
 WARM_UP_PASSES = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A row's chunk.
+class Progress(Protocol):
+    """Told how far something is: what, done, total."""
 
-    Attributes:
-        actions: (H, R) float32, the robot's units, R of the model's spec.
-        model_actions: (H, A) float32, model space.
-    """
-
-    actions: npt.NDArray[np.float32]
-    model_actions: npt.NDArray[np.float32]
-    version: common_pb2.PolicyVersion
-    queue_s: float
-    prefix_s: float
-    sample_s: float
-    postprocess_s: float
-    batch_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Superseded:
-    """A newer observation of the same robot took the place."""
-
-
-Outcome = Answer | Superseded | ManyhandsError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A row, its model, and who hears of the outcome (called once, on any thread, must not block)."""
-
-    model: str
-    row: Row
-    done: Callable[[Outcome], None]
+    def __call__(self, phase: str, done: int, total: int, /) -> None: ...
 
 
 class Engine:
@@ -74,6 +43,7 @@ class Engine:
         models: By name.
         max_batch: Rows in one pass; with 1 a chunk is that of the policy alone, whatever its kernels do with more rows.
         torch_threads: Of the matrix kernels; 0 leaves torch's choice.
+        on_fatal: Told, on the engine's thread, when the device has failed and will fail every further pass.
     """
 
     def __init__(
@@ -82,12 +52,15 @@ class Engine:
         *,
         max_batch: int = 1,
         torch_threads: int = 0,
+        on_fatal: Callable[[Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.models = dict(models)
         self._clock = clock
         self._torch_threads = torch_threads
         self._max_batch = max_batch
+        self._on_fatal = on_fatal
+        self._progress: Progress = lambda phase, done, total: None
         self._scheduler: Scheduler[Job] = Scheduler(max_batch=max_batch)
         self._changed = threading.Condition()
         self._between: list[Callable[[], None]] = []
@@ -95,12 +68,16 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ready: Future[None] = Future()
 
-    def start(self) -> None:
+    def start(self, progress: Progress | None = None) -> None:
         """Starts the thread and waits until every model ran a few passes, so that the first robot does not pay for them.
+
+        Args:
+            progress: Told about these passes.
 
         Raises:
             InternalError: A model cannot make a finite chunk.
         """
+        self._progress = progress or self._progress
         self._thread.start()
         self._ready.result()
 
@@ -224,15 +201,20 @@ class Engine:
                 [started_s - work.arrived_s for work in batch],
             )
         except Exception as error:
-            if len(batch) > 1:  # One robot's bad row must not cost the others theirs.
+            if len(batch) > 1 and not is_fatal(error):  # One robot's bad row must not cost the others theirs.
                 return [outcome for work in batch for outcome in self._outcomes(served, [work], started_s)]
             if isinstance(error, InvalidInput):
                 return [error]
+            if self._on_fatal is not None and is_fatal(error):
+                self._on_fatal(error)
             logger.exception("request %d of session %s failed", batch[0].request_id, batch[0].owner)
-            return [InternalError("the model failed on this request; the server's log has the reason under its id")]
+            return [InternalError("the model failed on this request; the server's log has the reason under its id")] * len(
+                batch
+            )
 
     def _warm_up(self) -> None:
         for name, served in self.models.items():
+            done, total = 0, 2 * self._max_batch.bit_length() * WARM_UP_PASSES
             for prefixed in (False, True):
                 row = canary_row(served.policy, prefixed=prefixed)
                 num_rows = 1
@@ -242,6 +224,8 @@ class Engine:
                         started_s = self._clock()
                         outcomes = compute(served.policy, served.version, [row] * num_rows, [0.0] * num_rows)
                         fastest_s = min(fastest_s, self._clock() - started_s)
+                        done += 1
+                        self._progress(f"preparing {name}", done, total)
                     for outcome in outcomes:
                         if not isinstance(outcome, Answer):
                             raise InternalError(f"model {name!r} fails on a plain observation: {outcome}")
@@ -263,7 +247,8 @@ def compute(
     device = next(policy.parameters()).device
     started_s = time.perf_counter()
     with torch.inference_mode():
-        inputs = policy.preprocess([row.sample for row in rows], device)
+        samples = [Sample(observation=row.sample.observation, task=row.sample.task) for row in rows]
+        inputs = policy.preprocess(samples, device)
         prepared_s = time.perf_counter()
         noise = policy.draw_noise([row.seed for row in rows]).to(device)
         chunk = policy.act(inputs, noise, _committed(policy, rows, device))
@@ -293,6 +278,11 @@ def compute(
             )
         )
     return outcomes
+
+
+def is_fatal(error: BaseException) -> bool:
+    """After an error of the device itself (not: too little memory) every later call fails too, until the process is new."""
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def canary_row(policy: AnyPolicy, *, prefixed: bool = False) -> Row:

@@ -24,11 +24,11 @@ from policies.prompt import Pieces
 from policies.prompted import Read
 
 from .engine import canary_row
+from .engine_port import Observed, Row
 from .fused.network import FusedPi052, FusedSettings, PrefixRow, TextRow
 from .fused.slots import Slots
 from .fused.units import NO_LOCATIONS, TOO_SHORT
 from .models import AnyPolicy, ServedModel, canary_sample
-from .prepare import Row
 
 # Most prompts are short; padding costs as much as words.
 PROMPT_LENGTHS = (48, 96)
@@ -144,18 +144,20 @@ class FusedModel(ServedModel):
     def chunk_row(self, row: Row) -> ChunkRow:
         """InvalidInput where the policy refuses the observation."""
         policy = self.policy
-        read = policy.observation(row.sample)
+        sample = sample_of(row.sample)
+        read = policy.observation(sample)
         return ChunkRow(
             read=read,
-            pictures=self._pictures(row.sample),
+            pictures=self._pictures(sample),
             noise=policy.draw_noise([row.seed])[0],
             committed=self._anchored(row, read),
             delay_steps=row.delay_steps,
             execution_horizon=row.execution_horizon,
         )
 
-    def text_row(self, sample: Sample, request: TextRequest) -> TextRowInWork:
+    def text_row(self, observed: Observed, request: TextRequest) -> TextRowInWork:
         policy = self.policy
+        sample = sample_of(observed)
         rules = policy.decoding(request)
         assert policy.prompter is not None
         return TextRowInWork(
@@ -231,7 +233,7 @@ class FusedModel(ServedModel):
         tokens, counts = self.fused.check_draft([TextRow(slot=_slot(row), flags=row.flags)], [row.draft[1:]])
         for token in tokens[0, : int(counts[0])].tolist():
             row.tokens.append(token)
-            if row.has_ended:
+            if row.has_ended or len(row.tokens) == row.rules.max_new_tokens:
                 return
 
     def run_text(self, rows: Sequence[TextRowInWork]) -> None:
@@ -313,6 +315,10 @@ class FusedModel(ServedModel):
                 token = int(drawn[0])
                 self.fused.set_token(_slot(row), token)
             row.tokens.append(token)
+
+
+def sample_of(observed: Observed) -> Sample:
+    return Sample(observation=observed.observation, task=observed.task)
 
 
 def can_be_fused(policy: AnyPolicy) -> bool:

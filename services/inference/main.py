@@ -1,33 +1,30 @@
-"""manyhands serve: run policies for many robots."""
+"""manyhands serve: run policies for many robots. The front end: sessions, streams, pictures; the model runs in a process of
+its own (engine_process.py), so that its Python never makes a stream wait, and no torch is imported here."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import cv2
-import torch
 import uvloop
 from pydantic import Field
 
-from manyhands import config, metrics, ports
+from manyhands import config, metrics, ports, stamps
+from manyhands.engine.v1 import engine_pb2
 from manyhands.inference.v1 import inference_pb2_grpc
 from manyhands.security import SecuritySettings
 from manyhands.server import GrpcServer
-from policies import loading
 
-from .engine import Engine
-from .models import AnyPolicy, ServedModel
+from .engine_supervisor import EngineSupervisor
 from .service import SERVICE_NAME, InferenceServicer
-from .weights_follower import WeightsFollower
+from .start_progress import StartProgress
 
 logger = logging.getLogger(__name__)
 
-# Threads of the model and of the streams share one interpreter; the shorter this is, the shorter a stream waits for it.
+# The loop and the threads that decode pictures share an interpreter; the shorter this is, the shorter a stream waits for it.
 SWITCH_INTERVAL_S = 0.001
 STOP_GRACE_S = 1.0
 CATCH_UP_S = 5.0
@@ -56,52 +53,60 @@ class Settings(config.Settings):
     idle_timeout_s: float = Field(
         default=4.0, gt=0, description="a session without a stream for this long ends, and its robot_id is free"
     )
+    engine_restarts: int = Field(
+        default=5, ge=0, description="times within a minute that an engine process that died is started again"
+    )
+    engine_hung_s: float = Field(
+        default=20.0, gt=0, description="an engine process that answers nothing for so long after a deadline is ended"
+    )
     metrics_port: int = Field(default=0, ge=0, le=65535, description="port of the Prometheus page; 0 means none")
     security: SecuritySettings = SecuritySettings()
 
 
 def main(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT."""
-    policies: dict[str, AnyPolicy] = {}
-    for name, folder in settings.model.items():
-        logger.info("loading %s from %s", name, folder)
-        policies[name] = loading.load(folder, torch.device(settings.device))
-    return serve(policies, settings)
-
-
-def serve(policies: Mapping[str, AnyPolicy], settings: Settings) -> int:
-    """Serves policies that are loaded already."""
+    """Serves until SIGTERM or SIGINT, or until the engine is given up."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     cv2.setNumThreads(1)  # Pictures are decoded side by side on threads of our own.
     metrics.serve_metrics(settings.metrics_port)
-    models = {name: ServedModel(name, policy) for name, policy in policies.items()}
-    engine = Engine(models, max_batch=settings.max_batch, torch_threads=settings.torch_threads)
-    engine.start()
-    follower = None
-    if settings.weights:
-        follower = WeightsFollower(
-            settings.weights, models, engine, follow=settings.follow, security_settings=settings.security
-        )
-        follower.start(catch_up_s=CATCH_UP_S)
-    uvloop.run(_run(models, engine, follower, settings))
-    engine.stop()
+    uvloop.run(_serve(settings))
     return 0
 
 
-async def _run(
-    models: Mapping[str, ServedModel], engine: Engine, follower: WeightsFollower | None, settings: Settings
-) -> None:
-    server = GrpcServer(settings.address, security_settings=settings.security)
-    servicer = InferenceServicer(
-        models,
-        engine,
-        follower=follower,
-        max_sessions=settings.max_sessions,
-        idle_timeout_s=settings.idle_timeout_s,
+async def _serve(settings: Settings) -> None:
+    engine = EngineSupervisor(start_message(settings), restart_limit=settings.engine_restarts, hung_s=settings.engine_hung_s)
+    try:
+        with StartProgress() as progress:
+            await engine.start(progress.show)
+        server = GrpcServer(settings.address, security_settings=settings.security)
+        servicer = InferenceServicer(engine, max_sessions=settings.max_sessions, idle_timeout_s=settings.idle_timeout_s)
+        engine.on_serving = server.set_serving
+        server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
+        servicer.start()
+        await server.run_until_signalled(drain=servicer.drain, grace_s=STOP_GRACE_S, ending=engine.given_up)
+        servicer.close()
+    finally:
+        await engine.stop()
+    if engine.failure is not None:
+        raise engine.failure
+
+
+def start_message(settings: Settings) -> engine_pb2.Start:
+    """What an engine process is told."""
+    security = settings.security
+    return engine_pb2.Start(
+        models=[engine_pb2.ModelSource(name=name, checkpoint=str(folder)) for name, folder in settings.model.items()],
+        device=settings.device,
+        max_batch=settings.max_batch,
+        torch_threads=settings.torch_threads,
+        weights_address=settings.weights,
+        follow=settings.follow,
+        catch_up=stamps.to_duration(CATCH_UP_S),
+        security=engine_pb2.Security(
+            certificate=str(security.certificate or ""),
+            key=str(security.key or ""),
+            authority=str(security.authority or ""),
+            token_file=str(security.token_file or ""),
+        ),
+        log_level=settings.log_level,
+        log_json=settings.log_json,
     )
-    server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
-    servicer.start()
-    await server.run_until_signalled(drain=servicer.drain, grace_s=STOP_GRACE_S)
-    if follower is not None:
-        await asyncio.to_thread(follower.stop)
-    servicer.close()

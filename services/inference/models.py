@@ -19,7 +19,9 @@ from manyhands.errors import Refused
 from manyhands.spec import FeatureKind, Spec
 from manyhands.weights.v1 import weights_pb2
 from policies import checkpoint
-from policies.policy import Policy, Sample
+from policies.policy import Policy
+
+from .engine_port import Observed
 
 AnyPolicy = Policy[Any]
 
@@ -56,6 +58,13 @@ class ServedModel:
             action=policy.spec.action,
             control_rate_hz=policy.spec.control_rate_hz,
         )
+        # What sessions are held to; the same for every version.
+        self.type_name = policy.type_name
+        self.spec = policy.spec
+        self.horizon = policy.horizon
+        self.model_action_size = policy.model_action_size
+        self.has_text_head = policy.has_text_head
+        self.masks_missing_cameras = policy.masks_missing_cameras
         self._borrowers: dict[int, int] = {}
         self._returned = threading.Condition()
 
@@ -117,10 +126,10 @@ def copy_tensor(target: torch.Tensor, source: torch.Tensor) -> None:
         flat_target[start:end].copy_(flat_source[start:end])
 
 
-def canary_sample(spec: Spec) -> Sample:
+def canary_sample(spec: Spec) -> Observed:
     """Zeros for the state, mid grey for the cameras."""
     observation: dict[str, npt.NDArray[np.generic]] = {}
     for feature in spec.observation:
         fill = 127 if feature.kind is FeatureKind.IMAGE else 0
         observation[feature.name] = np.full(feature.shape, fill, dtype=feature.dtype)
-    return Sample(observation=observation, task="canary")
+    return Observed(observation=observation, task="canary")

@@ -6,7 +6,6 @@ Runs in worker threads: decoding and resizing pictures release the GIL.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import cv2
@@ -18,29 +17,13 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput
 from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Feature, FeatureKind, Spec, decode_in_order
-from policies.policy import Sample
 
+from .engine_port import Observed, Row
 from .sessions import Fit
 
 MAX_DEADLINE_S = 60.0
 MAX_TASK_CHARACTERS = 4096
 PREFIX_FIELD: Final = "committed_prefix"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One robot's inputs.
-
-    Attributes:
-        prefix: (steps, A) float32, model space, steps in 1..H; None without a previous chunk.
-        seed: All randomness of the chunk.
-    """
-
-    sample: Sample
-    prefix: npt.NDArray[np.float32] | None
-    delay_steps: int
-    execution_horizon: int
-    seed: int
 
 
 def deadline_s(request: inference_pb2.ActRequest) -> float:
@@ -79,14 +62,14 @@ def prepare_row(
     )
 
 
-def prepare_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_fit: Fit, model_spec: Spec) -> Sample:
+def prepare_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_fit: Fit, model_spec: Spec) -> Observed:
     """The observation as the model's spec has it: pictures resized, vectors padded; cameras the robot lacks are absent."""
     if len(task) > MAX_TASK_CHARACTERS:
         raise InvalidInput(f"has {len(task)} characters, at most {MAX_TASK_CHARACTERS}", field="task")
     wanted = {feature.name: feature for feature in model_spec.observation}
     expected = _as_sent(values, robot_fit.required, wanted)
     arrays = decode_in_order(values, expected)
-    return Sample(observation={name: _adapt(array, wanted[name]) for name, array in arrays.items()}, task=task)
+    return Observed(observation={name: _adapt(array, wanted[name]) for name, array in arrays.items()}, task=task)
 
 
 def _as_sent(

@@ -13,18 +13,16 @@ from typing import Any
 
 from manyhands import stamps
 from manyhands.clients.inference import SESSION_KEY
-from manyhands.errors import InvalidInput, NotFound, Refused, Unreachable
+from manyhands.errors import InvalidInput, NotFound, Unreachable
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import FeatureKind, Spec
 
 from . import capacity, text
-from .engine import Engine
-from .models import ServedModel
+from .engine_port import EnginePort, Model
 from .prepare import MAX_TASK_CHARACTERS
 from .sessions import AdaptationKind, Session, Sessions, fit
 from .stats import StageStats, p50_p99
 from .stream import RobotStream
-from .weights_follower import WeightsFollower
 
 logger = logging.getLogger(__name__)
 
@@ -49,34 +47,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     Args:
         engine: Started.
-        follower: Brings new weights; None where no weights service is configured.
         max_sessions: Robots at once.
         idle_timeout_s: A session without a stream for this long is closed.
     """
 
     def __init__(
         self,
-        models: Mapping[str, ServedModel],
-        engine: Engine,
+        engine: EnginePort,
         *,
-        follower: WeightsFollower | None = None,
         max_sessions: int = 64,
         idle_timeout_s: float = 4.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.models = models
         self.engine = engine
         self.sessions = Sessions(max_sessions=max_sessions, idle_timeout_s=idle_timeout_s)
         self.stats = StageStats()
         self.decoders = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1), thread_name_prefix="decode")
-        self._writers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
-        self._follower = follower
         self._clock = clock
         self._started_s = clock()
         self._streams: set[RobotStream] = set()
         self._no_stream = asyncio.Event()
         self._draining = False
         self._expiry: asyncio.Task[None] | None = None
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        return self.engine.models
 
     def start(self) -> None:
         """On the server's loop."""
@@ -85,6 +81,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def drain(self) -> None:
         """Tells every robot to leave, answers what was asked, ends the streams; new sessions are refused meanwhile."""
         self._draining = True
+        self.engine.end_swaps()
         for stream in self._streams:
             stream.drain(RECONNECT_AFTER_S, "the server goes away")
         if self._streams:
@@ -98,7 +95,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def close(self) -> None:
         """After the server stopped: ends the worker threads."""
         self.decoders.shutdown(wait=False, cancel_futures=True)
-        self._writers.shutdown(wait=False, cancel_futures=True)
 
     async def OpenSession(  # noqa: N802
         self, request: inference_pb2.OpenSessionRequest, context: Any
@@ -107,13 +103,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise Unreachable("the server goes away; open a session again", retry_after_s=RECONNECT_AFTER_S)
         served = self._served(request.model)
         robot_spec = Spec.from_proto(request.spec)
-        horizon = served.policy.horizon
+        horizon = served.horizon
         if not 0 <= request.replan_interval_steps <= horizon:
             raise InvalidInput(
                 f"is {request.replan_interval_steps}; it must be 0 (the server's choice) to {horizon}, the chunk's horizon",
                 field="replan_interval_steps",
             )
-        robot_fit = fit(robot_spec, served.used_spec, masks_cameras=served.policy.masks_missing_cameras)
+        robot_fit = fit(robot_spec, served.used_spec, masks_cameras=served.masks_missing_cameras)
         asked_steps = request.replan_interval_steps or max(1, horizon // 2)
         self._check_capacity(request, robot_spec.control_rate_hz, horizon)
         session, older = self.sessions.open(
@@ -130,14 +126,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         logger.info("session %s: %s on %s", session.session_id[:8], session.robot_id, served.name)
         return inference_pb2.OpenSessionResponse(
             session_id=session.session_id,
-            model_spec=served.policy.spec.to_proto(),
+            model_spec=served.spec.to_proto(),
             version=served.version,
             adaptations=[
                 inference_pb2.Adaptation(feature=item.feature, kind=_KINDS[item.kind], detail=item.detail)
                 for item in robot_fit.adaptations
             ],
             chunk_horizon=horizon,
-            has_text_head=served.policy.has_text_head,
+            has_text_head=served.has_text_head,
             replan_interval_steps=self.replan_interval_steps(session),
             idle_timeout=stamps.to_duration(self.sessions.idle_timeout_s),
             max_request_bytes=self.max_request_bytes(session),
@@ -174,7 +170,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 f"has {request.ByteSize()} bytes, this session's limit is {self.max_request_bytes(session)}",
                 field="observation",
             )
-        async for response in text.generate(request, self._served(session.model), session, self._writers):
+        async for response in text.generate(request, self._served(session.model), session, self.engine):
             self.sessions.touch(session, self._clock())
             yield response
 
@@ -195,9 +191,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.SwapWeightsRequest, context: Any
     ) -> inference_pb2.SwapWeightsResponse:
         self._served(request.model)
-        if self._follower is None:
-            raise Refused("no weights service is configured; start 'manyhands serve' with --weights HOST:PORT")
-        result = await asyncio.wrap_future(self._follower.swap(request.model, request.number))
+        if self._draining:
+            raise Unreachable("the server goes away; nothing was changed", retry_after_s=RECONNECT_AFTER_S)
+        result = await asyncio.wrap_future(self.engine.swap(request.model, request.number))
         return inference_pb2.SwapWeightsResponse(
             previous=result.previous, current=result.current, pause=stamps.to_duration(result.pause_s)
         )
@@ -206,7 +202,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GetStatusRequest, context: Any
     ) -> inference_pb2.GetStatusResponse:
         now_s = self._clock()
-        swaps = self._follower.swaps() if self._follower is not None else []
         return inference_pb2.GetStatusResponse(
             sessions=[_session_status(session) for session in self.sessions],
             stages=[
@@ -221,7 +216,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     pause=stamps.to_duration(swap.pause_s),
                     ago=stamps.to_duration(max(0.0, now_s - swap.at_s)),
                 )
-                for swap in swaps
+                for swap in self.engine.swaps()
             ],
             models=self._models(),
             uptime=stamps.to_duration(now_s - self._started_s),
@@ -238,7 +233,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             for extent in feature.shape:
                 size *= extent
             values += size
-        prefix = 4 * served.policy.horizon * served.policy.model_action_size
+        prefix = 4 * served.horizon * served.model_action_size
         return values + prefix + 4 * MAX_TASK_CHARACTERS + MESSAGE_OVERHEAD_BYTES
 
     def replan_interval_steps(self, session: Session) -> int:
@@ -251,7 +246,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return capacity.Demand(
             rate_hz=session.control_rate_hz,
             interval_steps=session.asked_interval_steps,
-            horizon=self.models[session.model].policy.horizon,
+            horizon=self.models[session.model].horizon,
         )
 
     def _check_capacity(self, request: inference_pb2.OpenSessionRequest, rate_hz: float, horizon: int) -> None:
@@ -267,7 +262,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             retry_after_s=self.sessions.idle_timeout_s,
         )
 
-    def _served(self, name: str) -> ServedModel:
+    def _served(self, name: str) -> Model:
         if name not in self.models:
             raise NotFound(f"{name!r} is not served; there are {', '.join(self.models)}", field="model")
         return self.models[name]
@@ -276,11 +271,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return [
             inference_pb2.Model(
                 name=served.name,
-                policy_type=served.policy.type_name,
+                policy_type=served.type_name,
                 version=served.version,
-                spec=served.policy.spec.to_proto(),
-                chunk_horizon=served.policy.horizon,
-                has_text_head=served.policy.has_text_head,
+                spec=served.spec.to_proto(),
+                chunk_horizon=served.horizon,
+                has_text_head=served.has_text_head,
                 parameter_count=served.parameter_count,
             )
             for served in self.models.values()

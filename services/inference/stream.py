@@ -16,12 +16,20 @@ from typing import Protocol
 
 from manyhands import codec, stamps
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import Conflict, InternalError, InvalidInput, ManyhandsError, NotFound, TooLate, Unreachable
+from manyhands.errors import (
+    Conflict,
+    InternalError,
+    InvalidInput,
+    ManyhandsError,
+    NotFound,
+    Overloaded,
+    TooLate,
+    Unreachable,
+)
 from manyhands.inference.v1 import inference_pb2
 
-from .engine import Answer, Engine, Job, Outcome, Superseded
-from .models import ServedModel
-from .prepare import Row, deadline_s, prepare_row
+from .engine_port import Answer, EnginePort, Job, Model, Outcome, Row, Superseded
+from .prepare import deadline_s, prepare_row
 from .sessions import Session, Sessions
 from .stats import StageStats
 
@@ -35,7 +43,8 @@ _REASONS: dict[type[ManyhandsError], inference_pb2.RefusalReason.ValueType] = {
     TooLate: inference_pb2.REFUSAL_REASON_DEADLINE,
     NotFound: inference_pb2.REFUSAL_REASON_UNKNOWN_SESSION,
     Conflict: inference_pb2.REFUSAL_REASON_REPLAYED,
-    Unreachable: inference_pb2.REFUSAL_REASON_OVERLOADED,
+    Overloaded: inference_pb2.REFUSAL_REASON_OVERLOADED,
+    Unreachable: inference_pb2.REFUSAL_REASON_UNAVAILABLE,
 }
 
 
@@ -43,9 +52,11 @@ class Desk(Protocol):
     """What streams share."""
 
     sessions: Sessions
-    engine: Engine
-    models: Mapping[str, ServedModel]
+    engine: EnginePort
     stats: StageStats
+
+    @property
+    def models(self) -> Mapping[str, Model]: ...
 
     @property
     def decoders(self) -> Executor: ...
@@ -224,8 +235,8 @@ class RobotStream:
                 asked.request,
                 robot_fit=session.fit,
                 model_spec=served.used_spec,
-                horizon=served.policy.horizon,
-                model_action_size=served.policy.model_action_size,
+                horizon=served.horizon,
+                model_action_size=served.model_action_size,
                 # The session's own, not what load makes of it: a chunk depends on nothing but its request.
                 default_execution_horizon=session.asked_interval_steps,
             )

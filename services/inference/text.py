@@ -1,23 +1,16 @@
-"""Text from a policy's language head, token by token, beside the chunks."""
+"""Questions to a policy's language head: what clients ask, checked, and the answer token by token, beside the chunks."""
 
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
 import time
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import Executor
-
-import torch
+from collections.abc import AsyncIterator
 
 from manyhands import stamps
-from manyhands.common.v1 import common_pb2
-from manyhands.errors import InvalidInput, Refused, TooLate
+from manyhands.errors import InvalidInput, Refused
 from manyhands.inference.v1 import inference_pb2
-from policies.policy import TextKind, TextRequest
 
-from .models import ServedModel
+from .engine_port import EnginePort, Model, Question, TextEnd
 from .prepare import MAX_DEADLINE_S, prepare_sample
 from .sessions import Session
 
@@ -25,18 +18,24 @@ MAX_TEXT_CHARACTERS = 8192
 MAX_NEW_TOKENS = 1024
 DEFAULT_DEADLINE_S = 10.0
 
-_KINDS: Mapping[int, TextKind] = {
-    inference_pb2.TEXT_KIND_SUBTASK: TextKind.SUBTASK,
-    inference_pb2.TEXT_KIND_MEMORY: TextKind.MEMORY,
-    inference_pb2.TEXT_KIND_INTERJECTION: TextKind.INTERJECTION,
-    inference_pb2.TEXT_KIND_VISUAL_QUESTION: TextKind.VISUAL_QUESTION,
+_KINDS = {
+    kind: inference_pb2.TextKind.Name(kind).removeprefix("TEXT_KIND_").lower()
+    for kind in inference_pb2.TextKind.values()
+    if kind != inference_pb2.TEXT_KIND_UNSPECIFIED
 }
 
 
-def text_request(request: inference_pb2.GenerateRequest) -> TextRequest:
-    """The checked question; InvalidInput names the field."""
+def question_of(request: inference_pb2.GenerateRequest, model: Model, session: Session) -> Question:
+    """The checked question.
+
+    Raises:
+        Refused: The model has no text head.
+        InvalidInput: Names the field.
+    """
+    if not model.has_text_head:
+        raise Refused(f"{model.name!r} has no text head; ListModels says which models have one", field="model")
     if request.kind not in _KINDS:
-        raise InvalidInput(f"{request.kind} is not one of {', '.join(kind.value for kind in TextKind)}", field="kind")
+        raise InvalidInput(f"{request.kind} is not one of {', '.join(_KINDS.values())}", field="kind")
     for field, text in (("user_text", request.user_text), ("previous_text", request.previous_text)):
         if len(text) > MAX_TEXT_CHARACTERS:
             raise InvalidInput(f"has {len(text)} characters, at most {MAX_TEXT_CHARACTERS}", field=field)
@@ -46,70 +45,55 @@ def text_request(request: inference_pb2.GenerateRequest) -> TextRequest:
         raise InvalidInput(f"is {request.temperature}; 0 to 10", field="temperature")
     if not 0.0 <= request.top_p <= 1.0:
         raise InvalidInput(f"is {request.top_p}; 0 to 1", field="top_p")
-    return TextRequest(
-        kind=_KINDS[request.kind],
+    sample = prepare_sample(request.observation.values, request.task, robot_fit=session.fit, model_spec=model.used_spec)
+    allowed_s = stamps.to_seconds(request.deadline) if request.HasField("deadline") else DEFAULT_DEADLINE_S
+    if not 0.0 < allowed_s <= MAX_DEADLINE_S:
+        raise InvalidInput(f"is {allowed_s:g} s; it must be > 0 and at most {MAX_DEADLINE_S:g} s", field="deadline")
+    return Question(
+        model=model.name,
+        sample=sample,
+        kind=request.kind,
         user_text=request.user_text,
         previous_text=request.previous_text,
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
+        until_s=time.monotonic() + allowed_s,
+        allowed_s=allowed_s,
     )
 
 
 async def generate(
-    request: inference_pb2.GenerateRequest, served: ServedModel, session: Session, writers: Executor
+    request: inference_pb2.GenerateRequest, model: Model, session: Session, engine: EnginePort
 ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-    """Tokens as they come; the policy runs on a thread of writers, which stops when nobody listens any more.
+    """Tokens as they come; the engine stops when nobody listens any more.
 
     Raises:
         Refused: The model has no text head.
         InvalidInput: Names the field.
         TooLate: The request's deadline passed before the text was finished.
+        Unreachable: The engine is away for a moment.
     """
-    if not served.policy.has_text_head:
-        raise Refused(f"{served.name!r} has no text head; ListModels says which models have one", field="model")
-    asked = text_request(request)
-    sample = prepare_sample(request.observation.values, request.task, robot_fit=session.fit, model_spec=served.used_spec)
-    allowed_s = stamps.to_seconds(request.deadline) if request.HasField("deadline") else DEFAULT_DEADLINE_S
-    if not 0.0 < allowed_s <= MAX_DEADLINE_S:
-        raise InvalidInput(f"is {allowed_s:g} s; it must be > 0 and at most {MAX_DEADLINE_S:g} s", field="deadline")
-    until_s = time.monotonic() + allowed_s
+    question = question_of(request, model, session)
     loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
-    nobody_listens = threading.Event()
-    versions: queue.SimpleQueue[common_pb2.PolicyVersion] = queue.SimpleQueue()
+    heard: asyncio.Queue[str | TextEnd] = asyncio.Queue()
 
-    def write() -> None:
-        last: BaseException | None = None
+    def hear(piece: str | TextEnd) -> None:
         try:
-            with served.borrow() as (policy, version), torch.inference_mode():
-                versions.put(version)
-                device = next(policy.parameters()).device
-                for piece in policy.generate([sample], asked, device):
-                    if nobody_listens.is_set():
-                        return
-                    if time.monotonic() > until_s:
-                        raise TooLate(f"the text was not finished within {allowed_s:g} s", field="deadline")
-                    loop.call_soon_threadsafe(pieces.put_nowait, piece)
-        except Exception as error:
-            last = error
-        loop.call_soon_threadsafe(pieces.put_nowait, last)
+            loop.call_soon_threadsafe(heard.put_nowait, piece)
+        except RuntimeError:  # The loop is closed: nobody listens any more.
+            pass
 
-    writing = loop.run_in_executor(writers, write)
+    stop_listening = engine.ask(question, hear)
     text, count = "", 0
     try:
-        while isinstance(piece := await pieces.get(), str):
+        while isinstance(piece := await heard.get(), str):
             text, count = text + piece, count + 1
             yield inference_pb2.GenerateResponse(request_id=request.request_id, text=piece, token_count=count)
-        if piece is not None:
-            raise piece
+        if piece.error is not None:
+            raise piece.error
         yield inference_pb2.GenerateResponse(
-            request_id=request.request_id,
-            token_count=count,
-            finished=True,
-            full_text=text,
-            version=versions.get_nowait(),
+            request_id=request.request_id, token_count=count, finished=True, full_text=text, version=piece.version
         )
     finally:
-        nobody_listens.set()
-        writing.cancel()
+        stop_listening()

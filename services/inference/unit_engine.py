@@ -18,45 +18,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, InvalidInput, ManyhandsError, TooLate, Unreachable
-from policies.policy import Sample, TextRequest
 
-from .engine import Answer, Job, Outcome, Superseded
+from .engine import Progress, is_fatal
+from .engine_port import Answer, Job, Outcome, Question, Superseded, TextEnd
 from .fused_model import ChunkRow, FusedModel, TextRowInWork
+from .text_writer import Heard, text_request
 from .unit_scheduler import UnitScheduler
 from .units import ChunkWork, TextWork, Unit, UnitKind, group
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_RUNS = 5
-Progress = Callable[[int, int, str], None]
 RowT = TypeVar("RowT", ChunkRow, TextRowInWork)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextDone:
-    """The end of an answer.
-
-    Attributes:
-        num_drafted: Tokens that a draft gave, of num_tokens.
-    """
-
-    text: str
-    num_tokens: int
-    num_drafted: int
-    version: common_pb2.PolicyVersion
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A question, and who hears its answer: pieces as they come, then one TextDone or error; neither may block."""
-
-    model: str
-    sample: Sample
-    request: TextRequest
-    piece: Callable[[str], None]
-    done: Callable[[TextDone | ManyhandsError], None]
 
 
 @dataclass(kw_only=True)
@@ -69,11 +43,9 @@ class _Chunk:
 
 @dataclass(kw_only=True)
 class _Text:
-    question: Question
+    heard: Heard
     row: TextRowInWork
-    text: str = ""
     num_sent: int = 0
-    num_drafted: int = 0
 
 
 class UnitEngine:
@@ -83,6 +55,7 @@ class UnitEngine:
         models: By name, prepared or not.
         max_rows: Chunks in progress at once.
         max_texts: Texts in progress at once.
+        on_fatal: Told, on the engine's thread, when the device has failed and will fail every further unit.
     """
 
     def __init__(
@@ -91,10 +64,12 @@ class UnitEngine:
         *,
         max_rows: int,
         max_texts: int,
+        on_fatal: Callable[[Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.models = dict(models)
         self._clock = clock
+        self._on_fatal = on_fatal
         self._scheduler: UnitScheduler[_Chunk, _Text] = UnitScheduler(max_rows=max_rows, max_texts=max_texts)
         self._changed = threading.Condition()
         # Slots to give back, at once; and changes of weights, when no chunk is in progress.
@@ -105,7 +80,7 @@ class UnitEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ready: Future[None] = Future()
         self._text_ids = itertools.count(1)
-        self._progress: Progress | None = None
+        self._progress: Progress = lambda phase, done, total: None
 
     def start(self, progress: Progress | None = None) -> None:
         """Prepares every unit, tries each model and measures how long its units take.
@@ -113,7 +88,7 @@ class UnitEngine:
         Raises:
             InternalError: A model cannot make a finite chunk.
         """
-        self._progress = progress
+        self._progress = progress or self._progress
         self._thread.start()
         self._ready.result()
 
@@ -157,31 +132,37 @@ class UnitEngine:
         elif not accepted:
             job.done(_too_late(work, now_s))
 
-    def ask(self, *, owner: str, arrived_s: float, deadline_s: float, question: Question) -> int:
-        """Puts a question in line; the answer's id is for hush(). InvalidInput where the policy refuses it."""
+    def ask(self, question: Question, heard: Heard) -> Callable[[], None]:
+        """As EnginePort.ask."""
         model = self.models[question.model]
-        row = model.text_row(question.sample, question.request)
+        try:
+            row = model.text_row(question.sample, text_request(question))
+        except ManyhandsError as error:
+            heard(TextEnd(error=error))
+            return lambda: None
         text_id = next(self._text_ids)
         work = TextWork(
-            owner=owner,
+            owner=f"text {text_id}",
             text_id=text_id,
             model=question.model,
             bucket=model.bucket(row),
             num_prefix_slices=1,
             num_draft_tokens=len(row.draft),
             max_tokens=row.rules.max_new_tokens,
-            arrived_s=arrived_s,
-            deadline_s=deadline_s,
-            payload=_Text(question=question, row=row),
+            arrived_s=self._clock(),
+            deadline_s=question.until_s,
+            payload=_Text(heard=heard, row=row),
         )
         with self._changed:
-            if self._stopping:
-                raise Unreachable("the server is going away; ask again")
-            self._scheduler.ask(work)
-            self._changed.notify()
-        return text_id
+            stopping = self._stopping
+            if not stopping:
+                self._scheduler.ask(work)
+                self._changed.notify()
+        if stopping:
+            heard(TextEnd(error=Unreachable("the server is going away; open a session again")))
+        return lambda: self._hush(text_id)
 
-    def hush(self, text_id: int) -> None:
+    def _hush(self, text_id: int) -> None:
         """Nobody listens to this answer any more."""
         with self._changed:
             self._release_later(self._scheduler.withdraw_text(text_id))
@@ -255,7 +236,7 @@ class UnitEngine:
             for late in decision.late_chunks:
                 late.payload.job.done(_too_late(late, now_s))
             for late_text in decision.late_texts:
-                self._end_text(late_text, TooLate("the text was not finished in time", field="deadline"))
+                self._end_text(late_text, TextEnd(error=TooLate("the text was not finished in time", field="deadline")))
             if decision.unit is not None:
                 self._run_unit(decision.unit)
             elif is_over:
@@ -285,16 +266,7 @@ class UnitEngine:
         for work in finished.chunks:
             self._end_chunk(model, work, now_s, unit.size)
         for text_work in finished.texts:
-            payload = text_work.payload
-            self._end_text(
-                text_work,
-                TextDone(
-                    text=payload.text,
-                    num_tokens=len(payload.row.tokens),
-                    num_drafted=payload.num_drafted,
-                    version=model.version,
-                ),
-            )
+            self._end_text(text_work, TextEnd(version=model.version))
 
     def _do(self, model: FusedModel, unit: Unit[_Chunk, _Text]) -> None:
         if unit.kind is UnitKind.PREFIX:
@@ -304,10 +276,7 @@ class UnitEngine:
         elif unit.kind is UnitKind.TEXT_PREFIX:
             model.run_text_prefix(unit.texts[0].work.payload.row)
         elif unit.kind is UnitKind.DRAFT_CHECK:
-            text = unit.texts[0].work.payload
-            before = len(text.row.tokens)
-            model.run_draft(text.row)
-            text.num_drafted += max(0, len(text.row.tokens) - before - 1)
+            model.run_draft(unit.texts[0].work.payload.row)
         else:
             model.run_text([text.work.payload.row for text in unit.texts])
 
@@ -336,14 +305,12 @@ class UnitEngine:
     def _send_pieces(self, text: _Text) -> None:
         row = text.row
         for token in row.tokens[text.num_sent :]:
-            piece = row.pieces.add(token)
-            text.text += piece
-            text.question.piece(piece)
+            text.heard(row.pieces.add(token))
         text.num_sent = len(row.tokens)
 
-    def _end_text(self, work: TextWork[_Text], outcome: TextDone | ManyhandsError) -> None:
+    def _end_text(self, work: TextWork[_Text], end: TextEnd) -> None:
         self.models[work.model].release(work.payload.row)
-        work.payload.question.done(outcome)
+        work.payload.heard(end)
 
     def _fail(self, unit: Unit[_Chunk, _Text], error: Exception) -> None:
         """Of several rows each is tried alone: one robot's bad row must not cost the others theirs."""
@@ -354,20 +321,25 @@ class UnitEngine:
         )  # fmt: skip
         if told is not error:
             logger.exception("a %s unit of %s failed", unit.kind.value, unit.model)
+            if self._on_fatal is not None and is_fatal(error):
+                self._on_fatal(error)
         for row in unit.rows:
             self.models[unit.model].release(row.work.payload.row)
             row.work.payload.job.done(told)
         for text in unit.texts:
-            self._end_text(text.work, told)
+            self._end_text(text.work, TextEnd(error=told))
 
     # -- before the first robot ----------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         for name, model in self.models.items():
-            model.fused.prepare(self._progress)
+            model.fused.prepare(functools.partial(self._tell, name))
             if not np.isfinite(model.canary()).all():
                 raise InternalError(f"model {name!r} fails on a plain observation: its chunk is not finite")
             self._measure(name, model)
+
+    def _tell(self, name: str, done: int, total: int, what: str) -> None:
+        self._progress(f"preparing {name}: {what}", done, total)
 
     def _measure(self, name: str, model: FusedModel) -> None:
         """Every prepared unit a few times, so that the first robots are promised what can be kept."""

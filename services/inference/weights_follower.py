@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ from manyhands.security import SecuritySettings
 from manyhands.weights.v1 import weights_pb2
 from policies import checkpoint
 
-from .engine import Answer, Engine, canary_row, compute
+from .engine import Engine, canary_row, compute
+from .engine_port import Answer, Swap, SwapResult
 from .models import AnyPolicy, ServedModel, check_fits, copy_tensor, make_spare
 
 logger = logging.getLogger(__name__)
@@ -40,21 +41,11 @@ BORROWED_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swap:
-    """What became of a version; at_s on the monotonic clock."""
+class Resume:
+    """What an engine that ended had served, to be served again; pinned: newer versions do not replace it."""
 
     version: common_pb2.PolicyVersion
-    accepted: bool
-    reason: str
-    pause_s: float
-    at_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwapResult:
-    previous: common_pb2.PolicyVersion
-    current: common_pb2.PolicyVersion
-    pause_s: float
+    pinned: bool
 
 
 @dataclass(kw_only=True)
@@ -74,6 +65,7 @@ class WeightsFollower:
     Args:
         address: Of the weights service.
         follow: Swap to every new version as it is published; without it only swap() does.
+        on_swap: Told what became of each version, on the staging thread.
     """
 
     def __init__(
@@ -84,6 +76,7 @@ class WeightsFollower:
         *,
         follow: bool,
         security_settings: SecuritySettings | None = None,
+        on_swap: Callable[[Swap], None] | None = None,
     ) -> None:
         self._client = WeightsClient(address, security_settings=security_settings)
         self._engine = engine
@@ -94,39 +87,62 @@ class WeightsFollower:
         self._staging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="staging", initializer=_yield_to_others)
         self._watches: list[VersionWatch] = []
         self._threads: list[threading.Thread] = []
+        self._on_swap = on_swap
 
-    def start(self, *, catch_up_s: float = 0.0) -> None:
-        """Starts watching, having waited up to catch_up_s for the newest good versions: a restarted server should not
-        serve its robots older weights than they had."""
-        if not self._follow:
-            return
-        swaps = [self._staging.submit(self._take_newest_good, slot) for slot in self._slots.values()]
+    def start(self, *, catch_up_s: float = 0.0, resume: Mapping[str, Resume] | None = None) -> list[str]:
+        """Starts watching, having waited up to catch_up_s for the versions to begin with: a restarted server should not
+        serve its robots older weights than they had.
+
+        Args:
+            resume: Versions to begin with, by model; the others begin with the newest good one when following.
+
+        Returns:
+            Notes for the log: which model begins with its checkpoint, and why.
+        """
+        resume = resume or {}
+        swaps = {
+            name: self._staging.submit(self._take_first, slot, resume.get(name))
+            for name, slot in self._slots.items()
+            if self._follow or name in resume
+        }
+        notes = []
         until_s = time.monotonic() + catch_up_s
-        for name, swap in zip(self._slots, swaps, strict=True):
+        for name, swap in swaps.items():
             try:
                 swap.result(max(0.0, until_s - time.monotonic()))
             except (ManyhandsError, FutureTimeoutError) as error:
-                logger.info("%s starts with its checkpoint: %s", name, str(error) or "the newest version is not in yet")
-        for name in self._slots:
-            watch = self._client.watch(name, after_number=self._slots[name].newest_number)
-            thread = threading.Thread(target=self._watch, args=(name, watch), name=f"watch-{name}", daemon=True)
-            self._watches.append(watch)
-            self._threads.append(thread)
-            thread.start()
+                notes.append(f"{name} starts with its checkpoint: {str(error) or 'the version is not in yet'}")
+        if self._follow:
+            for name in self._slots:
+                watch = self._client.watch(name, after_number=self._slots[name].newest_number)
+                thread = threading.Thread(target=self._watch, args=(name, watch), name=f"watch-{name}", daemon=True)
+                self._watches.append(watch)
+                self._threads.append(thread)
+                thread.start()
+        return notes
 
-    def stop(self) -> None:
-        """Ends watching and staging; a swap that runs ends with Cancelled and changes nothing."""
+    def end_swaps(self) -> None:
+        """No version comes in from now on; a swap that runs ends with Cancelled and changes nothing. Does not wait."""
         self._stopping.set()
         for watch in self._watches:
             watch.close()
         self._staging.shutdown(wait=False, cancel_futures=True)
+        # A call that waits for the weights service ends with it.
         self._client.close()
+
+    def stop(self) -> None:
+        """end_swaps(), and waits for the threads that watch."""
+        self.end_swaps()
         for thread in self._threads:
             thread.join(2.0)
 
     def swaps(self) -> list[Swap]:
         """Newest last."""
         return list(self._swaps)
+
+    def is_pinned(self, model: str) -> bool:
+        """Whether an operator went back to the version that serves: newer ones do not replace it."""
+        return self._slots[model].pinned
 
     def swap(self, model: str, number: int) -> Future[SwapResult]:
         """Swaps to a version, 0 being the newest. Going back to an older one holds the model there until swap(model, 0).
@@ -137,13 +153,32 @@ class WeightsFollower:
             raise NotFound(f"{model!r} is not served; there are {', '.join(self._slots)}", field="model")
         if number < 0:
             raise InvalidInput(f"is {number}; versions count from 1, 0 is the newest", field="number")
+        self._check_going_on()
         return self._staging.submit(self._swap_asked, self._slots[model], number)
 
     def _swap_asked(self, slot: _Slot, number: int) -> SwapResult:
-        result = self._stage(slot, number)
+        try:
+            result = self._stage(slot, number)
+        except Exception:
+            self._check_going_on()  # What went wrong is then that the client was closed.
+            raise
         slot.newest_number = max(slot.newest_number, result.current.number)
         slot.pinned = 0 < number < slot.newest_number
         return result
+
+    def _take_first(self, slot: _Slot, resume: Resume | None) -> None:
+        if resume is None:
+            self._take_newest_good(slot)
+            return
+        try:
+            self._stage(slot, resume.version.number)
+        except (Refused, NotFound):
+            if not self._follow:
+                raise
+            self._take_newest_good(slot)
+            return
+        slot.newest_number = resume.version.number
+        slot.pinned = resume.pinned
 
     def _take_newest_good(self, slot: _Slot) -> None:
         published = self._client.list_versions(slot.served.name)
@@ -162,11 +197,9 @@ class WeightsFollower:
                 slot.newest_number = max(slot.newest_number, published.version.number)
                 if not self._stopping.is_set():
                     self._staging.submit(self._catch_up, slot, published.version.number)
-        except ManyhandsError:
+        except Exception:  # Stopping: the client is closed, the executor shut down.
             if not self._stopping.is_set():
                 logger.exception("no longer following the weights of %s", model)
-        except RuntimeError:  # The executor is shut down: stopping.
-            pass
 
     def _catch_up(self, slot: _Slot, number: int) -> None:
         """Swaps to the newest version; older ones that queued up meanwhile are skipped."""
@@ -182,6 +215,8 @@ class WeightsFollower:
             except ManyhandsError as error:
                 logger.warning("version %d of %s is refused: %s", number, slot.served.name, error)
             except Exception:
+                if self._stopping.is_set():
+                    return
                 logger.exception("version %d of %s could not be staged", number, slot.served.name)
             return
 
@@ -255,7 +290,10 @@ class WeightsFollower:
             raise Cancelled("the server is going away; nothing was changed")
 
     def _record(self, version: common_pb2.PolicyVersion, *, accepted: bool, reason: str, pause_s: float = 0.0) -> None:
-        self._swaps.append(Swap(version=version, accepted=accepted, reason=reason, pause_s=pause_s, at_s=time.monotonic()))
+        swap = Swap(version=version, accepted=accepted, reason=reason, pause_s=pause_s, at_s=time.monotonic())
+        self._swaps.append(swap)
+        if self._on_swap is not None:
+            self._on_swap(swap)
 
 
 def _check_canary(policy: AnyPolicy, version: common_pb2.PolicyVersion) -> None:

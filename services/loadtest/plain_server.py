@@ -39,7 +39,8 @@ class PlainServer:
 
     def warm_up(self) -> None:
         for _ in range(3):
-            self._act(canary_sample(self._policy.spec), 0)
+            canary = canary_sample(self._policy.spec)
+            self._act(Sample(observation=canary.observation, task=canary.task), 0)
 
     async def handle(self, socket: ServerConnection) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -19,13 +18,9 @@ from deploy.local import Topology
 from manyhands import stamps
 from manyhands.clients.inference import Chunk, InferenceClient, Reply
 from manyhands.clients.weights import WeightsClient
-from manyhands.common.v1 import common_pb2
 from manyhands.errors import NotFound, Refused
-from policies import checkpoint
-from policies.flow import FlowPolicy
 from tests.support.inference_lab import (
     ENVIRONMENT,
-    SPEC,
     ask,
     local_chunk,
     make_observation,
@@ -36,6 +31,7 @@ from tests.support.inference_lab import (
     serve,
 )
 from tests.support.waiting import wait_until
+from tests.support.weights_lab import publish, start_weights
 
 
 @pytest.fixture
@@ -53,22 +49,6 @@ def weights_address(topology: Topology, tmp_path: Path) -> str:
 def learner(weights_address: str) -> Iterator[WeightsClient]:
     with WeightsClient(weights_address) as client:
         yield client
-
-
-def start_weights(topology: Topology, tmp_path: Path, address: str = "127.0.0.1:0") -> str:
-    return topology.start("weights", ["weights", "--root", str(tmp_path / "weights"), "--address", address]).address
-
-
-def publish(learner: WeightsClient, policy: FlowPolicy, step: int, **changes: torch.Tensor) -> common_pb2.PolicyVersion:
-    """Publishes policy's tensors, some of them changed."""
-    return learner.publish(
-        model="tiny",
-        policy_type="flow",
-        config_json=json.dumps(policy.config_dict()),
-        spec=SPEC,
-        tensors=checkpoint.to_wire({**policy.state_dict(), **changes}),
-        publish_id=f"run/{step}",
-    )
 
 
 @dataclass

@@ -24,7 +24,7 @@ from manyhands.spec import Feature, FeatureKind, Spec
 from policies import checkpoint
 from policies.flow import FlowPolicy
 from policies.policy import CommittedPrefix, Sample, TextRequest
-from services.inference.engine import Engine
+from services.inference.local_engine import LocalEngine
 from services.inference.models import ServedModel
 from services.inference.service import SERVICE_NAME, InferenceServicer
 
@@ -155,7 +155,7 @@ class InProcessService:
 
     def __init__(self, policy: FlowPolicy, *, max_batch: int = 4, **servicer_options: Any) -> None:
         self.policy = policy
-        self.engine = Engine({"tiny": ServedModel("tiny", policy)}, max_batch=max_batch)
+        self.engine = LocalEngine({"tiny": ServedModel("tiny", policy)}, max_batch=max_batch)
         self.engine.start()
         self._options = servicer_options
         self._loop = asyncio.new_event_loop()
@@ -165,14 +165,11 @@ class InProcessService:
 
     async def _start(self) -> None:
         self._server = GrpcServer("127.0.0.1:0")
-        self.servicer = InferenceServicer({"tiny": self._served()}, self.engine, **self._options)
+        self.servicer = InferenceServicer(self.engine, **self._options)
         self._server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, self.servicer, SERVICE_NAME)
         self.servicer.start()
         await self._server.start()
         self.address = self._server.address
-
-    def _served(self) -> ServedModel:
-        return self.engine.models["tiny"]
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -72,6 +72,8 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_OVERLOADED: _RefusalReason.ValueType  # 6
     REFUSAL_REASON_INTERNAL: _RefusalReason.ValueType  # 7
     """The server's fault; its log has the reason under the request's id."""
+    REFUSAL_REASON_UNAVAILABLE: _RefusalReason.ValueType  # 8
+    """The model is away for a moment (its process restarts) or for good (the server goes away). The session stays; ask again after retry_after."""
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper): ...
 
@@ -89,6 +91,8 @@ REFUSAL_REASON_UNKNOWN_SESSION: RefusalReason.ValueType  # 5
 REFUSAL_REASON_OVERLOADED: RefusalReason.ValueType  # 6
 REFUSAL_REASON_INTERNAL: RefusalReason.ValueType  # 7
 """The server's fault; its log has the reason under the request's id."""
+REFUSAL_REASON_UNAVAILABLE: RefusalReason.ValueType  # 8
+"""The model is away for a moment (its process restarts) or for good (the server goes away). The session stays; ask again after retry_after."""
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 class _TextKind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from manyhands.errors import InvalidInput, TooLate, Unreachable
+from manyhands.inference.v1 import inference_pb2
 from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
-from services.inference.engine import Answer, Job, Superseded
+from services.inference.engine_port import Answer, Job, Observed, Question, Row, Superseded, TextEnd
 from services.inference.fused_model import FusedModel, can_be_fused
-from services.inference.prepare import Row
-from services.inference.unit_engine import Question, TextDone, UnitEngine
+from services.inference.unit_engine import UnitEngine
 from tests.support import prompted_lab
 from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
 
@@ -52,8 +53,9 @@ def sample(seed, *, task="tidy up"):
 
 
 def row(seed, *, prefix=None, delay_steps=0, execution_horizon=HORIZON, task="tidy up"):
+    given = sample(seed, task=task)
     return Row(
-        sample=sample(seed, task=task),
+        sample=Observed(observation=given.observation, task=given.task),
         prefix=prefix,
         delay_steps=delay_steps,
         execution_horizon=execution_horizon,
@@ -73,7 +75,7 @@ def plain(policy, asked):
             delay_steps=torch.tensor([asked.delay_steps]),
             execution_horizon=torch.tensor([asked.execution_horizon]),
         )
-    inputs = policy.preprocess([asked.sample], CPU)
+    inputs = policy.preprocess([Sample(observation=asked.sample.observation, task=asked.sample.task)], CPU)
     chunk = policy.act(inputs, policy.draw_noise([asked.seed]), committed)
     return policy.postprocess(chunk, inputs)[0], policy.carried(chunk, inputs)[0].numpy()
 
@@ -101,12 +103,38 @@ def near(found, expected):
     return np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
 
 
-def ask(engine, request, *, owner="left", seed=1, task="tidy up", deadline_s=30.0):
-    pieces, done = [], queue.Queue()
-    question = Question(model="tiny", sample=sample(seed, task=task), request=request, piece=pieces.append, done=done.put)
-    now_s = time.monotonic()
-    text_id = engine.ask(owner=owner, arrived_s=now_s, deadline_s=now_s + deadline_s, question=question)
-    return text_id, pieces, done
+KINDS = {
+    TextKind.SUBTASK: inference_pb2.TEXT_KIND_SUBTASK,
+    TextKind.MEMORY: inference_pb2.TEXT_KIND_MEMORY,
+    TextKind.VISUAL_QUESTION: inference_pb2.TEXT_KIND_VISUAL_QUESTION,
+}
+
+
+def ask(engine, request, *, seed=1, deadline_s=30.0):
+    """How to stop it, and what is heard."""
+    given, heard = sample(seed), queue.Queue()
+    question = Question(
+        model="tiny",
+        sample=Observed(observation=given.observation, task=given.task),
+        kind=KINDS[request.kind],
+        user_text=request.user_text,
+        previous_text=request.previous_text,
+        max_new_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        until_s=time.monotonic() + deadline_s,
+        allowed_s=deadline_s,
+    )
+    return engine.ask(question, heard.put), heard
+
+
+def whole_text(heard):
+    text = ""
+    while isinstance(piece := heard.get(timeout=30.0), str):
+        text += piece
+    assert isinstance(piece, TextEnd)
+    assert piece.error is None, piece.error
+    return text
 
 
 def test_one_robots_chunk_is_the_plain_one(engine, policy):
@@ -143,42 +171,58 @@ def test_rows_of_different_robots_do_not_change_each_other(engine, policy):
     assert max(sizes) > 1, "they were to share units"
 
 
-@pytest.mark.parametrize("kind", [TextKind.SUBTASK, TextKind.VISUAL_QUESTION, TextKind.MEMORY])
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_greedy_text_is_the_plain_one(engine, policy, kind):
-    request = TextRequest(kind=kind, user_text="what now", min_new_tokens=3)
-    _, pieces, done = ask(engine, request, seed=4)
-    end = done.get(timeout=30.0)
+    request = TextRequest(kind=kind, user_text="what now")
+    _, heard = ask(engine, request, seed=4)
     expected = "".join(policy.generate([sample(4)], request, CPU))
-    assert isinstance(end, TextDone), end
-    assert (end.text, "".join(pieces)) == (expected, expected)
+    assert expected
+    assert whole_text(heard) == expected
 
 
 def test_drawn_text_is_the_plain_one(engine, policy):
-    request = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9, seed=7)
-    _, _, done = ask(engine, request, seed=2)
-    assert done.get(timeout=30.0).text == "".join(policy.generate([sample(2)], request, CPU))
+    request = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9)
+    _, heard = ask(engine, request, seed=2)
+    assert whole_text(heard) == "".join(policy.generate([sample(2)], request, CPU))
 
 
 @pytest.mark.parametrize("previous", ["itself", "half", "else"])
 def test_a_draft_changes_nothing_but_the_time(engine, policy, previous):
-    plain_request = TextRequest(kind=TextKind.SUBTASK)
-    expected = "".join(policy.generate([sample(5)], plain_request, CPU))
+    expected = "".join(policy.generate([sample(5)], TextRequest(kind=TextKind.SUBTASK), CPU))
     draft = {"itself": expected, "half": expected[: len(expected) // 2] + "zzz", "else": "something else"}[previous]
-    _, pieces, done = ask(engine, TextRequest(kind=TextKind.SUBTASK, previous_text=draft), seed=5)
-    end = done.get(timeout=30.0)
-    assert (end.text, "".join(pieces)) == (expected, expected)
-    if previous == "else":
-        assert end.num_drafted == 0
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK, previous_text=draft), seed=5)
+    assert whole_text(heard) == expected
+
+
+@pytest.mark.parametrize("num_right", [12, 5, 1, 0])
+def test_a_draft_gives_what_it_foresaw_and_one_token_more(policy, num_right):
+    model = FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1)
+    given = sample(5)
+    observed = Observed(observation=given.observation, task=given.task)
+    slow = model.text_row(observed, TextRequest(kind=TextKind.SUBTASK))
+    model.run_text_prefix(slow)
+    while len(slow.tokens) < 12:
+        model.run_text([slow])
+    model.release(slow)
+    draft = [token if place < num_right else token + 1 for place, token in enumerate(slow.tokens)]
+    quick = dataclasses.replace(model.text_row(observed, TextRequest(kind=TextKind.SUBTASK)), draft=draft)
+    model.run_text_prefix(quick)
+    model.run_draft(quick)
+    expected = {12: 12, 5: 6, 1: 2, 0: 1}[num_right]  # No more than asked for.
+    assert len(quick.tokens) == expected
+    while len(quick.tokens) < 12:
+        model.run_text([quick])
+    assert quick.tokens[:12] == slow.tokens
 
 
 def test_texts_of_several_robots_beside_chunks(engine, policy):
     requests = [TextRequest(kind=TextKind.SUBTASK, max_new_tokens=4 + n) for n in range(6)]
-    asked = [ask(engine, request, owner=f"asks {n}", seed=n) for n, request in enumerate(requests)]
+    asked = [ask(engine, request, seed=n) for n, request in enumerate(requests)]
     chunks = [submit(engine, f"acts {n}", row(n)) for n in range(6)]
     for n, outcomes in enumerate(chunks):
         assert near(answer_of(outcomes).actions, plain(policy, row(n))[0])
-    for n, (_, _, done) in enumerate(asked):
-        assert done.get(timeout=30.0).text == "".join(policy.generate([sample(n)], requests[n], CPU))
+    for n, (_, heard) in enumerate(asked):
+        assert whole_text(heard) == "".join(policy.generate([sample(n)], requests[n], CPU))
 
 
 def test_all_slots_come_back(engine):
@@ -218,15 +262,15 @@ def test_withdrawn_work_frees_its_slots_and_nobody_is_told(engine):
     holding.start()
     time.sleep(0.05)
     outcomes = submit(engine, "gone", row(1))
-    text_id, _, done = ask(engine, TextRequest(kind=TextKind.SUBTASK), owner="also gone")
+    stop, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK))
     engine.withdraw("gone")
-    engine.hush(text_id)
+    stop()
     gate.set()
     holding.join()
     test_all_slots_come_back(engine)
     assert engine.pending() == 0
     assert outcomes.empty()
-    assert done.empty()
+    assert heard.empty()
 
 
 def test_weights_change_between_chunks_only(policy):
@@ -272,8 +316,8 @@ def test_a_stopped_engine_refuses(policy):
     engine.stop()
     answer_of(waiting)
     assert isinstance(submit(engine, "left", row(1)).get(timeout=5.0), Unreachable)
-    with pytest.raises(Unreachable):
-        ask(engine, TextRequest(kind=TextKind.SUBTASK))
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK))
+    assert isinstance(heard.get(timeout=5.0).error, Unreachable)
 
 
 def test_which_policies_can_be_fused():

@@ -1,0 +1,420 @@
+"""The front end's side of one engine process: rows into the ring, chunks out of it, the rest over the socket.
+
+Lives on an event loop and never waits for the engine: a row that finds no slot waits here, at most one of a robot, and what
+the engine says is checked before it is believed. When the process ends, or says what cannot be, everything that was asked of
+it fails at once and on_end is called, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from manyhands.engine.v1 import engine_pb2
+from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate, Unreachable
+
+from . import engine_messages
+from .engine_port import Job, ModelDescription, Outcome, Question, Superseded, Swap, SwapResult, TextEnd
+from .shared_ring import Doorbell, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
+from .slot_layout import Request, SlotLayout
+
+logger = logging.getLogger(__name__)
+
+REQUEST_SLOTS = 16
+ANSWER_SLOTS = 64
+# Questions hold pictures; more of them than this wait in no buffer.
+MAX_UNSENT_BYTES = 64 * 1024 * 1024
+# A process that holds tens of gigabytes takes a while to end even when killed.
+REAP_S = 10.0
+# Nothing that runs takes so long after its deadline: the device hangs.
+HUNG_S = 20.0
+HUNG_CHECK_S = 1.0
+ENGINE_MODULE = "services.inference.engine_process"
+_STDERR = 2
+_ROOT = Path(__file__).resolve().parents[2]
+
+_tokens = itertools.count(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listeners:
+    """Who hears of an engine, on the loop.
+
+    Attributes:
+        progress: phase, done, total while it loads.
+        swap: What became of a version.
+        version: A version that serves, and whether newer ones do not replace it.
+        end: Once, when the engine is gone: why.
+    """
+
+    progress: Callable[[str, int, int], None]
+    swap: Callable[[Swap], None]
+    version: Callable[[engine_pb2.VersionServed], None]
+    end: Callable[[Exception], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    request: Request
+    done: Callable[[Outcome], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InFlight:
+    deadline_s: float
+    done: Callable[[Outcome], None]
+
+
+class EngineClient:
+    """One engine process. Made by start(), on the loop, in a thread that lives as long as the front end."""
+
+    def __init__(self, listeners: Listeners, generation: int, hung_s: float) -> None:
+        self.models: dict[str, ModelDescription] = {}
+        self.ready: asyncio.Future[engine_pb2.Ready] = asyncio.get_running_loop().create_future()
+        self._listeners = listeners
+        self._generation = generation
+        self._hung_s = hung_s
+        self._loop = asyncio.get_running_loop()
+        self._memory_fd = make_memory()
+        self._request_bell, self._answer_bell = Doorbell.make(), Doorbell.make()
+        self._requests: RingWriter | None = None
+        self._answers: RingReader | None = None
+        self._layout: SlotLayout | None = None
+        self._in_flight: dict[int, _InFlight] = {}
+        self._waiting: dict[str, _Asked] = {}
+        self._texts: dict[int, Callable[[str | TextEnd], None]] = {}
+        self._swaps: dict[int, Future[SwapResult]] = {}
+        self._capacity: dict[str, float] = {}
+        self._numbers = itertools.count(1)
+        self._reading: asyncio.Task[None] | None = None
+        self._watching: asyncio.TimerHandle | None = None
+        self._answered_s = 0.0
+        self._ended: Exception | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    @classmethod
+    async def start(cls, start: engine_pb2.Start, listeners: Listeners, *, hung_s: float = HUNG_S) -> EngineClient:
+        """Starts the process; it loads and then is ready, or listeners hear of its end.
+
+        Args:
+            hung_s: An engine that answers nothing for so long after a deadline is ended.
+        """
+        client = cls(listeners, start.generation, hung_s)
+        ours = client._spawn()
+        reader, client._writer = await asyncio.open_unix_connection(sock=ours)
+        client._send(start=start)
+        client._reading = asyncio.create_task(client._read(reader))
+        client._watching = client._loop.call_later(HUNG_CHECK_S, client._watch)
+        return client
+
+    def _spawn(self) -> socket.socket:
+        """The process, with its files; answers our end of the socket."""
+        ours, theirs = socket.socketpair()
+        bells = (self._request_bell, self._answer_bell)
+        files = [theirs.fileno(), self._memory_fd, *(fd for bell in bells for fd in (bell.filled_fd, bell.free_fd))]
+        command = [sys.executable, "-P", "-m", ENGINE_MODULE, "--parent", str(os.getpid()), "--files"]
+        with theirs:
+            # Python makes this vfork and exec at once: nothing of this process, which has threads, is copied.
+            self._process = subprocess.Popen(
+                [*command, *map(str, files)],
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,  # READY is the front end's to say.
+                pass_fds=files,
+                env=_environment(),
+            )
+        return ours
+
+    @property
+    def ended(self) -> Exception | None:
+        """Why it is gone; None while it is there."""
+        return self._ended
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
+        older = self._waiting.pop(owner, None)
+        if older is not None:
+            older.done(Superseded())
+        request = Request(
+            token=next(_tokens),
+            owner=owner,
+            request_id=request_id,
+            arrived_s=arrived_s,
+            deadline_s=deadline_s,
+            model=job.model,
+            row=job.row,
+        )
+        if self._waiting or not self._put(request, job.done):
+            if not self._waiting:
+                self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
+            self._waiting[owner] = _Asked(request=request, done=job.done)
+
+    def withdraw(self, owner: str) -> None:
+        self._waiting.pop(owner, None)
+        self._send(withdraw=engine_pb2.Withdraw(owner=owner))
+
+    def chunks_per_s(self, model: str) -> float | None:
+        return self._capacity.get(model) or None
+
+    def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
+        number = next(self._numbers)
+        assert self._writer is not None
+        if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            heard(TextEnd(error=Overloaded("too many questions wait for the model", field="model", retry_after_s=1.0)))
+            return lambda: None
+        self._texts[number] = heard
+        self._send(ask=engine_messages.to_ask(number, question))
+
+        def cancel() -> None:
+            if self._texts.pop(number, None) is not None:
+                self._send(cancel_text=engine_pb2.CancelText(question_id=number))
+
+        return cancel
+
+    def swap(self, model: str, number: int) -> Future[SwapResult]:
+        swap_id = next(self._numbers)
+        future: Future[SwapResult] = Future()
+        self._swaps[swap_id] = future
+        self._send(swap=engine_pb2.Swap(swap_id=swap_id, model=model, number=number))
+        return future
+
+    def end_swaps(self) -> None:
+        self._send(end_swaps=engine_pb2.EndSwaps())
+
+    async def stop(self, timeout_s: float) -> None:
+        """Ends the process: politely when it is ready, and by force after timeout_s."""
+        if self._ended is None and self.ready.done() and self._reading is not None:
+            self._send(stop=engine_pb2.Stop())
+            await asyncio.wait([self._reading], timeout=timeout_s)
+        self._end(Unreachable("the server is going away; open a session again"))
+        await self.reaped()
+
+    async def reaped(self) -> int | None:
+        """Waits until the killed process has ended, and its memory on the device is free; its exit code.
+
+        None after REAP_S: the kernel cannot end it now (a device that hangs).
+        """
+        process = self._process
+        assert process is not None
+        try:
+            return await asyncio.to_thread(process.wait, REAP_S)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _put(self, request: Request, done: Callable[[Outcome], None]) -> bool:
+        """Into a slot, if there is a free one."""
+        assert self._requests is not None, "rows come after ready"
+        assert self._layout is not None
+        try:
+            body = self._requests.reserve()
+            if body is None:
+                return False
+            self._layout.write_request(body, request)
+            self._in_flight[request.token] = _InFlight(deadline_s=request.deadline_s, done=done)
+            self._requests.publish()
+        except InternalError as error:
+            self._in_flight.pop(request.token, None)
+            logger.exception("request %d of session %s cannot be handed to the engine", request.request_id, request.owner)
+            done(error)
+        return True
+
+    def _put_waiting(self) -> None:
+        for owner, waiting in list(self._waiting.items()):
+            if time.monotonic() > waiting.request.deadline_s:
+                del self._waiting[owner]
+                waiting.done(TooLate("the model was busy until the deadline; replan less often", field="deadline"))
+            elif self._put(waiting.request, waiting.done):
+                del self._waiting[owner]
+            else:
+                break
+        if not self._waiting:
+            self._loop.remove_reader(self._request_bell.free_fd)
+
+    def _take_answers(self) -> None:
+        assert self._answers is not None
+        assert self._layout is not None
+        try:
+            for body in self._answers.take():
+                self._answered_s = time.monotonic()
+                token, outcome = self._layout.read_answer(body)
+                asked = self._in_flight.pop(token, None)
+                if asked is None:
+                    logger.warning("an answer that nobody waits for is dropped")
+                    continue
+                asked.done(outcome)
+            if self._answers.num_passed_over:
+                raise InternalError("a slot was announced that holds no answer of this engine's")
+        except InternalError as error:
+            self._broken(error)
+
+    def _watch(self) -> None:
+        """Ends an engine that has long left requests unanswered: a pass that hangs says nothing by itself."""
+        now_s = time.monotonic()
+        waited_for = [asked.deadline_s for asked in self._in_flight.values()]
+        waited_for += [waiting.request.deadline_s for waiting in self._waiting.values()]
+        if waited_for and now_s - max(self._answered_s, min(waited_for)) > self._hung_s:
+            self._broken(InternalError(f"no chunk came for {self._hung_s:g} s after a deadline: it hangs"))
+            return
+        self._watching = self._loop.call_later(HUNG_CHECK_S, self._watch)
+
+    def _send(self, **message: object) -> None:
+        if self._ended is None and self._writer is not None:
+            self._writer.write(engine_messages.frame(engine_pb2.ToEngine(**message)))  # type: ignore[arg-type]
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                header = await reader.readexactly(engine_messages.FRAME_HEADER.size)
+                content = await reader.readexactly(engine_messages.frame_length(header))
+                self._hear(engine_messages.parse(engine_pb2.FromEngine, content))
+                if self._ended is not None:
+                    return
+        except (asyncio.IncompleteReadError, OSError):
+            self._end(Unreachable("the engine process ended"))
+        except ManyhandsError as error:
+            self._broken(error)
+
+    def _hear(self, message: engine_pb2.FromEngine) -> None:
+        which = message.WhichOneof("message")
+        if which == "text_piece":
+            piece = message.text_piece
+            heard = self._texts.get(piece.question_id)
+            if heard is not None:
+                heard(piece.text)
+        elif which == "text_end":
+            heard = self._texts.pop(message.text_end.question_id, None)
+            if heard is not None:
+                heard(engine_messages.from_text_end(message.text_end))
+        elif which == "capacity":
+            self._capacity[message.capacity.model] = max(0.0, message.capacity.chunks_per_s)
+        elif which == "version_served":
+            self._serve_version(message.version_served)
+        elif which == "swap_event":
+            self._listeners.swap(engine_messages.from_swap_event(message.swap_event))
+        elif which == "swap_end":
+            self._end_swap(message.swap_end)
+        elif which == "progress":
+            progress = message.progress
+            self._listeners.progress(progress.phase, progress.done, progress.total)
+        elif which == "described":
+            self._lay_out(message.described)
+        elif which == "ready":
+            for told in message.ready.versions:
+                self._serve_version(told)
+            if not self.ready.done():
+                self.ready.set_result(message.ready)
+        elif which == "failed":
+            self._end(_failure(message.failed))
+
+    def _lay_out(self, message: engine_pb2.Described) -> None:
+        if self._layout is not None or not message.models:
+            raise engine_messages.BadFrame(f"describes {len(message.models)} models, and once is enough")
+        self.models = engine_messages.descriptions(message.models)
+        layout = SlotLayout(list(self.models.values()))
+        requests = RingShape(slot_count=REQUEST_SLOTS, slot_bytes=layout.request_bytes)
+        answers = RingShape(slot_count=ANSWER_SLOTS, slot_bytes=layout.answer_bytes)
+        memory = grow_and_seal(self._memory_fd, requests.num_bytes + answers.num_bytes)
+        self._layout = layout
+        self._requests = RingWriter(memory, 0, requests, self._request_bell, self._generation)
+        self._answers = RingReader(memory, requests.num_bytes, answers, self._answer_bell, self._generation)
+        self._loop.add_reader(self._answer_bell.filled_fd, self._take_answers)
+        self._send(
+            use_rings=engine_pb2.UseRings(
+                request_slot_count=requests.slot_count,
+                request_slot_bytes=requests.slot_bytes,
+                answer_slot_count=answers.slot_count,
+                answer_slot_bytes=answers.slot_bytes,
+            )
+        )
+
+    def _serve_version(self, told: engine_pb2.VersionServed) -> None:
+        model = self.models.get(told.version.model)
+        if model is None:
+            raise engine_messages.BadFrame(f"serves {told.version.model!r}, which it did not describe")
+        self.models[model.name] = replace(model, version=told.version)
+        self._listeners.version(told)
+
+    def _end_swap(self, message: engine_pb2.SwapEnd) -> None:
+        future = self._swaps.pop(message.swap_id, None)
+        if future is None or future.cancelled():
+            return
+        result = engine_messages.from_swap_end(message)
+        if isinstance(result, SwapResult):
+            future.set_result(result)
+        else:
+            future.set_exception(result)
+
+    def _broken(self, error: ManyhandsError) -> None:
+        """An engine that says what cannot be is not listened to any more."""
+        logger.error("the engine process says what cannot be: %s; it is ended", error)
+        self._end(error)
+
+    def _end(self, why: Exception) -> None:
+        """Everything that was asked fails; nothing more is heard."""
+        if self._ended is not None:
+            return
+        self._ended = why
+        for bell in (self._request_bell, self._answer_bell):
+            for fd in (bell.filled_fd, bell.free_fd):
+                self._loop.remove_reader(fd)
+        assert self._process is not None
+        assert self._writer is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGKILL)
+        self._writer.transport.abort()
+        if self._watching is not None:
+            self._watching.cancel()
+        self._listeners.end(why)
+        if not self.ready.done():
+            self.ready.set_exception(why)
+            self.ready.exception()  # Whoever waits hears it; nobody has to.
+        os.close(self._memory_fd)
+        for bell in (self._request_bell, self._answer_bell):
+            bell.close()
+
+    def fail_all(self, error: ManyhandsError) -> None:
+        """Answers everything that was asked of an engine that ended."""
+        waiting, self._waiting = self._waiting, {}
+        in_flight, self._in_flight = self._in_flight, {}
+        texts, self._texts = self._texts, {}
+        swaps, self._swaps = self._swaps, {}
+        for asked in in_flight.values():
+            asked.done(error)
+        for left in waiting.values():
+            left.done(error)
+        for heard in texts.values():
+            heard(TextEnd(error=error))
+        for future in swaps.values():
+            if not future.cancelled():
+                future.set_exception(error)
+
+
+def _failure(message: engine_pb2.Failed) -> Exception:
+    if message.missing_module:
+        return ModuleNotFoundError(f"No module named {message.missing_module!r}", name=message.missing_module)
+    return engine_messages.from_status_bytes(message.status) or InternalError("the engine process failed")
+
+
+def _environment() -> dict[str, str]:
+    """This process's own code and nothing of the working folder is what the engine imports."""
+    if str(_ROOT) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        return dict(os.environ)
+    known = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (known, str(_ROOT)) if path)}

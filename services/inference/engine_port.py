@@ -1,0 +1,212 @@
+"""What the front end knows of an engine: rows in, chunks out, text, versions. No torch, no grpc.
+
+LocalEngine is one in this process, EngineSupervisor one in a process of its own; the service does not know which it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from manyhands.common.v1 import common_pb2
+from manyhands.errors import ManyhandsError
+from manyhands.inference.v1 import inference_pb2
+from manyhands.spec import Spec
+
+
+class Model(Protocol):
+    """A model that is served, described. What it says stays as it is for the life of the server, but for the version."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type_name(self) -> str: ...
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def used_spec(self) -> Spec:
+        """spec with only the observation features that the policy reads: the rest need not be sent."""
+        ...
+
+    @property
+    def horizon(self) -> int: ...
+    @property
+    def model_action_size(self) -> int: ...
+    @property
+    def has_text_head(self) -> bool: ...
+    @property
+    def masks_missing_cameras(self) -> bool: ...
+    @property
+    def parameter_count(self) -> int: ...
+    @property
+    def version(self) -> common_pb2.PolicyVersion: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A Model whose policy is in another process."""
+
+    name: str
+    type_name: str
+    spec: Spec
+    used_spec: Spec
+    horizon: int
+    model_action_size: int
+    has_text_head: bool
+    masks_missing_cameras: bool
+    parameter_count: int
+    version: common_pb2.PolicyVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """One observation as the model's spec has it, and the instruction.
+
+    Attributes:
+        observation: Arrays by feature name; cameras the robot lacks are absent.
+    """
+
+    observation: Mapping[str, npt.NDArray[np.generic]]
+    task: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One robot's inputs.
+
+    Attributes:
+        prefix: (steps, A) float32, model space, steps in 1..H; None without a previous chunk.
+        seed: All randomness of the chunk.
+    """
+
+    sample: Observed
+    prefix: npt.NDArray[np.float32] | None
+    delay_steps: int
+    execution_horizon: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A row's chunk.
+
+    Attributes:
+        actions: (H, R) float32, the robot's units, R of the model's spec.
+        model_actions: (H, A) float32, model space.
+    """
+
+    actions: npt.NDArray[np.float32]
+    model_actions: npt.NDArray[np.float32]
+    version: common_pb2.PolicyVersion
+    queue_s: float
+    prefix_s: float
+    sample_s: float
+    postprocess_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Superseded:
+    """A newer observation of the same robot took the place."""
+
+
+Outcome = Answer | Superseded | ManyhandsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A row, its model, and who hears of the outcome (called once, on any thread, must not block)."""
+
+    model: str
+    row: Row
+    done: Callable[[Outcome], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a model's text head is asked.
+
+    Attributes:
+        kind: One of those that the contract names.
+        until_s: When the text must be finished, on the monotonic clock.
+        allowed_s: What the client gave, for people.
+    """
+
+    model: str
+    sample: Observed
+    kind: inference_pb2.TextKind.ValueType
+    user_text: str
+    previous_text: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    until_s: float
+    allowed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEnd:
+    """The last thing that is heard of a question: who answered, or why the text is not whole."""
+
+    version: common_pb2.PolicyVersion | None = None
+    error: ManyhandsError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap:
+    """What became of a version; at_s on the monotonic clock."""
+
+    version: common_pb2.PolicyVersion
+    accepted: bool
+    reason: str
+    pause_s: float
+    at_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapResult:
+    previous: common_pb2.PolicyVersion
+    current: common_pb2.PolicyVersion
+    pause_s: float
+
+
+class EnginePort(Protocol):
+    """An engine, here or elsewhere. Nothing here blocks."""
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """By name; versions are those that serve now."""
+        ...
+
+    def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
+        """Puts a row in line. Its outcome, and that of the owner's row it replaces, goes to job.done."""
+
+    def withdraw(self, owner: str) -> None:
+        """Drops what an owner has waiting; nobody need be told."""
+
+    def chunks_per_s(self, model: str) -> float | None:
+        """Capacity as passes of the last seconds showed it; None when none ran."""
+
+    def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
+        """Text from a model's language head: heard is called with pieces and at last a TextEnd, on any thread, and must not
+        block. The callable that is answered stops it: nobody listens any more."""
+        ...
+
+    def swap(self, model: str, number: int) -> Future[SwapResult]:
+        """Swaps to a version of the weights service, 0 being the newest.
+
+        The future raises NotFound, Refused (also where there is no weights service), Unreachable or Cancelled.
+        """
+        ...
+
+    def swaps(self) -> Sequence[Swap]:
+        """What became of versions, newest last."""
+        ...
+
+    def end_swaps(self) -> None:
+        """No version comes in from now on; a swap that runs ends with Cancelled and changes nothing."""

@@ -1,0 +1,481 @@
+"""One device's engine in a process of its own: python -m services.inference.engine_process, started by the front end only.
+
+Rows come through one ring and chunks go back through another (shared_ring.py), everything else over a socket pair
+(engine_messages.py). The main thread empties the ring and the socket; the engine's thread writes its chunks into the ring
+itself. Nothing here waits for the front end: what it does not take is kept here, and when it is gone this process ends, by
+the kernel's hand if need be, so that nothing is left holding a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from manyhands import logs, stamps
+from manyhands.engine.v1 import engine_pb2
+from manyhands.errors import Cancelled, InternalError, ManyhandsError
+from manyhands.security import SecuritySettings
+
+from . import engine_messages
+from .engine_port import Job, Outcome, Swap, SwapResult, TextEnd
+from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, map_memory
+from .slot_layout import Request, SlotLayout
+
+if TYPE_CHECKING:
+    from .local_engine import LocalEngine
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.001
+# How often the front end hears what the model can do.
+CAPACITY_PERIOD_S = 0.25
+# Of a progress bar that people see; messages between are left out.
+PROGRESS_PERIOD_S = 0.05
+_PR_SET_PDEATHSIG = 1
+
+GONE, FAILED, DEVICE_FAILED = 0, 1, 70
+
+
+class Line:
+    """The socket to the front end. post() never waits and may be called on any thread."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.connection.setblocking(False)
+        self._lock = threading.Lock()
+        self._unsent = bytearray()
+        self._received = bytearray()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def wake_fd(self) -> int:
+        """Readable when unsent bytes wait for the main thread."""
+        return self._wake_fd
+
+    def post(self, **message: object) -> None:
+        """Sends a FromEngine, as post(ready=Ready()); what the socket does not take now waits for flush()."""
+        content = engine_messages.frame(engine_pb2.FromEngine(**message))  # type: ignore[arg-type]
+        with self._lock:
+            self._unsent += content
+            self._send_locked()
+            if self._unsent:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def flush(self) -> bool:
+        """Sends what waits; answers whether some still does."""
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            pass
+        with self._lock:
+            self._send_locked()
+            return bool(self._unsent)
+
+    def _send_locked(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: self.connection.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:  # Gone: the main thread reads the end of the stream.
+            self._unsent.clear()
+
+    def receive(self, *, wait: bool = False) -> list[engine_pb2.ToEngine] | None:
+        """Whole messages that are there; None when the front end is gone. With wait, at least one."""
+        while True:
+            messages = self._parse()
+            if messages and wait:
+                return messages
+            if wait:
+                self.connection.setblocking(True)
+            try:
+                content = self.connection.recv(1 << 20)
+            except BlockingIOError:
+                return messages
+            except OSError:
+                return None
+            finally:
+                self.connection.setblocking(False)
+            if not content:
+                return None
+            self._received += content
+            if not wait:
+                return messages + self._parse()
+
+    def _parse(self) -> list[engine_pb2.ToEngine]:
+        messages: list[engine_pb2.ToEngine] = []
+        header = engine_messages.FRAME_HEADER.size
+        while len(self._received) >= header:
+            length = engine_messages.frame_length(bytes(self._received[:header]))
+            if len(self._received) < header + length:
+                break
+            content = bytes(self._received[header : header + length])
+            del self._received[: header + length]
+            messages.append(engine_messages.parse(engine_pb2.ToEngine, content))
+        return messages
+
+
+class Answers:
+    """The ring of chunks, filled on any thread; what finds no place waits here for the main thread."""
+
+    def __init__(self, ring: RingWriter, layout: SlotLayout) -> None:
+        self.ring = ring
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[int, str, Outcome]] = deque()
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def put(self, token: int, model: str, outcome: Outcome) -> None:
+        with self._lock:
+            self._waiting.append((token, model, outcome))
+            self._fill_locked()
+            if self._waiting:
+                os.eventfd_write(self.wake_fd, 1)
+
+    def flush(self) -> bool:
+        """Fills free slots; answers whether some outcomes still wait."""
+        try:
+            os.eventfd_read(self.wake_fd)
+        except BlockingIOError:
+            pass
+        with self._lock:
+            self._fill_locked()
+            return bool(self._waiting)
+
+    def _fill_locked(self) -> None:
+        while self._waiting and (body := self.ring.reserve()) is not None:
+            token, model, outcome = self._waiting.popleft()
+            self._layout.write_answer(body, token, model, outcome)
+            self.ring.publish()
+
+
+class EngineHost:
+    """Serves a LocalEngine to the front end at the other end of the line."""
+
+    def __init__(self, line: Line, start: engine_pb2.Start, memory_fd: int, bells: tuple[Doorbell, Doorbell]) -> None:
+        self._line = line
+        self._start = start
+        self._memory_fd = memory_fd
+        self._request_bell, self._answer_bell = bells
+        self._engine: LocalEngine | None = None
+        self._texts: dict[int, object] = {}
+        self._capacity: dict[str, float] = {}
+        self._progressed_s = 0.0
+
+    def run(self) -> int:
+        """Loads, says Ready and serves until the front end says Stop or is gone; answers the exit code.
+
+        Raises:
+            ManyhandsError: A checkpoint or a setting that cannot be.
+            ModuleNotFoundError: A package is not installed.
+        """
+        engine = self._load()
+        self._line.post(described=engine_pb2.Described(models=[engine_messages.describe(m) for m in engine.models.values()]))
+        layout = SlotLayout(list(engine.models.values()))
+        use = self._use_rings(layout)
+        if use is None:
+            return GONE
+        reader, answers = use
+        engine.start(self._progress)
+        self._post_ready(engine, self._begin_with(engine))
+        self._serve(engine, reader, answers, layout)
+        engine.stop()
+        return 0
+
+    def _load(self) -> LocalEngine:
+        """The engine with its models in place, not warm yet."""
+        self._progress("loading the engine's libraries", 0, 0)
+        # Here and not above: torch takes seconds, and one that is not installed is told to the front end.
+        import torch
+
+        from policies import checkpoint
+
+        from .local_engine import LocalEngine
+        from .models import ServedModel
+
+        models = {}
+        for source in self._start.models:
+            folder = Path(source.checkpoint)
+            total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            done, phase = 0, f"loading {source.name}"
+            logger.info("loading %s from %s", source.name, folder)
+            self._progress(phase, 0, total)
+
+            def advance(_: str, num_bytes: int, phase: str = phase, total: int = total) -> None:
+                nonlocal done
+                done += num_bytes
+                self._progress(phase, done, total)
+
+            policy = checkpoint.load(folder, torch.device(self._start.device), progress=advance)
+            models[source.name] = ServedModel(source.name, policy)
+        self._engine = LocalEngine(
+            models,
+            max_batch=self._start.max_batch,
+            torch_threads=self._start.torch_threads,
+            on_fatal=self._device_failed,
+            on_swap=self._tell_swap,
+        )
+        return self._engine
+
+    def _use_rings(self, layout: SlotLayout) -> tuple[RingReader, Answers] | None:
+        messages = self._line.receive(wait=True)
+        if messages is None:
+            return None
+        told = messages[0].use_rings
+        requests = RingShape(slot_count=told.request_slot_count, slot_bytes=told.request_slot_bytes)
+        answers = RingShape(slot_count=told.answer_slot_count, slot_bytes=told.answer_slot_bytes)
+        if requests.slot_bytes != layout.request_bytes or answers.slot_bytes != layout.answer_bytes:
+            raise InternalError("front end and engine lay slots out differently; do they come from one installation?")
+        memory = map_memory(self._memory_fd, requests.num_bytes + answers.num_bytes)
+        generation = self._start.generation
+        return (
+            RingReader(memory, 0, requests, self._request_bell, generation),
+            Answers(RingWriter(memory, requests.num_bytes, answers, self._answer_bell, generation), layout),
+        )
+
+    def _begin_with(self, engine: LocalEngine) -> list[str]:
+        if not self._start.weights_address:
+            return [
+                f"{told.version.model} starts with its checkpoint: there is no weights service"
+                for told in self._start.resume
+            ]
+        from .weights_follower import Resume
+
+        self._progress("fetching the newest weights", 0, 0)
+        security = self._start.security
+        return engine.follow_weights(
+            self._start.weights_address,
+            follow=self._start.follow,
+            security_settings=SecuritySettings(
+                certificate=_path(security.certificate),
+                key=_path(security.key),
+                authority=_path(security.authority),
+                token_file=_path(security.token_file),
+            ),
+            catch_up_s=stamps.to_seconds(self._start.catch_up),
+            resume={
+                told.version.model: Resume(version=told.version, pinned=told.pinned)
+                for told in self._start.resume
+                if told.version.model in engine.models
+            },
+        )
+
+    def _post_ready(self, engine: LocalEngine, notes: list[str]) -> None:
+        self._post_capacity(engine)
+        versions = [
+            engine_pb2.VersionServed(version=model.version, pinned=engine.is_pinned(name))
+            for name, model in engine.models.items()
+        ]
+        self._line.post(ready=engine_pb2.Ready(versions=versions, notes=notes))
+
+    def _serve(self, engine: LocalEngine, reader: RingReader, answers: Answers, layout: SlotLayout) -> None:
+        line = self._line
+        with selectors.DefaultSelector() as selector:
+            selector.register(line.connection, selectors.EVENT_READ)
+            for fd in (line.wake_fd, answers.wake_fd, self._request_bell.filled_fd):
+                selector.register(fd, selectors.EVENT_READ)
+            waits_for_slots = False
+            capacity_at_s = 0.0
+            while True:
+                selector.select(CAPACITY_PERIOD_S)
+                for body in reader.take():
+                    self._take(engine, answers, layout.read_request(body))
+                messages = line.receive()
+                if messages is None:
+                    logger.info("the front end is gone")
+                    return
+                for message in messages:
+                    if message.WhichOneof("message") == "stop":
+                        return
+                    self._obey(engine, message)
+                unsent = line.flush()
+                selector.modify(line.connection, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0))
+                # Free slots are waited for only while something needs one: a wake-up per chunk saved.
+                if answers.flush() != waits_for_slots:
+                    waits_for_slots = not waits_for_slots
+                    if waits_for_slots:
+                        selector.register(self._answer_bell.free_fd, selectors.EVENT_READ)
+                    else:
+                        selector.unregister(self._answer_bell.free_fd)
+                if time.monotonic() - capacity_at_s > CAPACITY_PERIOD_S:
+                    capacity_at_s = time.monotonic()
+                    self._post_capacity(engine)
+
+    def _take(self, engine: LocalEngine, answers: Answers, request: Request) -> None:
+        def done(outcome: Outcome) -> None:
+            answers.put(request.token, request.model, outcome)
+
+        engine.submit(
+            owner=request.owner,
+            request_id=request.request_id,
+            arrived_s=request.arrived_s,
+            deadline_s=request.deadline_s,
+            job=Job(model=request.model, row=request.row, done=done),
+        )
+
+    def _obey(self, engine: LocalEngine, message: engine_pb2.ToEngine) -> None:
+        which = message.WhichOneof("message")
+        if which == "withdraw":
+            engine.withdraw(message.withdraw.owner)
+        elif which == "ask":
+            self._ask(engine, message.ask)
+        elif which == "cancel_text":
+            cancel = self._texts.pop(message.cancel_text.question_id, None)
+            if callable(cancel):
+                cancel()
+        elif which == "swap":
+            self._swap(engine, message.swap)
+        elif which == "end_swaps":
+            engine.end_swaps()
+
+    def _ask(self, engine: LocalEngine, asked: engine_pb2.Ask) -> None:
+        number = asked.question_id
+
+        def hear(piece: str | TextEnd) -> None:
+            if isinstance(piece, str):
+                self._line.post(text_piece=engine_pb2.TextPiece(question_id=number, text=piece))
+                return
+            self._texts.pop(number, None)
+            self._line.post(text_end=engine_messages.to_text_end(number, piece))
+
+        try:
+            question = engine_messages.from_ask(asked)
+        except ManyhandsError as error:
+            hear(TextEnd(error=error))
+            return
+        # In the table before the first piece can come, on another thread.
+        self._texts[number] = None
+        cancel = engine.ask(question, hear)
+        if number in self._texts:
+            self._texts[number] = cancel
+
+    def _swap(self, engine: LocalEngine, asked: engine_pb2.Swap) -> None:
+        def done(future: Future[SwapResult]) -> None:
+            result: SwapResult | ManyhandsError
+            try:
+                result = future.result()
+            except ManyhandsError as error:
+                result = error
+            except CancelledError:  # It had not begun.
+                result = Cancelled("the server is going away; nothing was changed")
+            except Exception:
+                logger.exception("version %d of %s could not be staged", asked.number, asked.model)
+                result = InternalError("the version could not be staged; the server's log has the reason")
+            if asked.model in engine.models:
+                self._tell_version(asked.model)
+            self._line.post(swap_end=engine_messages.to_swap_end(asked.swap_id, result))
+
+        engine.swap(asked.model, asked.number).add_done_callback(done)
+
+    def _tell_swap(self, swap: Swap) -> None:
+        self._line.post(swap_event=engine_messages.to_swap_event(swap))
+        if swap.accepted:
+            self._tell_version(swap.version.model)
+
+    def _tell_version(self, model: str) -> None:
+        assert self._engine is not None
+        served = self._engine.models[model].version
+        pinned = self._engine.is_pinned(model)
+        self._line.post(version_served=engine_pb2.VersionServed(version=served, pinned=pinned))
+
+    def _post_capacity(self, engine: LocalEngine) -> None:
+        for name in engine.models:
+            now = engine.chunks_per_s(name) or 0.0
+            if self._capacity.get(name) != now:
+                self._capacity[name] = now
+                self._line.post(capacity=engine_pb2.Capacity(model=name, chunks_per_s=now))
+
+    def _progress(self, phase: str, done: int, total: int, /) -> None:
+        now_s = time.monotonic()
+        if 0 < done < total and now_s - self._progressed_s < PROGRESS_PERIOD_S:
+            return
+        self._progressed_s = now_s
+        self._line.post(progress=engine_pb2.Progress(phase=phase, done=done, total=total))
+
+    def _device_failed(self, error: Exception) -> None:
+        """On the engine's thread: nothing on this device will work again in this process."""
+        logger.critical("the device failed: %s; this engine ends", error)
+        reason = InternalError(f"the device failed: {str(error).splitlines()[0]}")
+        self._line.post(failed=engine_pb2.Failed(status=engine_messages.to_status_bytes(reason)))
+        os._exit(DEVICE_FAILED)
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends, whatever this process is doing then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # It ended before the kernel was told.
+        raise SystemExit(GONE)
+
+
+def _end_on_error(unhandled: threading.ExceptHookArgs) -> None:
+    """An engine without one of its threads would take rows and answer none; the front end starts a whole one."""
+    name = unhandled.thread.name if unhandled.thread else "of a library"
+    error = unhandled.exc_value
+    logger.critical("the thread %s failed; this engine ends", name, exc_info=error)
+    os._exit(FAILED)
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def main(arguments: list[str] | None = None, host: type[EngineHost] | None = None) -> int:
+    """host: Another kind of engine, for tests and benchmarks."""
+    parser = argparse.ArgumentParser(description="Started by the front end of 'manyhands serve', which hands it its files.")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the front end")
+    parser.add_argument("--files", type=int, nargs=6, required=True, help="inherited: socket, memory, four eventfds")
+    options = parser.parse_args(arguments)
+    end_with_parent(options.parent)
+    # Signals to the whole group are for the front end, which drains first and then says Stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    socket_fd, memory_fd, *bells = options.files
+    line = Line(socket.socket(fileno=socket_fd))
+    messages = line.receive(wait=True)
+    if messages is None:
+        return GONE
+    start = messages[0].start
+    logs.set_up(start.log_level, process="engine", as_json=start.log_json)
+    threading.excepthook = _end_on_error
+    requests = Doorbell(filled_fd=bells[0], free_fd=bells[1])
+    answers = Doorbell(filled_fd=bells[2], free_fd=bells[3])
+    failed = engine_pb2.Failed()
+    try:
+        return (host or EngineHost)(line, start, memory_fd, (requests, answers)).run()
+    except ManyhandsError as error:
+        if isinstance(error, RingBroken):
+            logger.exception("the front end is broken")
+        failed.status = engine_messages.to_status_bytes(error)
+    except ModuleNotFoundError as error:
+        failed.missing_module = error.name or ""
+        failed.status = engine_messages.to_status_bytes(InternalError(str(error)))
+    except Exception as error:
+        logger.exception("the engine ends")
+        failed.status = engine_messages.to_status_bytes(InternalError(f"the engine ends: {error}; its log has the reason"))
+    line.post(failed=failed)
+    line.flush()
+    return FAILED
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Threads of the model's libraries may still run; nothing is left to be written."""
+    logging.shutdown()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    exit_at_once(main())

@@ -1,0 +1,230 @@
+"""The front end and an engine process that behaves well, badly, or not at all. The process is real, its model a fake."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from manyhands.engine.v1 import engine_pb2
+from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
+from manyhands.inference.v1 import inference_pb2
+from services.inference import engine_client
+from services.inference.engine_client import REQUEST_SLOTS
+from services.inference.engine_port import Answer, Job, Observed, Outcome, Question, Row, Superseded, TextEnd
+from services.inference.engine_supervisor import EngineSupervisor
+from tests.support.fake_engine import BAD, BAD_AFTER, HORIZON, MANNERS, description
+
+HARMLESS = {"twice"}
+RESTARTED = 20.0
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "ENGINE_MODULE", "tests.support.fake_engine")
+    monkeypatch.delenv(MANNERS, raising=False)
+
+
+@asynccontextmanager
+async def running(**options: Any) -> AsyncIterator[EngineSupervisor]:
+    """A supervisor whose loop has seen no unhandled error when it ends, and that leaves no process."""
+    unhandled: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+    supervisor = EngineSupervisor(engine_pb2.Start(log_level="info"), **options)
+    await supervisor.start()
+    try:
+        yield supervisor
+    finally:
+        await supervisor.stop()
+    assert unhandled == []
+    assert children() == []
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def row(seed: int) -> Row:
+    observation: dict[str, Any] = {
+        feature.name: np.full(feature.shape, seed % 256, dtype=feature.dtype)
+        for feature in description(16).used_spec.observation
+    }
+    sample = Observed(observation=observation, task="reach")
+    return Row(sample=sample, prefix=None, delay_steps=0, execution_horizon=HORIZON, seed=seed)
+
+
+def submit(
+    supervisor: EngineSupervisor, seed: int, *, owner: str = "left", deadline_s: float = 20.0
+) -> asyncio.Future[Outcome]:
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[Outcome] = loop.create_future()
+
+    def done(result: Outcome) -> None:
+        assert not outcome.done(), "a request was answered twice"
+        outcome.set_result(result)
+
+    now_s = time.monotonic()
+    supervisor.submit(
+        owner=owner,
+        request_id=seed,
+        arrived_s=now_s,
+        deadline_s=now_s + deadline_s,
+        job=Job(model="fake", row=row(seed), done=done),
+    )
+    return outcome
+
+
+async def chunk(supervisor: EngineSupervisor, seed: int) -> None:
+    """Asks for a chunk and gets its own."""
+    outcome = await asyncio.wait_for(submit(supervisor, seed), 10.0)
+    assert isinstance(outcome, Answer), outcome
+    assert outcome.actions[0, 0] == seed
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = RESTARTED) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_rows_go_and_chunks_come_many_times_round_the_ring() -> None:
+    async with running() as supervisor:
+        for seed in range(5 * REQUEST_SLOTS):
+            await chunk(supervisor, seed)
+        together = [submit(supervisor, seed, owner=f"robot{seed}") for seed in range(100)]
+        outcomes = await asyncio.wait_for(asyncio.gather(*together), 10.0)
+        assert [outcome.actions[0, 0] for outcome in outcomes if isinstance(outcome, Answer)] == list(range(100))
+
+
+async def test_text_comes_in_pieces_and_a_swap_is_answered() -> None:
+    async with running() as supervisor:
+        heard: asyncio.Queue[str | TextEnd] = asyncio.Queue()
+        question = Question(
+            model="fake",
+            sample=row(1).sample,
+            kind=inference_pb2.TEXT_KIND_VISUAL_QUESTION,
+            user_text="what do you see",
+            previous_text="",
+            max_new_tokens=0,
+            temperature=0.0,
+            top_p=0.0,
+            until_s=time.monotonic() + 10.0,
+            allowed_s=10.0,
+        )
+        supervisor.ask(question, heard.put_nowait)
+        pieces = [await asyncio.wait_for(heard.get(), 10.0) for _ in range(5)]
+        assert pieces[:4] == ["what", "do", "you", "see"]
+        assert isinstance(pieces[4], TextEnd)
+        assert pieces[4].version == supervisor.models["fake"].version
+        with pytest.raises(ManyhandsError, match="no weights"):
+            await asyncio.wait_for(asyncio.wrap_future(supervisor.swap("fake", 1)), 10.0)
+
+
+async def test_a_stopped_engine_makes_nobody_wait_and_the_newest_row_of_a_robot_wins() -> None:
+    """More robots than slots while nothing is taken: the rest waits in the front end, one row a robot."""
+    async with running(hung_s=60.0) as supervisor:
+        await chunk(supervisor, 1)
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGSTOP)
+        began_s = time.monotonic()
+        robots = [submit(supervisor, seed, owner=f"robot{seed}") for seed in range(REQUEST_SLOTS + 3)]
+        older = submit(supervisor, 100, owner="quick")
+        late = submit(supervisor, 101, owner="hurried", deadline_s=0.01)
+        newest = submit(supervisor, 102, owner="quick")
+        supervisor.withdraw("robot0")
+        assert time.monotonic() - began_s < 1.0
+        assert isinstance(await asyncio.wait_for(older, 1.0), Superseded)
+        await asyncio.sleep(0.02)
+        os.kill(supervisor.pid, signal.SIGCONT)
+        outcomes = await asyncio.wait_for(asyncio.gather(*robots, newest), 10.0)
+        assert all(isinstance(outcome, Answer) for outcome in outcomes)
+        assert isinstance(await asyncio.wait_for(late, 1.0), TooLate)
+
+
+@pytest.mark.parametrize("manners", sorted(BAD.keys() - {"twice"}))
+async def test_an_engine_that_misbehaves_is_replaced_and_costs_only_what_was_in_flight(
+    manners: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MANNERS, manners)
+    serving: list[bool] = []
+    async with running(hung_s=0.5, on_serving=serving.append) as supervisor:
+        first_pid = supervisor.pid
+        for seed in range(BAD_AFTER):
+            await chunk(supervisor, seed)
+        monkeypatch.delenv(MANNERS)  # The next one is good.
+        in_flight = submit(supervisor, 50, deadline_s=0.5), submit(supervisor, 51, owner="right", deadline_s=0.5)
+        for outcome in await asyncio.wait_for(asyncio.gather(*in_flight), 10.0):
+            assert isinstance(outcome, Unreachable), outcome
+            assert outcome.retry_after_s is not None
+            assert outcome.retry_after_s > 0
+        away = await asyncio.wait_for(submit(supervisor, 52), 1.0)
+        assert isinstance(away, Unreachable)
+        assert "ask again" in str(away)
+        await until(lambda: supervisor.pid not in (None, first_pid))
+        await chunk(supervisor, 53)
+        assert serving == [True, False, True]
+        assert len(children()) == 1
+
+
+async def test_answers_that_nobody_asked_for_or_that_come_twice_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MANNERS, "twice")
+    async with running() as supervisor:
+        pid = supervisor.pid
+        for seed in range(40):
+            await chunk(supervisor, seed)
+        assert supervisor.pid == pid
+
+
+async def test_an_engine_that_dies_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MANNERS, "dies")
+    async with running(restart_limit=2) as supervisor:
+        pids = set()
+        for _ in range(3):
+            pids.add(supervisor.pid)
+            outcome: Outcome | None = None
+            while not isinstance(outcome, Unreachable):
+                outcome = await asyncio.wait_for(submit(supervisor, 1), 10.0)
+            await until(lambda: supervisor.pid not in pids and (supervisor.pid or supervisor.given_up.is_set()))
+        assert len(pids) == 3
+        assert supervisor.given_up.is_set()
+        assert isinstance(supervisor.failure, InternalError)
+        assert "again and again" in str(supervisor.failure)
+        gone = await asyncio.wait_for(submit(supervisor, 2), 1.0)
+        assert isinstance(gone, Unreachable)
+        assert gone.retry_after_s is None
+
+
+async def test_an_engine_that_cannot_be_started_again_is_tried_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(restart_limit=3) as supervisor:
+        assert supervisor.pid is not None
+        monkeypatch.setenv(MANNERS, "fails to load")
+        os.kill(supervisor.pid, signal.SIGKILL)
+        await asyncio.wait_for(supervisor.given_up.wait(), RESTARTED)
+        assert "the fake cannot be loaded" in str(supervisor.failure)
+
+
+async def test_another_model_in_the_place_of_the_old_one_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as supervisor:
+        assert supervisor.pid is not None
+        monkeypatch.setenv("FAKE_ENGINE_CAMERA_SIZE", "20")
+        os.kill(supervisor.pid, signal.SIGKILL)
+        await asyncio.wait_for(supervisor.given_up.wait(), RESTARTED)
+        assert "another spec or size" in str(supervisor.failure)
+
+
+@pytest.mark.parametrize("manners", ["fails to load", "dies while loading"])
+async def test_a_first_start_that_fails_is_not_tried_again(manners: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MANNERS, manners)
+    supervisor = EngineSupervisor(engine_pb2.Start(log_level="info"))
+    with pytest.raises(ManyhandsError, match="cannot be loaded" if manners == "fails to load" else "engine process ended"):
+        await supervisor.start()
+    await supervisor.stop()
+    assert children() == []
