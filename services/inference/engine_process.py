@@ -198,12 +198,10 @@ class EngineHost:
         """The engine with its models in place, not warm yet."""
         self._progress("loading the engine's libraries", 0, 0)
         # Here and not above: torch takes seconds, and one that is not installed is told to the front end.
-        import torch
-
         from policies import checkpoint
 
         from .local_engine import LocalEngine
-        from .models import ServedModel
+        from .model_paths import serve_model
 
         models = {}
         for source in self._start.models:
@@ -218,8 +216,8 @@ class EngineHost:
                 done += num_bytes
                 self._progress(phase, done, total)
 
-            policy = checkpoint.load(folder, torch.device(self._start.device), progress=advance)
-            models[source.name] = ServedModel(source.name, policy)
+            policy = checkpoint.load(folder, progress=advance)
+            models[source.name] = serve_model(source.name, policy, self._start)
         self._engine = LocalEngine(
             models,
             max_batch=self._start.max_batch,

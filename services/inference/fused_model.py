@@ -8,7 +8,7 @@ Shapes: I cameras, T horizon, A action size of the model, R of the robot.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from manyhands.common.v1 import common_pb2
 from policies import images, text
 from policies.pi052.config import ChunkMode
 from policies.pi052.policy import Pi052Policy
@@ -32,6 +33,8 @@ from .models import AnyPolicy, ServedModel, canary_sample
 
 # Most prompts are short; padding costs as much as words.
 PROMPT_LENGTHS = (48, 96)
+# Answers decoded at once, of all robots.
+MAX_TEXTS = 32
 # Kept of the previous answer to the same question: it often comes again.
 MAX_DRAFT_TOKENS = 32
 
@@ -252,6 +255,20 @@ class FusedModel(ServedModel):
         inputs: Any = row.read
         carried: npt.NDArray[np.float32] = self.policy.carried(made, inputs)[0].numpy()
         return self.policy.postprocess(made, inputs)[0], carried
+
+    def stage(self, policy: AnyPolicy) -> None:
+        """Brings another version's weights beside those that serve, from any thread. replace() makes them serve.
+
+        Raises:
+            Refused: A canary chunk is not finite.
+        """
+        assert isinstance(policy, Pi052Policy)
+        self.fused.weights.stage(policy.network.state_dict())
+
+    def replace(self, policy: AnyPolicy, version: common_pb2.PolicyVersion, digests: Mapping[str, bytes]) -> AnyPolicy:
+        self.fused.weights.commit()
+        self.wait()
+        return super().replace(policy, version, digests)
 
     def canary(self) -> npt.NDArray[np.float32]:
         """(T, R) for a plain observation."""

@@ -1,4 +1,8 @@
-"""An engine in this process: the thread that runs the model, the text head, and new weights, behind one EnginePort."""
+"""An engine in this process: threads that run models, the text head, and new weights, behind one EnginePort.
+
+Models on the fused path share a UnitEngine, which runs their chunks and their text; the others share an Engine, which runs
+whole passes of the plain module, with a TextWriter beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ from manyhands.security import SecuritySettings
 
 from .engine import Engine, Progress
 from .engine_port import Job, Question, Swap, SwapResult, TextEnd
+from .fused_model import MAX_TEXTS, FusedModel
 from .models import ServedModel
 from .text_writer import TextWriter
+from .unit_engine import UnitEngine
 from .weights_follower import Resume, WeightsFollower
 
 
@@ -34,14 +40,25 @@ class LocalEngine:
         on_swap: Callable[[Swap], None] | None = None,
     ) -> None:
         self.models = dict(models)
-        self.engine = Engine(self.models, max_batch=max_batch, torch_threads=torch_threads, on_fatal=on_fatal)
-        self._writer = TextWriter(self.models)
+        fused = {name: model for name, model in models.items() if isinstance(model, FusedModel)}
+        plain = {name: model for name, model in models.items() if name not in fused}
+        self._units = UnitEngine(fused, max_rows=max_batch, max_texts=MAX_TEXTS, on_fatal=on_fatal) if fused else None
+        self._passes = Engine(plain, max_batch=max_batch, torch_threads=torch_threads, on_fatal=on_fatal) if plain else None
+        self._engines: list[Engine | UnitEngine] = [engine for engine in (self._units, self._passes) if engine is not None]
+        self._writer = TextWriter(plain)
         self._follower: WeightsFollower | None = None
         self._on_swap = on_swap
 
+    def engine_of(self, model: str) -> Engine | UnitEngine:
+        if self._units is not None and model in self._units.models:
+            return self._units
+        assert self._passes is not None
+        return self._passes
+
     def start(self, progress: Progress | None = None) -> None:
         """Blocks until every model is warm. Raises InternalError for one that cannot make a finite chunk."""
-        self.engine.start(progress)
+        for engine in self._engines:
+            engine.start(progress)
 
     def follow_weights(
         self,
@@ -56,7 +73,7 @@ class LocalEngine:
         self._follower = WeightsFollower(
             address,
             self.models,
-            self.engine,
+            lambda model, change: self.engine_of(model).between_passes(change),
             follow=follow,
             security_settings=security_settings,
             on_swap=self._on_swap,
@@ -68,23 +85,28 @@ class LocalEngine:
         if self._follower is not None:
             self._follower.stop()
         self._writer.stop()
-        self.engine.stop()
+        for engine in self._engines:
+            engine.stop()
 
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
-        self.engine.submit(owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job)
+        self.engine_of(job.model).submit(
+            owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job
+        )
 
     def withdraw(self, owner: str) -> None:
-        self.engine.withdraw(owner)
+        for engine in self._engines:
+            engine.withdraw(owner)
 
     def pending(self) -> int:
         """Rows in line."""
-        return self.engine.pending()
+        return sum(engine.pending() for engine in self._engines)
 
     def chunks_per_s(self, model: str) -> float | None:
-        return self.engine.chunks_per_s(model)
+        return self.engine_of(model).chunks_per_s(model)
 
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
-        return self._writer.ask(question, heard)
+        engine = self.engine_of(question.model)
+        return engine.ask(question, heard) if isinstance(engine, UnitEngine) else self._writer.ask(question, heard)
 
     def swap(self, model: str, number: int) -> Future[SwapResult]:
         try:

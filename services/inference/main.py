@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import cv2
 import uvloop
@@ -29,6 +29,12 @@ SWITCH_INTERVAL_S = 0.001
 STOP_GRACE_S = 1.0
 CATCH_UP_S = 5.0
 
+_PATHS = {
+    "auto": engine_pb2.ENGINE_PATH_UNSPECIFIED,
+    "plain": engine_pb2.ENGINE_PATH_PLAIN,
+    "fused": engine_pb2.ENGINE_PATH_FUSED,
+}
+
 
 class Settings(config.Settings):
     """Runs policies for many robots: sessions, deadlines, new weights without a pause."""
@@ -47,6 +53,10 @@ class Settings(config.Settings):
     weights: str = Field(default="", description="host:port of the weights service that new versions come from")
     follow: bool = Field(default=False, description="swap to every new version of the weights service as it is published")
     device: str = Field(default="cpu", description="torch device that the policies run on")
+    path: Literal["auto", "plain", "fused"] = Field(
+        default="auto",
+        description="fused: prepared units, for pi052 and pi05; plain: whole passes of the module; auto: fused on a GPU",
+    )
     max_batch: int = Field(default=4, ge=1, le=64, description="robots in one pass of the model")
     torch_threads: int = Field(default=1, ge=0, description="threads of the matrix kernels; 0 leaves torch's choice")
     max_sessions: int = Field(default=64, ge=1, description="robots served at once")
@@ -109,4 +119,5 @@ def start_message(settings: Settings) -> engine_pb2.Start:
         ),
         log_level=settings.log_level,
         log_json=settings.log_json,
+        path=_PATHS[settings.path],
     )

@@ -26,8 +26,9 @@ from manyhands.security import SecuritySettings
 from manyhands.weights.v1 import weights_pb2
 from policies import checkpoint
 
-from .engine import Engine, canary_row, compute
+from .engine import canary_row, compute
 from .engine_port import Answer, Swap, SwapResult
+from .fused_model import FusedModel
 from .models import AnyPolicy, ServedModel, check_fits, copy_tensor, make_spare
 
 logger = logging.getLogger(__name__)
@@ -72,14 +73,14 @@ class WeightsFollower:
         self,
         address: str,
         models: Mapping[str, ServedModel],
-        engine: Engine,
+        between_passes: Callable[[str, Callable[[], None]], float],
         *,
         follow: bool,
         security_settings: SecuritySettings | None = None,
         on_swap: Callable[[Swap], None] | None = None,
     ) -> None:
         self._client = WeightsClient(address, security_settings=security_settings)
-        self._engine = engine
+        self._between_passes = between_passes
         self._follow = follow
         self._slots = {name: _Slot(served=served) for name, served in models.items()}
         self._swaps: deque[Swap] = deque(maxlen=SWAPS_KEPT)
@@ -230,7 +231,10 @@ class WeightsFollower:
             self._fill_spare(slot, manifest)
             spare = slot.spare
             assert spare is not None
-            _check_canary(spare, version)
+            if isinstance(served, FusedModel):
+                served.stage(spare)
+            else:
+                _check_canary(spare, version)
         except (Unreachable, Cancelled):
             raise
         except ManyhandsError as error:
@@ -246,7 +250,7 @@ class WeightsFollower:
             slot.spare, slot.spare_digests = free, digests_before
 
         digests_before = dict(served.digests)
-        pause_s = self._engine.between_passes(flip)
+        pause_s = self._between_passes(served.name, flip)
         self._record(version, accepted=True, reason="", pause_s=pause_s)
         logger.info("%s: version %d serves, pause %.3f ms", served.name, version.number, pause_s * 1e3)
         return SwapResult(previous=previous, current=version, pause_s=pause_s)

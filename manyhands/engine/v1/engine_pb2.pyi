@@ -13,6 +13,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from manyhands.common.v1 import common_pb2 as _common_pb2
 from manyhands.inference.v1 import inference_pb2 as _inference_pb2
 import builtins as _builtins
@@ -25,6 +26,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _EnginePath:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EnginePathEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EnginePath.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENGINE_PATH_UNSPECIFIED: _EnginePath.ValueType  # 0
+    """Fused on a GPU where the model has such a path, else plain."""
+    ENGINE_PATH_PLAIN: _EnginePath.ValueType  # 1
+    """Whole passes of the module."""
+    ENGINE_PATH_FUSED: _EnginePath.ValueType  # 2
+    """Prepared units; a model without them is an error."""
+
+class EnginePath(_EnginePath, metaclass=_EnginePathEnumTypeWrapper):
+    """How a model runs."""
+
+ENGINE_PATH_UNSPECIFIED: EnginePath.ValueType  # 0
+"""Fused on a GPU where the model has such a path, else plain."""
+ENGINE_PATH_PLAIN: EnginePath.ValueType  # 1
+"""Whole passes of the module."""
+ENGINE_PATH_FUSED: EnginePath.ValueType  # 2
+"""Prepared units; a model without them is an error."""
+Global___EnginePath: _TypeAlias = EnginePath  # noqa: Y015
 
 @_typing.final
 class ToEngine(_message.Message):
@@ -160,6 +185,7 @@ class Start(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     LOG_LEVEL_FIELD_NUMBER: _builtins.int
     LOG_JSON_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Of the engine processes of this front end, from 1; stands in every slot."""
     device: _builtins.str
@@ -172,6 +198,7 @@ class Start(_message.Message):
     follow: _builtins.bool
     log_level: _builtins.str
     log_json: _builtins.bool
+    path: Global___EnginePath.ValueType
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSource]: ...
     @_builtins.property
@@ -199,10 +226,11 @@ class Start(_message.Message):
         resume: _abc.Iterable[Global___Resume] | None = ...,
         log_level: _builtins.str = ...,
         log_json: _builtins.bool = ...,
+        path: Global___EnginePath.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["catch_up", b"catch_up", "security", b"security"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catch_up", b"catch_up", "device", b"device", "follow", b"follow", "generation", b"generation", "log_json", b"log_json", "log_level", b"log_level", "max_batch", b"max_batch", "models", b"models", "resume", b"resume", "security", b"security", "torch_threads", b"torch_threads", "weights_address", b"weights_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catch_up", b"catch_up", "device", b"device", "follow", b"follow", "generation", b"generation", "log_json", b"log_json", "log_level", b"log_level", "max_batch", b"max_batch", "models", b"models", "path", b"path", "resume", b"resume", "security", b"security", "torch_threads", b"torch_threads", "weights_address", b"weights_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
