@@ -28,7 +28,7 @@ from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate,
 
 from . import engine_messages
 from .engine_port import Job, ModelDescription, Outcome, Question, Superseded, Swap, SwapResult, TextEnd
-from .shared_ring import Doorbell, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
+from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
 from .slot_layout import Request, SlotLayout
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,11 @@ class EngineClient:
             model=job.model,
             row=job.row,
         )
-        if self._waiting or not self._put(request, job.done):
+        if not self._waiting and self._has_slot():
+            self._put(request, job.done)
+        elif self._ended is not None:
+            job.done(Unreachable("the engine process ended; ask again", retry_after_s=1.0))
+        else:
             if not self._waiting:
                 self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
             self._waiting[owner] = _Asked(request=request, done=job.done)
@@ -218,33 +222,44 @@ class EngineClient:
         except subprocess.TimeoutExpired:
             return None
 
-    def _put(self, request: Request, done: Callable[[Outcome], None]) -> bool:
-        """Into a slot, if there is a free one."""
+    def _has_slot(self) -> bool:
         assert self._requests is not None, "rows come after ready"
-        assert self._layout is not None
         try:
-            body = self._requests.reserve()
-            if body is None:
-                return False
+            return self._requests.reserve() is not None
+        except RingBroken as error:
+            self._broken(error)
+            return False
+
+    def _put(self, request: Request, done: Callable[[Outcome], None]) -> None:
+        """Into the slot that there is."""
+        assert self._requests is not None
+        assert self._layout is not None
+        body = self._requests.reserve()
+        assert body is not None
+        try:
             self._layout.write_request(body, request)
-            self._in_flight[request.token] = _InFlight(deadline_s=request.deadline_s, done=done)
-            self._requests.publish()
         except InternalError as error:
-            self._in_flight.pop(request.token, None)
             logger.exception("request %d of session %s cannot be handed to the engine", request.request_id, request.owner)
             done(error)
-        return True
+            return
+        self._in_flight[request.token] = _InFlight(deadline_s=request.deadline_s, done=done)
+        try:
+            self._requests.publish()
+        except RingBroken as error:
+            self._broken(error)
 
     def _put_waiting(self) -> None:
-        for owner, waiting in list(self._waiting.items()):
+        while self._waiting:
+            owner, waiting = next(iter(self._waiting.items()))
             if time.monotonic() > waiting.request.deadline_s:
                 del self._waiting[owner]
                 waiting.done(TooLate("the model was busy until the deadline; replan less often", field="deadline"))
-            elif self._put(waiting.request, waiting.done):
+            elif self._has_slot():
                 del self._waiting[owner]
+                self._put(waiting.request, waiting.done)
             else:
-                break
-        if not self._waiting:
+                return
+        if self._ended is None:
             self._loop.remove_reader(self._request_bell.free_fd)
 
     def _take_answers(self) -> None:
