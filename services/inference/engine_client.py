@@ -8,27 +8,22 @@ it fails at once and on_end is called, once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
-import signal
 import socket
-import subprocess
-import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate, Unreachable
 
 from . import engine_messages
 from .engine_port import Job, ModelDescription, Outcome, Question, Superseded, Swap, SwapResult, TextEnd
-from .shared_ring import Doorbell, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
+from .engine_program import EngineProgram
+from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
 from .slot_layout import Request, SlotLayout
 
 logger = logging.getLogger(__name__)
@@ -37,14 +32,10 @@ REQUEST_SLOTS = 16
 ANSWER_SLOTS = 64
 # Questions hold pictures; more of them than this wait in no buffer.
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
-# A process that holds tens of gigabytes takes a while to end even when killed.
-REAP_S = 10.0
 # Nothing that runs takes so long after its deadline: the device hangs.
 HUNG_S = 20.0
 HUNG_CHECK_S = 1.0
 ENGINE_MODULE = "services.inference.engine_process"
-_STDERR = 2
-_ROOT = Path(__file__).resolve().parents[2]
 
 _tokens = itertools.count(1)
 
@@ -103,7 +94,7 @@ class EngineClient:
         self._watching: asyncio.TimerHandle | None = None
         self._answered_s = 0.0
         self._ended: Exception | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: EngineProgram | None = None
         self._writer: asyncio.StreamWriter | None = None
 
     @classmethod
@@ -114,29 +105,16 @@ class EngineClient:
             hung_s: An engine that answers nothing for so long after a deadline is ended.
         """
         client = cls(listeners, start.generation, hung_s)
-        ours = client._spawn()
+        ours, theirs = socket.socketpair()
+        bells = (client._request_bell, client._answer_bell)
+        files = [theirs.fileno(), client._memory_fd, *(fd for bell in bells for fd in (bell.filled_fd, bell.free_fd))]
+        with theirs:
+            client._process = EngineProgram(ENGINE_MODULE, files)
         reader, client._writer = await asyncio.open_unix_connection(sock=ours)
         client._send(start=start)
         client._reading = asyncio.create_task(client._read(reader))
         client._watching = client._loop.call_later(HUNG_CHECK_S, client._watch)
         return client
-
-    def _spawn(self) -> socket.socket:
-        """The process, with its files; answers our end of the socket."""
-        ours, theirs = socket.socketpair()
-        bells = (self._request_bell, self._answer_bell)
-        files = [theirs.fileno(), self._memory_fd, *(fd for bell in bells for fd in (bell.filled_fd, bell.free_fd))]
-        command = [sys.executable, "-P", "-m", ENGINE_MODULE, "--parent", str(os.getpid()), "--files"]
-        with theirs:
-            # Python makes this vfork and exec at once: nothing of this process, which has threads, is copied.
-            self._process = subprocess.Popen(
-                [*command, *map(str, files)],
-                stdin=subprocess.DEVNULL,
-                stdout=_STDERR,  # READY is the front end's to say.
-                pass_fds=files,
-                env=_environment(),
-            )
-        return ours
 
     @property
     def ended(self) -> Exception | None:
@@ -161,7 +139,11 @@ class EngineClient:
             model=job.model,
             row=job.row,
         )
-        if self._waiting or not self._put(request, job.done):
+        if not self._waiting and self._has_slot():
+            self._put(request, job.done)
+        elif self._ended is not None:
+            job.done(Unreachable("the engine process ended; ask again", retry_after_s=1.0))
+        else:
             if not self._waiting:
                 self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
             self._waiting[owner] = _Asked(request=request, done=job.done)
@@ -207,44 +189,48 @@ class EngineClient:
         await self.reaped()
 
     async def reaped(self) -> int | None:
-        """Waits until the killed process has ended, and its memory on the device is free; its exit code.
+        """As EngineProgram.reaped."""
+        assert self._process is not None
+        return await self._process.reaped()
 
-        None after REAP_S: the kernel cannot end it now (a device that hangs).
-        """
-        process = self._process
-        assert process is not None
-        try:
-            return await asyncio.to_thread(process.wait, REAP_S)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def _put(self, request: Request, done: Callable[[Outcome], None]) -> bool:
-        """Into a slot, if there is a free one."""
+    def _has_slot(self) -> bool:
         assert self._requests is not None, "rows come after ready"
-        assert self._layout is not None
         try:
-            body = self._requests.reserve()
-            if body is None:
-                return False
+            return self._requests.reserve() is not None
+        except RingBroken as error:
+            self._broken(error)
+            return False
+
+    def _put(self, request: Request, done: Callable[[Outcome], None]) -> None:
+        """Into the slot that there is."""
+        assert self._requests is not None
+        assert self._layout is not None
+        body = self._requests.reserve()
+        assert body is not None
+        try:
             self._layout.write_request(body, request)
-            self._in_flight[request.token] = _InFlight(deadline_s=request.deadline_s, done=done)
-            self._requests.publish()
         except InternalError as error:
-            self._in_flight.pop(request.token, None)
             logger.exception("request %d of session %s cannot be handed to the engine", request.request_id, request.owner)
             done(error)
-        return True
+            return
+        self._in_flight[request.token] = _InFlight(deadline_s=request.deadline_s, done=done)
+        try:
+            self._requests.publish()
+        except RingBroken as error:
+            self._broken(error)
 
     def _put_waiting(self) -> None:
-        for owner, waiting in list(self._waiting.items()):
+        while self._waiting:
+            owner, waiting = next(iter(self._waiting.items()))
             if time.monotonic() > waiting.request.deadline_s:
                 del self._waiting[owner]
                 waiting.done(TooLate("the model was busy until the deadline; replan less often", field="deadline"))
-            elif self._put(waiting.request, waiting.done):
+            elif self._has_slot():
                 del self._waiting[owner]
+                self._put(waiting.request, waiting.done)
             else:
-                break
-        if not self._waiting:
+                return
+        if self._ended is None:
             self._loop.remove_reader(self._request_bell.free_fd)
 
     def _take_answers(self) -> None:
@@ -376,8 +362,7 @@ class EngineClient:
                 self._loop.remove_reader(fd)
         assert self._process is not None
         assert self._writer is not None
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGKILL)
+        self._process.kill()
         self._writer.transport.abort()
         if self._watching is not None:
             self._watching.cancel()
@@ -410,11 +395,3 @@ def _failure(message: engine_pb2.Failed) -> Exception:
     if message.missing_module:
         return ModuleNotFoundError(f"No module named {message.missing_module!r}", name=message.missing_module)
     return engine_messages.from_status_bytes(message.status) or InternalError("the engine process failed")
-
-
-def _environment() -> dict[str, str]:
-    """This process's own code and nothing of the working folder is what the engine imports."""
-    if str(_ROOT) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        return dict(os.environ)
-    known = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (known, str(_ROOT)) if path)}

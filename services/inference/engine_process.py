@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -29,6 +28,7 @@ from manyhands.errors import Cancelled, InternalError, ManyhandsError
 from manyhands.security import SecuritySettings
 
 from . import engine_messages
+from .engine_lines import Answers, Line
 from .engine_port import Job, Outcome, Swap, SwapResult, TextEnd
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, map_memory
 from .slot_layout import Request, SlotLayout
@@ -46,119 +46,6 @@ PROGRESS_PERIOD_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
 GONE, FAILED, DEVICE_FAILED = 0, 1, 70
-
-
-class Line:
-    """The socket to the front end. post() never waits and may be called on any thread."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.connection.setblocking(False)
-        self._lock = threading.Lock()
-        self._unsent = bytearray()
-        self._received = bytearray()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    @property
-    def wake_fd(self) -> int:
-        """Readable when unsent bytes wait for the main thread."""
-        return self._wake_fd
-
-    def post(self, **message: object) -> None:
-        """Sends a FromEngine, as post(ready=Ready()); what the socket does not take now waits for flush()."""
-        content = engine_messages.frame(engine_pb2.FromEngine(**message))  # type: ignore[arg-type]
-        with self._lock:
-            self._unsent += content
-            self._send_locked()
-            if self._unsent:
-                os.eventfd_write(self._wake_fd, 1)
-
-    def flush(self) -> bool:
-        """Sends what waits; answers whether some still does."""
-        try:
-            os.eventfd_read(self._wake_fd)
-        except BlockingIOError:
-            pass
-        with self._lock:
-            self._send_locked()
-            return bool(self._unsent)
-
-    def _send_locked(self) -> None:
-        try:
-            while self._unsent:
-                del self._unsent[: self.connection.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError:  # Gone: the main thread reads the end of the stream.
-            self._unsent.clear()
-
-    def receive(self, *, wait: bool = False) -> list[engine_pb2.ToEngine] | None:
-        """Whole messages that are there; None when the front end is gone. With wait, at least one."""
-        while True:
-            messages = self._parse()
-            if messages and wait:
-                return messages
-            if wait:
-                self.connection.setblocking(True)
-            try:
-                content = self.connection.recv(1 << 20)
-            except BlockingIOError:
-                return messages
-            except OSError:
-                return None
-            finally:
-                self.connection.setblocking(False)
-            if not content:
-                return None
-            self._received += content
-            if not wait:
-                return messages + self._parse()
-
-    def _parse(self) -> list[engine_pb2.ToEngine]:
-        messages: list[engine_pb2.ToEngine] = []
-        header = engine_messages.FRAME_HEADER.size
-        while len(self._received) >= header:
-            length = engine_messages.frame_length(bytes(self._received[:header]))
-            if len(self._received) < header + length:
-                break
-            content = bytes(self._received[header : header + length])
-            del self._received[: header + length]
-            messages.append(engine_messages.parse(engine_pb2.ToEngine, content))
-        return messages
-
-
-class Answers:
-    """The ring of chunks, filled on any thread; what finds no place waits here for the main thread."""
-
-    def __init__(self, ring: RingWriter, layout: SlotLayout) -> None:
-        self.ring = ring
-        self._layout = layout
-        self._lock = threading.Lock()
-        self._waiting: deque[tuple[int, str, Outcome]] = deque()
-        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def put(self, token: int, model: str, outcome: Outcome) -> None:
-        with self._lock:
-            self._waiting.append((token, model, outcome))
-            self._fill_locked()
-            if self._waiting:
-                os.eventfd_write(self.wake_fd, 1)
-
-    def flush(self) -> bool:
-        """Fills free slots; answers whether some outcomes still wait."""
-        try:
-            os.eventfd_read(self.wake_fd)
-        except BlockingIOError:
-            pass
-        with self._lock:
-            self._fill_locked()
-            return bool(self._waiting)
-
-    def _fill_locked(self) -> None:
-        while self._waiting and (body := self.ring.reserve()) is not None:
-            token, model, outcome = self._waiting.popleft()
-            self._layout.write_answer(body, token, model, outcome)
-            self.ring.publish()
 
 
 class EngineHost:

@@ -19,9 +19,10 @@ from manyhands.common.v1 import common_pb2
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, NotOffered
 from manyhands.spec import Feature, FeatureKind, Spec
-from services.inference import engine_process, slot_layout
+from services.inference import engine_lines, engine_process, slot_layout
+from services.inference.engine_lines import Answers
 from services.inference.engine_port import Answer, Job, ModelDescription, Outcome, Question, Swap, SwapResult, TextEnd
-from services.inference.engine_process import Answers, EngineHost, exit_at_once
+from services.inference.engine_process import EngineHost, exit_at_once
 from services.inference.shared_ring import Doorbell
 
 MANNERS, CAMERA_SIZE, BUSY_S = "FAKE_ENGINE_MANNERS", "FAKE_ENGINE_CAMERA_SIZE", "FAKE_ENGINE_BUSY_S"
@@ -119,7 +120,7 @@ class FakeEngine:
         return False
 
 
-LINE: engine_process.Line
+LINE: engine_lines.Line
 REQUEST_BELL: Doorbell
 
 

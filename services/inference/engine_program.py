@@ -1,0 +1,63 @@
+"""Starting and ending the program of an engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+# A process that holds tens of gigabytes takes a while to end even when killed.
+REAP_S = 10.0
+_STDERR = 2
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class EngineProgram:
+    """A running engine process.
+
+    Args:
+        module: Its main.
+        files: Descriptors that it inherits: socket, memory, four eventfds.
+    """
+
+    def __init__(self, module: str, files: Sequence[int]) -> None:
+        command = [sys.executable, "-P", "-m", module, "--parent", str(os.getpid()), "--files"]
+        # Python makes this vfork and exec at once: nothing of this process, which has threads, is copied.
+        self._process = subprocess.Popen(
+            [*command, *map(str, files)],
+            stdin=subprocess.DEVNULL,
+            stdout=_STDERR,  # READY is the front end's to say.
+            pass_fds=files,
+            env=_environment(),
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def reaped(self) -> int | None:
+        """Waits until the killed process has ended, and its memory on the device is free; its exit code.
+
+        None after REAP_S: the kernel cannot end it now (a device that hangs).
+        """
+        try:
+            return await asyncio.to_thread(self._process.wait, REAP_S)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def _environment() -> dict[str, str]:
+    """This process's own code and nothing of the working folder is what the engine imports."""
+    if str(_ROOT) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        return dict(os.environ)
+    known = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (known, str(_ROOT)) if path)}
