@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -46,11 +47,12 @@ SPEC = Spec(
     control_rate_hz=50.0,
 )
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import policies.pi052.policy
 from policies import loading
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which a process takes over from the one that started it.
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 before, began = peak(), time.perf_counter()
 policy = loading.load(Path(sys.argv[1]))
 seconds = time.perf_counter() - began
@@ -88,8 +90,8 @@ def main() -> None:
     weights, peak = found["weights"] / 2**30, found["peak"] / 2**30
     report = f"""# Loading pi052 in bfloat16, {datetime.date.today()}
 
-`python -m tests.benchmarks.bench_loading --size {settings.size}` on {platform.machine()}, {torch.get_num_threads()} threads,
-torch {torch.__version__}, commit {commit}. One run in a fresh process; the file was just written, so most of it comes from memory.
+`python -m tests.benchmarks.bench_loading --size {settings.size}` on {os.cpu_count()} cores ({platform.machine()}),
+torch {torch.__version__}, commit {commit}. One run in a fresh process; the file was just written.
 
 | | GiB | of the weights |
 |---|---|---|
