@@ -1,6 +1,6 @@
 """What we save acts the same in lerobot 0.6.1, and what it saves acts the same here.
 
-Needs an environment with lerobot, named by MANYHANDS_LEROBOT_PYTHON; docs/guide/lerobot-checkpoints.md says how to make one.
+Needs an environment with lerobot, named by LEROBOT_PYTHON; docs/guide/lerobot-checkpoints.md says how to make one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TASKS = ["put the cube_in the bin", "grasp the cup"]
 STATE_SIZE, ACTION_SIZE, HORIZON, MODEL_SIZE = 6, 7, 5, 32
 ACTION_NAMES = (*(f"joint_{i}.pos" for i in range(6)), "Gripper.pos")
 CAMERAS = {"observation.images.front": (40, 30), "observation.images.wrist": (30, 40)}
-HOW = "set MANYHANDS_LEROBOT_PYTHON to the python of an environment with lerobot[pi,smolvla]==0.6.1; see docs/guide"
+HOW = "set LEROBOT_PYTHON to the python of an environment with lerobot[pi,smolvla]==0.6.1; see docs/guide"
 
 AnyPolicy = PromptedPolicy[Any, Any]
 Make = Callable[[Golden, pytest.MonkeyPatch], AnyPolicy]
@@ -45,7 +45,7 @@ Make = Callable[[Golden, pytest.MonkeyPatch], AnyPolicy]
 
 @pytest.fixture(scope="session")
 def lerobot_python() -> str:
-    named = os.environ.get("MANYHANDS_LEROBOT_PYTHON", "")
+    named = os.environ.get("LEROBOT_PYTHON", "")
     if not named:
         pytest.skip(HOW)
     found = subprocess.run(
@@ -54,7 +54,10 @@ def lerobot_python() -> str:
         text=True,
         timeout=60,
     )
-    assert found.stdout.strip() == "0.6.1", f"{named} has lerobot {found.stdout.strip() or found.stderr}; {HOW}"
+    version = found.stdout.strip()
+    assert version, f"{named} has no lerobot; {HOW}: {found.stderr}"
+    if version != "0.6.1":  # Other tests take other ones.
+        pytest.skip(f"{named} has lerobot {version}; {HOW}")
     return named
 
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dataset_store.reader import DatasetReader
-from learner import action_tokenizer, messages, starting
+from learner import action_tokenizer, messages, starting, worker
 from learner.data import Batches, Demonstrations
+from learner.progress import ProgressReader, curve
 from learner.ranks import Ranks
 from learner.recipe import Recipe
 from learner.recipes import build_recipe
@@ -153,6 +154,24 @@ class TestFromCheckpoint:
         save_pi052(checkpoints / "renamed", Spec(observation=tuple(renamed), action=spec.action, control_rate_hz=20.0))
         note = next(note for note in start(start_from="renamed").notes if "cameras" in note)
         assert "observation.images.front -> observation.images.top" in note
+
+
+@pytest.mark.parametrize("name", ["pi052_smoke", "smolvla2_smoke"])
+def test_smoke_recipes_train_on_any_data_with_a_camera(published, tmp_path, name):
+    folder = RunFolder(tmp_path / "run")
+    definition = {
+        "run_id": "run",
+        "recipe": build_recipe(name).to_json(),
+        "snapshot": str(published),
+        "model": "m",
+        "seed": 1,
+    }
+    folder.write_definition(definition | {"max_steps": 3, "max_duration_s": 0.0})
+    worker.run(folder, Ranks(), Places(checkpoints=tmp_path, cache=tmp_path), weights_address="")
+    last = curve(ProgressReader(folder.progress_path).read_new())[-1].metrics
+    assert {"train/loss_flow", "train/loss_text"} <= last.keys()
+    trained = policy_checkpoint.load(folder.newest_checkpoint())
+    assert trained.type_name == name.removesuffix("_smoke")
 
 
 class TestMessages:

@@ -379,6 +379,32 @@ def test_relative_actions_go_by_the_checkpoints_names(tmp_path: Path) -> None:
         lerobot_folder.read(tmp_path / "saved", spec=spec_of(("a", "finger")))
 
 
+def test_names_of_actions_that_only_the_processor_has(tmp_path: Path) -> None:
+    policy = make("pi05", relative_actions=True)
+    lerobot_folder.write(policy, tmp_path / "saved")
+    edit_json(tmp_path / "saved" / "config.json", lambda values: values.update(action_feature_names=None))
+    found = lerobot_folder.read(tmp_path / "saved").policy
+    assert (found.spec, found.config) == (policy.spec, policy.config)
+    assert found.relative_action_mask().tolist() == [True, False]
+
+
+def test_names_before_renaming_and_the_length_that_was_tokenized_are_taken(folder: Path) -> None:
+    expected = chunk_of(lerobot_folder.read(folder).policy)
+    top = "observation.images.top"
+
+    def edit(values: Any) -> None:
+        values["steps"][0]["config"]["rename_map"] = {top: FRONT}
+        values["steps"][5]["config"]["max_length"] = 80
+
+    edit_json(folder / "policy_preprocessor.json", edit)
+    found = lerobot_folder.read(folder).policy
+    assert [feature.name for feature in found.spec.images] == [top, WRIST]
+    assert found.config.prompt_length == 80
+    given = sample()
+    renamed = {top if name == FRONT else name: value for name, value in given.observation.items()}
+    assert np.allclose(chunk_of(found, replace(given, observation=renamed)), expected, rtol=1e-4, atol=1e-5)
+
+
 # -- tokenizers and recipes --------------------------------------------------------------------------------------------
 
 
