@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 from manyhands.errors import Corrupt, InvalidInput, NotFound
 from manyhands.spec import Feature, FeatureKind, Spec
 
+from . import language
 from .columns import Columns, from_table
+from .language import LanguageRows
 from .layout import INFO, STATS, TASKS
 from .video import Pixels, ReaderCache
 
@@ -69,7 +71,8 @@ class DatasetReader:
         features: info.json's, by name.
         spec: Ordered features of observation and action, and the rate.
         episodes: In index order.
-        columns: (num_frames, n) or (num_frames,) arrays by column name.
+        columns: (num_frames, n) or (num_frames,) arrays by column name; language is not among them.
+        has_language: It has language columns; see language_of().
         tasks: Row r is task_index r.
 
     Raises:
@@ -86,6 +89,7 @@ class DatasetReader:
         self.num_episodes = int(self.info["total_episodes"])
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.cameras = tuple(name for name, feature in self.features.items() if feature["dtype"] == "video")
+        self.has_language = language.has_language(self.features)
         self.spec = _spec(self.info, self.root)
         self.episodes = self._read_episodes()
         self.columns = self._read_columns()
@@ -94,7 +98,7 @@ class DatasetReader:
 
     @cached_property
     def digest(self) -> bytes:
-        """Over the content of all episodes: equal digests are equal training data."""
+        """Over what was recorded of all episodes; language, which is written later, is not part of it."""
         lines = [json.dumps(self.features, sort_keys=True), *(episode.content_key for episode in self.episodes)]
         return hashlib.sha256("\n".join(lines).encode()).digest()
 
@@ -130,6 +134,21 @@ class DatasetReader:
         reader = self._videos.get(self.root / place.path)
         for _, pixels in reader.read([place.first_frame + frame for frame in wanted]):
             yield pixels
+
+    def language_of(self, index: int) -> dict[str, list[language.Row]] | None:
+        """{"persistent": rows of its episode, "events": its own} of frame index; None where the dataset has no language.
+
+        The lists are shared between frames: not to be changed.
+        """
+        return self._language.of_frame(index) if self.has_language else None
+
+    def event_frames(self) -> npt.NDArray[np.int64]:
+        """Indices of the frames that have language events, ascending; reads that whole column."""
+        return self._language.event_frames() if self.has_language else np.zeros(0, np.int64)
+
+    @cached_property
+    def _language(self) -> LanguageRows:
+        return LanguageRows(self._data_files(), self.episode_starts)
 
     def _read_episodes(self) -> list[EpisodeRow]:
         rows: list[dict[str, Any]] = []
@@ -168,10 +187,11 @@ class DatasetReader:
         )
 
     def _read_columns(self) -> Columns:
-        names = [name for name, feature in self.features.items() if feature["dtype"] != "video"]
+        aside = ("video", language.LANGUAGE_DTYPE)
+        names = [name for name, feature in self.features.items() if feature["dtype"] not in aside]
         tables: list[pa.Table] = []
         num_rows = 0
-        for path in sorted((self.root / "data").glob("*/*.parquet")):
+        for path in self._data_files():
             if num_rows >= self.num_frames:
                 break
             tables.append(pq.read_table(path, columns=names))
@@ -182,6 +202,9 @@ class DatasetReader:
         if not np.array_equal(columns["index"], np.arange(self.num_frames)):
             raise Corrupt("column index is not 0, 1, 2, ...: a file is missing, misplaced or not of this dataset")
         return columns
+
+    def _data_files(self) -> list[Path]:
+        return sorted((self.root / "data").glob("*/*.parquet"))
 
 
 def _read_info(root: Path) -> dict[str, Any]:

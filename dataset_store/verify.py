@@ -19,6 +19,7 @@ from manyhands.errors import ManyhandsError
 
 from .columns import Columns, from_table
 from .definition import INDEX_COLUMNS
+from .language import LANGUAGE_DTYPE
 from .layout import EPISODES_PATTERN, INFO, REPLACED_FILES, STATS, TASKS, describe_file
 from .reader import SUPPORTED_VERSION
 from .video import packet_indices
@@ -158,6 +159,9 @@ def _check_data(root: Path, info: Mapping[str, Any], rows: Sequence[Mapping[str,
         if tables:
             found.check(table.schema.equals(tables[0].schema), f"{path} has another schema than the first data file")
         tables.append(table)
+    # Language is rows of text, not numbers.
+    rows_of_text = {name for name, feature in info["features"].items() if feature["dtype"] == LANGUAGE_DTYPE}
+    tables = [table.select([name for name in table.column_names if name not in rows_of_text]) for table in tables]
     return from_table(pa.concat_tables(tables)) if tables else {}
 
 

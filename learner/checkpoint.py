@@ -105,10 +105,12 @@ def load(
     policy_checkpoint.load_tensors(
         policy, {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     )
+    policy_tensors = policy.state_dict()
     for name, parameter in policy.named_parameters():
         prefix = f"optimizer/{name}/"
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if own:
-            optimizer.state[parameter] = own
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}
     position = Position(step=state["step"], samples=state["samples"], elapsed_s=state["elapsed_s"])
-    return position, policy_checkpoint.read_tensors(path)
+    averaged = policy_checkpoint.read_tensors(path)
+    return position, {name: tensor.to(policy_tensors[name].device) for name, tensor in averaged.items()}

@@ -6,16 +6,16 @@ they fit into memory; else the next batch is made while the present one trains.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataset_store.reader import DatasetReader
+from dataset_store.reader import DatasetReader, EpisodeRow
 from manyhands.errors import InvalidInput
 from policies import rows
 from policies.normalization import compute_statistics
@@ -23,21 +23,38 @@ from policies.policy import Policy, Sample
 
 Indices = npt.NDArray[np.int64]
 _CPU = torch.device("cpu")
+# Rows that statistics of relative actions are taken of: more change no digit that matters.
+_MAX_STATISTICS_ROWS = 4_000_000
 
 
 class Demonstrations:
-    """Samples with action chunks from a published root."""
+    """Samples with action chunks of a published root.
 
-    def __init__(self, root: Path, *, horizon: int) -> None:
-        self._reader = DatasetReader(root)
-        if not self._reader.num_frames:
+    Attributes:
+        spec, num_frames: Of the data.
+        horizon: Actions of a chunk, H.
+        actions: (num_frames, R) float32, in the robot's units.
+        states: (num_frames, S) float32, in the robot's units.
+    """
+
+    def __init__(self, reader: DatasetReader, *, horizon: int) -> None:
+        self._reader = reader
+        if not reader.num_frames:
             raise InvalidInput("has no published frames; record and publish episodes first", field="run.dataset")
-        self.spec = self._reader.spec
-        self.num_frames = self._reader.num_frames
+        self.spec = reader.spec
+        self.num_frames = reader.num_frames
         self.horizon = horizon
-        self._actions = np.concatenate(
-            [self._column(feature.name) for feature in self.spec.action], axis=1, dtype=np.float32
-        )
+        self.actions = self._joined([feature.name for feature in self.spec.action])
+        self.states = self._joined([feature.name for feature in self.spec.states])
+
+    @property
+    def digest(self) -> bytes:
+        """Equal digests are equal states, actions and episodes."""
+        return self._reader.digest
+
+    @property
+    def has_annotations(self) -> bool:
+        return self._reader.has_language
 
     def samples(self, indices: Sequence[int], observations: frozenset[str]) -> list[Sample]:
         """In the order asked for, with only the observations that are needed: pictures cost most."""
@@ -57,18 +74,36 @@ class Demonstrations:
             statistics |= self._relative_statistics(relative_action_mask)
         return statistics
 
-    def _sample(self, index: int, pictures: Mapping[str, npt.NDArray[np.uint8]]) -> Sample:
-        columns = self._reader.columns
-        episode = self._reader.episodes[int(self._reader.episode_of(np.array([index]))[0])]
-        steps = index + np.arange(self.horizon)
-        numbers = {feature.name: columns[feature.name][index].reshape(feature.shape) for feature in self.spec.states}
+    def frame(self, index: int) -> Sample:
+        """Without observations and actions: what a recipe of messages looks at."""
+        episode = self._episode_of(index)
         return Sample(
-            observation={**numbers, **pictures},
-            task=self._reader.tasks[int(columns["task_index"][index])],
-            actions=self._actions[np.minimum(steps, episode.to_index - 1)],
-            is_pad=steps >= episode.to_index,
+            observation={},
+            task=self._reader.tasks[int(self._reader.columns["task_index"][index])],
+            annotations=self._reader.language_of(index),
             index=index,
             timestamp_s=(index - episode.from_index) / self._reader.fps,
+        )
+
+    def frames_without_task(self) -> Indices:
+        """Indices, ascending."""
+        empty = [number for number, task in enumerate(self._reader.tasks) if not task.strip()]
+        return np.flatnonzero(np.isin(self._reader.columns["task_index"], empty)).astype(np.int64)
+
+    def event_frames(self) -> Indices:
+        """Indices of the frames that have language of their own, ascending."""
+        return self._reader.event_frames()
+
+    def _sample(self, index: int, pictures: Mapping[str, npt.NDArray[np.uint8]]) -> Sample:
+        columns = self._reader.columns
+        steps = index + np.arange(self.horizon)
+        end = self._episode_of(index).to_index
+        numbers = {feature.name: columns[feature.name][index].reshape(feature.shape) for feature in self.spec.states}
+        return dataclasses.replace(
+            self.frame(index),
+            observation={**numbers, **pictures},
+            actions=self.actions[np.minimum(steps, end - 1)],
+            is_pad=steps >= end,
         )
 
     def _pictures(self, camera: str, indices: Sequence[int]) -> dict[int, npt.NDArray[np.uint8]]:
@@ -84,18 +119,20 @@ class Demonstrations:
         return found
 
     def _relative_statistics(self, mask: npt.NDArray[np.bool_]) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
-        state = np.concatenate([self._column(feature.name) for feature in self.spec.states], axis=1)
-        if state.shape[1] < len(mask):
-            raise InvalidInput(
-                f"relative actions need a state of at least {len(mask)} numbers, the dataset has {state.shape[1]}",
-                field="action",
-            )
-        differences = []
-        for episode in self.episode_ranges():
-            steps = np.arange(episode.start, episode.stop)[:, None] + np.arange(self.horizon)
-            steps = np.minimum(steps, episode.stop - 1)
-            differences.append(self._actions[steps] - (state[episode.start : episode.stop, : len(mask)] * mask)[:, None, :])
-        values = np.concatenate(differences)
+        """Of action minus the state at the chunk's start, over the chunks that lie whole in an episode.
+
+        Of a large dataset every n-th chunk is taken. Where no episode is long enough, chunks repeat their last action, as
+        training has it.
+        """
+        starts = self._chunk_starts()
+        stride = -(-len(starts) * self.horizon // _MAX_STATISTICS_ROWS)
+        starts = starts[:: max(stride, 1)]
+        ends = self._reader.episode_starts[self._reader.episode_of(starts) + 1]
+        steps = np.minimum(starts[:, None] + np.arange(self.horizon), ends[:, None] - 1)
+        anchors = np.zeros((len(starts), len(mask)), np.float32)
+        size = min(len(mask), self.states.shape[1])
+        anchors[:, :size] = self.states[starts, :size]
+        values = self.actions[steps] - (anchors * mask)[:, None, :]
         statistics = {}
         offset = 0
         for feature in self.spec.action:
@@ -104,8 +141,17 @@ class Demonstrations:
             offset += size
         return statistics
 
-    def _column(self, name: str) -> npt.NDArray[Any]:
-        return self._reader.columns[name].reshape(self.num_frames, -1)
+    def _chunk_starts(self) -> Indices:
+        whole = [np.arange(r.start, r.stop - self.horizon + 1) for r in self.episode_ranges()]
+        starts = np.concatenate(whole).astype(np.int64)
+        return starts if len(starts) else np.arange(self.num_frames)
+
+    def _episode_of(self, index: int) -> EpisodeRow:
+        return self._reader.episodes[int(self._reader.episode_of(np.array([index]))[0])]
+
+    def _joined(self, names: Sequence[str]) -> npt.NDArray[np.float32]:
+        columns = [self._reader.columns[name].reshape(self.num_frames, -1) for name in names]
+        return np.concatenate([np.zeros((self.num_frames, 0)), *columns], axis=1, dtype=np.float32)
 
 
 class Batches:

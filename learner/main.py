@@ -34,6 +34,7 @@ class Settings(config.Settings):
     store: str = Field(description="host:port of the dataset store")
     weights: str = Field("", description="host:port of the weights service; empty publishes nothing")
     output: Path = Field(description="folder of runs, checkpoints and copied data; shared by all machines of the cluster")
+    checkpoints: Path = Field(Path("checkpoints"), description="folder of the checkpoints that recipes start from")
     address: str = Field("127.0.0.1:50054", description="host:port to listen on; port 0 takes a free one")
     num_workers: int = Field(1, ge=1, description="training workers")
     worker_threads: int = Field(1, ge=1, description="torch threads of a worker")
@@ -74,6 +75,8 @@ async def serve(settings: Settings, cluster: RayCluster) -> None:
             "security": settings.security.model_dump_json(),
             "threads": settings.worker_threads,
             "use_gpu": settings.use_gpu,
+            "checkpoints": str(settings.checkpoints.expanduser().resolve()),
+            "cache": str(output / "cache"),
         },
         max_failures=settings.max_failures,
     )

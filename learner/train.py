@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from dataset_store.sampler import Sampler
 from manyhands.errors import Refused
+from policies import rows
 from policies.policy import Policy
 
 from . import checkpoint, schedule
@@ -69,12 +71,14 @@ def train(
     Raises:
         TrainingDiverged: The loss became infinite or NaN; the checkpoints up to then stay.
     """
+    policy.to(ranks.device)
     model = ranks.wrap(policy.train())
     optimizer = make_optimizer(recipe, policy)
     digest = checkpoint.recipe_digest(recipe, seed)
-    position, averaged = Position(), clone(policy.state_dict())
+    position, averaged = Position(), clone(policy.state_dict()) if recipe.ema_decay else policy.state_dict()
     if (newest := folder.newest_checkpoint()) is not None:
-        position, averaged = checkpoint.load(newest, policy=policy, optimizer=optimizer, digest=digest)
+        position, saved = checkpoint.load(newest, policy=policy, optimizer=optimizer, digest=digest)
+        averaged = saved if recipe.ema_decay else averaged
     if ranks.is_first:
         hooks.started(position.step)
 
@@ -106,29 +110,30 @@ def train(
         inputs = batches.get(
             sampler.batch(samples, rank_batch), sampler.batch(samples + rank_batch * ranks.world_size, rank_batch)
         )
-        progress = schedule.progress(recipe, step=step, elapsed_s=elapsed_s, max_duration_s=max_duration_s)
-        rate = schedule.learning_rate(recipe, step=step, progress=progress)
+        rate = schedule.learning_rate(recipe, step=step, elapsed_s=elapsed_s, max_duration_s=max_duration_s)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         generator = torch.Generator().manual_seed(schedule.step_seed(seed, step, ranks.rank))
         torch.manual_seed(schedule.step_seed(seed, step, ranks.rank))  # For layers that draw by themselves, as dropout.
 
-        loss = model(inputs, generator).total
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.mixed_precision and ranks.on_gpu):
+            losses = model(rows.to_device(inputs, ranks.device), generator)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), recipe.max_grad_norm)
-        loss_value = float(loss.detach())
+        loss_value = float(losses.total.detach())
         if not math.isfinite(loss_value) or not bool(torch.isfinite(norm)):
             raise TrainingDiverged(
                 f"loss is {loss_value} with gradient norm {float(norm)} at step {step}; "
                 f"lower recipe.learning_rate ({rate:.2g} at this step)"
             )
         optimizer.step()
-        average(averaged, policy.state_dict(), schedule.ema_decay(recipe, step))
+        if recipe.ema_decay:
+            average(averaged, policy.state_dict(), schedule.ema_decay(recipe, step))
 
         step += 1
         samples += rank_batch * ranks.world_size
-        meter.add(loss=loss_value, norm=float(norm), rate=rate, samples=rank_batch * ranks.world_size)
+        meter.add(loss=loss_value, terms=losses.terms, norm=float(norm), rate=rate, samples=rank_batch * ranks.world_size)
         if ranks.is_first and step % recipe.report_every_steps == 0:
             hooks.report(step, meter.read(step, reset=True))
 
@@ -139,7 +144,8 @@ def make_optimizer(recipe: Recipe, policy: Policy[Any]) -> torch.optim.Optimizer
         {"params": list(group.parameters), "lr": recipe.learning_rate * group.lr_scale, "lr_scale": group.lr_scale}
         for group in policy.parameter_groups()
     ]
-    return torch.optim.AdamW(groups, betas=recipe.betas, eps=1e-8, weight_decay=recipe.weight_decay)
+    on_gpu = all(parameter.is_cuda for parameter in policy.parameters())
+    return torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay, fused=on_gpu)
 
 
 def clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -161,26 +167,35 @@ class Meter:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._rows: list[tuple[float, float, int]] = []
+        self._terms: dict[str, list[float]] = defaultdict(list)
         self._rate = 0.0
         self._started_s = clock()
         self._last: Metrics = {}
 
-    def add(self, *, loss: float, norm: float, rate: float, samples: int) -> None:
+    def add(self, *, loss: float, terms: Mapping[str, torch.Tensor], norm: float, rate: float, samples: int) -> None:
+        """terms: (B,) each, unweighted, 0 for samples that have no part in it."""
         self._rows.append((loss, norm, samples))
         self._rate = rate
+        for name, values in terms.items():
+            self._terms[name] += [value for value in values.detach().tolist() if value != 0.0]
 
     def read(self, step: int, *, reset: bool = False) -> Metrics:
-        """Of the steps since the last reset, or those before it where there are none."""
+        """Of the steps since the last reset, or those before it where there are none.
+
+        A term's mean is over the samples that have it, so it does not move with how many do.
+        """
         if not self._rows:
             return self._last | {"train/step": float(step)}
         losses, norms, samples = zip(*self._rows, strict=True)
         metrics = {
             "train/step": float(step),
             "train/loss": sum(losses) / len(losses),
+            **{f"train/loss_{name}": sum(values) / len(values) for name, values in self._terms.items() if values},
             "train/grad_norm": sum(norms) / len(norms),
             "train/lr": self._rate,
             "train/samples_per_s": sum(samples) / max(self._clock() - self._started_s, 1e-9),
         }
         if reset:
             self._last, self._rows, self._started_s = metrics, [], self._clock()
+            self._terms.clear()
         return metrics

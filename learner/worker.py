@@ -17,12 +17,13 @@ from manyhands.security import SecuritySettings
 from policies import checkpoint as policy_checkpoint
 from policies.policy import Policy
 
-from .data import Batches, Demonstrations
+from .data import Batches
 from .progress import Point, ProgressWriter
 from .publishing import BackgroundPublisher, Version
 from .ranks import Ranks
 from .recipe import Recipe
 from .run_folder import RunFolder
+from .starting import Places, start
 from .train import Hooks, Metrics, train
 
 logger = logging.getLogger(__name__)
@@ -33,30 +34,38 @@ _LAST_PUBLISH_TIMEOUT_S = 15.0
 
 
 def run_worker(config: Mapping[str, Any]) -> None:
-    """Ray Train's entry: config {"folder": run folder, "weights": address or "", "security": JSON, "threads": int}."""
+    """Ray Train's entry: config {"folder": run folder, "weights": address or "", "security": JSON, "threads": int,
+    "checkpoints" and "cache": folders, see Places}."""
     from ray import train as ray_train
+    from ray.train.torch import get_device
 
     context = ray_train.get_context()
     torch.set_num_threads(config["threads"])
     run(
         RunFolder(Path(config["folder"])),
-        Ranks(rank=context.get_world_rank(), world_size=context.get_world_size()),
+        Ranks(rank=context.get_world_rank(), world_size=context.get_world_size(), device=get_device()),
+        Places(checkpoints=Path(config["checkpoints"]), cache=Path(config["cache"])),
         weights_address=config["weights"],
         security=SecuritySettings.model_validate_json(config["security"]),
     )
 
 
-def run(folder: RunFolder, ranks: Ranks, *, weights_address: str, security: SecuritySettings | None = None) -> None:
+def run(
+    folder: RunFolder, ranks: Ranks, places: Places, *, weights_address: str, security: SecuritySettings | None = None
+) -> None:
     """Trains the run in folder to its end, from its newest checkpoint."""
     definition = folder.read_definition()
     assert definition is not None, f"{folder.path} has no run.json"
     recipe = Recipe.from_json(definition["recipe"])
     seed = int(definition["seed"])
     torch.manual_seed(seed)  # Every rank draws the same first weights.
-    demonstrations, policy = build(Path(definition["snapshot"]), recipe)
-    batches = Batches(demonstrations, policy, max_cached_bytes=recipe.max_cached_bytes)
+    begun = start(Path(definition["snapshot"]), recipe, folder, ranks, places)
+    policy = begun.policy
+    batches = Batches(begun.demonstrations, policy, max_cached_bytes=recipe.max_cached_bytes)
 
     writer = ProgressWriter(folder.progress_path)
+    for note in begun.notes if ranks.is_first else ():
+        writer.write(Point(kind="note", step=0, note=note))
     publisher = None
     if ranks.is_first and weights_address:
         publisher = _publisher(definition, writer, weights_address, security)
@@ -69,7 +78,7 @@ def run(folder: RunFolder, ranks: Ranks, *, weights_address: str, security: Secu
             max_duration_s=float(definition["max_duration_s"]),
             policy=policy,
             batches=batches,
-            num_frames=demonstrations.num_frames,
+            num_frames=begun.demonstrations.num_frames,
             ranks=ranks,
             folder=folder,
             hooks=hooks,
@@ -82,15 +91,6 @@ def run(folder: RunFolder, ranks: Ranks, *, weights_address: str, security: Secu
     finally:
         batches.close()
         writer.close()
-
-
-def build(snapshot: Path, recipe: Recipe) -> tuple[Demonstrations, Policy[Any]]:
-    """The data and a policy with fresh weights (from torch's default generator) and the data's statistics."""
-    probe = Demonstrations(snapshot, horizon=1)
-    policy = policy_checkpoint.build(recipe.policy_type, recipe.policy_config, probe.spec)
-    demonstrations = Demonstrations(snapshot, horizon=policy.horizon)
-    policy.set_statistics(demonstrations.statistics(policy.relative_action_mask()))
-    return demonstrations, policy
 
 
 def _hooks(folder: RunFolder, policy: Policy[Any], writer: ProgressWriter, publisher: BackgroundPublisher | None) -> Hooks:

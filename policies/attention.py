@@ -5,6 +5,8 @@ Shapes: B rows, S tokens, L keys looked at, N query heads, V key heads, H head s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
@@ -55,3 +57,11 @@ def bias(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(B, queries, keys) bool to what is added to scores, (B, 1, queries, keys)."""
     zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return zeros.masked_fill(~allowed, MASKED_BIAS)[:, None]
+
+
+def appended(past: Sequence[KeysValues], made: Sequence[KeysValues]) -> list[KeysValues]:
+    """Per layer, the keys and values of tokens that come after those of past."""
+    return [
+        (torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2))
+        for (past_k, past_v), (k, v) in zip(past, made, strict=True)
+    ]

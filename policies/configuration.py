@@ -53,6 +53,32 @@ class TowerSize:
     head_dim: PositiveInt = 256
 
 
+def check_towers(language: TowerSize, expert: TowerSize) -> None:
+    """InvalidInput names what does not fit together."""
+    for name in ("depth", "heads", "kv_heads", "head_dim"):
+        ours, theirs = getattr(expert, name), getattr(language, name)
+        if ours != theirs:
+            raise InvalidInput(f"is {ours}, must equal language.{name} ({theirs})", field=f"network.expert.{name}")
+    if language.heads % language.kv_heads:
+        raise InvalidInput(
+            f"is {language.heads}, must be a multiple of kv_heads ({language.kv_heads})", field="network.language.heads"
+        )
+    if language.head_dim % 2:
+        raise InvalidInput(f"is {language.head_dim}, must be even for rotary positions", field="network.language.head_dim")
+    if expert.width % 2:
+        raise InvalidInput(f"is {expert.width}, must be even for sines and cosines", field="network.expert.width")
+
+
+def check_vision(vision: VisionSize, height: int, width: int, *, patches_in_cell: int = 1) -> None:
+    """height and width of pictures in pixels; a token is made of patches_in_cell patches to a side."""
+    cell = vision.patch * patches_in_cell
+    for name, pixels in (("image_height", height), ("image_width", width)):
+        if pixels % cell:
+            raise InvalidInput(f"is {pixels}, must be a multiple of {cell}, the pixels of a token", field=f"network.{name}")
+    if vision.width % vision.heads:
+        raise InvalidInput(f"is {vision.heads}, must divide width ({vision.width})", field="network.vision.heads")
+
+
 def parse(adapter: TypeAdapter[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """From the JSON-able form; InvalidInput names the key."""
     try:

@@ -1,7 +1,8 @@
-"""Loading a checkpoint where somebody watches: a progress bar of the bytes in place."""
+"""A checkpoint of either form, ours or lerobot's, with a progress bar of the bytes in place where somebody watches."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,30 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import checkpoint
+from . import checkpoint, lerobot_folder
 from .policy import Policy
+
+logger = logging.getLogger(__name__)
 
 
 def load(folder: Path, device: torch.device | None = None) -> Policy[Any]:
-    """checkpoint.load(), with a bar on standard error where that is a terminal."""
+    """The policy in folder, in evaluation mode; what lerobot's form leaves open is logged.
+
+    Raises:
+        What checkpoint.load() and lerobot_folder.read() raise.
+    """
     console = Console(stderr=True)
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(folder.name, total=total)
-        return checkpoint.load(folder, device, progress=lambda _, num_bytes: bar.advance(task, num_bytes))
+
+        def advance(_: str, num_bytes: int) -> None:
+            bar.advance(task, num_bytes)
+
+        if not lerobot_folder.is_one(folder):
+            return checkpoint.load(folder, device, progress=advance)
+        imported = lerobot_folder.read(folder, device=device, progress=advance)
+    for note in imported.notes:
+        logger.warning("%s: %s", folder, note)
+    return imported.policy

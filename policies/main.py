@@ -23,7 +23,7 @@ from manyhands.knobs import POSITIONAL
 from manyhands.security import SecuritySettings
 from manyhands.spec import Spec
 
-from . import checkpoint, inspection, loading
+from . import checkpoint, inspection, lerobot_folder, loading
 from . import files as policy_files
 from .policy import Policy
 from .registry import POLICIES
@@ -111,8 +111,6 @@ def inspect(settings: Settings) -> None:
 
 def convert(settings: Settings) -> None:
     """Writes the checkpoint in the other form."""
-    from . import lerobot_folder
-
     folder = _folder(settings)
     if settings.output is None:
         raise InvalidInput("is required for convert: the folder to write", field="output")

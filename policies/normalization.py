@@ -35,7 +35,7 @@ class Normalization(enum.Enum):
     QUANTILE10 = "quantile10"
 
 
-_USED = {
+USED = {
     Normalization.MEAN_STD: ("mean", "std"),
     Normalization.MIN_MAX: ("min", "max"),
     Normalization.QUANTILES: ("q01", "q99"),
@@ -64,7 +64,7 @@ class Normalizer(nn.Module):
         """Takes {"mean": (size,), ...}; InvalidInput names what is missing, misshapen or not finite."""
         if self.normalization is Normalization.IDENTITY:
             return
-        for name, buffer in zip(_USED[self.normalization], (self.first, self.second), strict=True):
+        for name, buffer in zip(USED[self.normalization], (self.first, self.second), strict=True):
             if name not in statistics:
                 raise InvalidInput(f"statistics lack {name!r}, which {self.normalization.value} needs", field=field)
             value = np.asarray(statistics[name], dtype=np.float32)
@@ -74,6 +74,16 @@ class Normalizer(nn.Module):
                     field=field,
                 )
             buffer.copy_(torch.from_numpy(value))
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """As set() takes them, on the CPU; {} while it changes nothing."""
+        if self.normalization is Normalization.IDENTITY:
+            return {}
+        usual = Normalizer(self.normalization, len(self.first))
+        found = (self.first.cpu(), self.second.cpu())
+        if torch.equal(found[0], usual.first) and torch.equal(found[1], usual.second):
+            return {}
+        return dict(zip(USED[self.normalization], found, strict=True))
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         if self.normalization is Normalization.IDENTITY:

@@ -19,12 +19,13 @@ from torch.nn import functional
 from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Spec
 
-from . import images, normalization, rows, vectors
+from . import images, normalization, rows, text, vectors
 from . import samples as sample_checks
 from .configuration import TowerSize
 from .files import Files
+from .losses import Term
 from .normalization import Normalization, Normalizer, Statistics
-from .policy import CommittedPrefix, Policy, Sample, TextKind, TextRequest
+from .policy import CommittedPrefix, Losses, Policy, Sample, TextKind, TextRequest
 from .prompt import Prompt, Prompter
 
 PAD_TOKEN = 0
@@ -46,6 +47,8 @@ class PromptedConfig(Protocol):
     @property
     def prompt_length(self) -> int: ...
     @property
+    def max_new_tokens(self) -> int: ...
+    @property
     def num_empty_cameras(self) -> int: ...
     @property
     def state_normalization(self) -> Normalization: ...
@@ -55,7 +58,7 @@ class PromptedConfig(Protocol):
     def byte_prompts(self) -> bool: ...
 
 
-class PromptedNetwork(Protocol):
+class PromptedNetwork(text.TextNetwork[Any], Protocol):
     """The parts that both networks have under one name."""
 
     @property
@@ -192,6 +195,17 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
             prompter.training(sample, row, target) for sample, row, target in zip(samples, normalised, targets, strict=True)
         ]
 
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def loss_weights(self) -> dict[str, float]:
+        """By term: how much of each is in the total."""
+
+    def _weighted(self, terms: Mapping[str, Term]) -> Losses:
+        weights = self.loss_weights()
+        total = torch.stack([weights[name] * term.mean for name, term in terms.items()]).sum()
+        return Losses(total=total, terms={name: term.per_sample for name, term in terms.items()})
+
     # -- acting --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -273,7 +287,9 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         prompt = prompter.asking(samples[0], request, self._normalised(state)[0])
         ids: list[int] = []
         written = ""
-        for token in self._text_tokens(samples, prompt, state, request, device):
+        inputs = self._inputs(samples, [prompt], state, None, len(prompt.tokens), device)
+        generators = [torch.Generator().manual_seed(request.seed)]
+        for token in map(int, text.generate(self.network, self.text_state(inputs), self._decoding(request), generators)):
             ids.append(token)
             # A token may end inside a character; its text comes with the token that completes it.
             whole = prompter.text(ids)
@@ -282,15 +298,19 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
                 written = whole
 
     @abc.abstractmethod
-    def _text_tokens(
-        self,
-        samples: Sequence[Sample],
-        prompt: Prompt,
-        state: torch.Tensor,
-        request: TextRequest,
-        device: torch.device,
-    ) -> Iterator[int]:
-        """The answer to one sample's prompt, the end token included. state: (1, S) in the robot's units."""
+    def text_state(self, inputs: InputsT) -> Any:
+        """The prefix that text follows, with hidden states; as the network's text_step takes it."""
+
+    def _decoding(self, request: TextRequest) -> text.Decoding:
+        prompter = self._prompter()
+        return text.Decoding(
+            max_new_tokens=request.max_new_tokens or self.config.max_new_tokens,
+            min_new_tokens=request.min_new_tokens,
+            end_token=prompter.eos_token,
+            special_tokens=prompter.special_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+        )
 
     # -- for people ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
+from torch.nn import functional
 
 InputsT = TypeVar("InputsT")
 
@@ -25,12 +26,18 @@ def select(inputs: InputsT, rows: torch.Tensor | slice) -> InputsT:
 
 
 def join(parts: Sequence[InputsT]) -> InputsT:
-    """The rows of all parts, one after the other. A field is a tensor in all parts or in none."""
+    """The rows of all parts, one after the other. A field is a tensor in all parts or in none.
+
+    Token fields may differ in width, (B, L): they are as wide as the widest part, and what is added is 0, padding.
+    """
 
     def joined(name: str) -> torch.Tensor | None:
         values = [getattr(part, name) for part in parts]
         if all(value is None for value in values):
             return None
+        if values[0].dim() == 2:
+            width = max(value.shape[1] for value in values)
+            values = [functional.pad(value, (0, width - value.shape[1])) for value in values]
         return torch.cat(values)
 
     return _map(parts[0], joined)

@@ -1,4 +1,4 @@
-"""Learning rates and optimiser settings that the published policies were trained with."""
+"""Learning rates of a run by step, and what the published policies were trained with."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ class Schedule:
         if step < warmup:
             first = 1.0 / (warmup + 1)
             return first + (1.0 - first) * step / warmup
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(step, decay) / decay))
-        return (1.0 - self.final_share) * cosine + self.final_share
+        return self.decayed(min(step, decay) / decay)
+
+    def decayed(self, share: float) -> float:
+        """The cosine alone, at share 0 to 1 of its way."""
+        return (1.0 - self.final_share) * 0.5 * (1.0 + math.cos(math.pi * share)) + self.final_share
 
 
 @dataclass(frozen=True, kw_only=True)

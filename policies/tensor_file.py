@@ -12,7 +12,7 @@ import torch
 from manyhands.errors import Corrupt, NotFound
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024
-_CHECKED_AT_ONCE = 1 << 24
+_CHECKED_AT_ONCE = 1 << 22
 
 
 class TensorFile(Mapping[str, torch.Tensor]):

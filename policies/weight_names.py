@@ -11,6 +11,8 @@ from torch import nn
 
 from manyhands.errors import Corrupt
 
+from .tensor_file import is_finite
+
 # Ours to transformers', inside a layer.
 TOWER_LAYER = {
     "q": "self_attn.q_proj",
@@ -35,7 +37,6 @@ VISION_LAYER = {
 }
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_CHECKED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,23 +110,23 @@ def place(
         network: On any device; its parameters are replaced.
         tensors: By key of the file.
         device: Where they go; None: where they are.
-        progress: Called with each key and the bytes it took in its place.
+        progress: Called with each key and the bytes it has in the file.
     """
     places = dict(network.named_parameters())
     state: dict[str, torch.Tensor] = {}
     taken: set[str] = set()
-    for name, key in fitted.source.items():
+    # The largest first: what a tensor needs for a moment in its old precision is then small beside what is in place already.
+    for name, key in sorted(fitted.source.items(), key=lambda item: -places[item[0]].numel()):
         tensor, at = tensors[key], places[name]
         if tensor.shape != at.shape:
             raise Corrupt(f"tensor {key!r} is {tuple(tensor.shape)}, the model has {tuple(at.shape)}", field=key)
         placed = tensor.to(device=device, dtype=at.dtype, copy=key in taken)
-        # In parts: the check makes copies, and a vocabulary's table is large.
-        if not all(bool(part.isfinite().all()) for part in torch.split(placed.flatten(), _CHECKED_AT_ONCE)):
+        if not is_finite(placed):
             raise Corrupt(f"tensor {key!r} holds numbers that are not finite", field=key)
         state[name] = placed
         taken.add(key)
         if progress is not None:
-            progress(key, placed.numel() * placed.element_size())
+            progress(key, tensor.numel() * tensor.element_size())
     network.load_state_dict(state, strict=True, assign=True)
 
 

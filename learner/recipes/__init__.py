@@ -11,6 +11,12 @@ from ..recipe import Recipe
 RECIPES: dict[str, str] = {
     "flow_metaworld": "learner.recipes.flow_metaworld",
     "flow_smoke": "learner.recipes.flow_smoke",
+    "pi05": "learner.recipes.pi05",
+    "pi052": "learner.recipes.pi052",
+    "pi052_smoke": "learner.recipes.pi052_smoke",
+    "smolvla": "learner.recipes.smolvla",
+    "smolvla2": "learner.recipes.smolvla2",
+    "smolvla2_smoke": "learner.recipes.smolvla2_smoke",
 }
 
 

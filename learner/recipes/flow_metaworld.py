@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from policies.schedule import Schedule
+
 from ..recipe import Recipe
 
 
@@ -11,6 +13,7 @@ def recipe() -> Recipe:
         policy_config={},
         batch_size=128,
         learning_rate=1e-3,
+        schedule=Schedule(warmup_steps=100, decay_steps=8000, final_share=0.05),
         weight_decay=1e-4,
         ema_decay=0.995,
         max_steps=8000,

@@ -60,22 +60,8 @@ class NetworkConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("depth", "heads", "kv_heads", "head_dim"):
-            ours, theirs = getattr(self.expert, name), getattr(self.language, name)
-            if ours != theirs:
-                raise InvalidInput(f"is {ours}, must equal language.{name} ({theirs})", field=f"network.expert.{name}")
-        for name in ("image_height", "image_width"):
-            if getattr(self, name) % self.vision.patch:
-                raise InvalidInput(
-                    f"is {getattr(self, name)}, must be a multiple of the patch ({self.vision.patch})",
-                    field=f"network.{name}",
-                )
-        if self.vision.width % self.vision.heads:
-            raise InvalidInput(f"must divide width ({self.vision.width})", field="network.vision.heads")
-        if self.language.heads % self.language.kv_heads:
-            raise InvalidInput(f"must be a multiple of kv_heads ({self.language.kv_heads})", field="network.language.heads")
-        if self.expert.width % 2:
-            raise InvalidInput(f"is {self.expert.width}, must be even for sines and cosines", field="network.expert.width")
+        configuration.check_vision(self.vision, self.image_height, self.image_width)
+        configuration.check_towers(self.language, self.expert)
 
     @property
     def num_patches(self) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..attention import KeysValues
+from ..attention import KeysValues, appended
 from ..configuration import Precision
 from ..flow_matching import embed_time
 from ..siglip import Siglip
@@ -226,10 +226,7 @@ class Pi052Network(nn.Module):
             masks.bias(valid[:, None], embedded.dtype),
             past=state.keys_values,
         )
-        keys_values = [
-            (torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2))
-            for (past_k, past_v), (k, v) in zip(state.keys_values, made, strict=True)
-        ]
+        keys_values = appended(state.keys_values, made)
         visible = torch.cat([state.visible, torch.ones_like(state.visible[:, :1])], dim=1)
         following = PrefixState(keys_values=keys_values, valid=valid, visible=visible, hidden=hidden)
         return self.text_logits(hidden[:, 0]), following

@@ -6,7 +6,7 @@ Shapes: B rows, I cameras, L prompt tokens, F FAST tokens, T horizon, A action s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from . import config as configs
 from . import flow, sampling
 from .config import ChunkMode, Pi052Config
 from .gemma import GemmaLayer
-from .model import Pi052Network, PrefixState
+from .model import Pi052Network, Prefix, PrefixState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,27 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
         )
         return rows.to_device(inputs, device)
 
+    # -- the prefix ----------------------------------------------------------------------------------------------------
+
+    def embed_prefix(self, inputs: Pi052Inputs, *, fast: bool) -> Prefix:
+        """fast: With the FAST tokens."""
+        marks = inputs.token_marks
+        if inputs.labels is not None:
+            marks = inputs.labels != losses.IGNORED_LABEL
+        return self.network.embed_prefix(
+            self.network.encode_pictures(inputs.pictures),
+            inputs.picture_valid,
+            inputs.tokens,
+            inputs.token_valid,
+            token_marks=marks,
+            fast_tokens=inputs.fast_tokens if fast else None,
+            fast_valid=inputs.fast_valid if fast else None,
+        )
+
+    def prefix_state(self, inputs: Pi052Inputs, *, hidden: bool, fast: bool = False) -> PrefixState:
+        """Vision and language tower over the inputs."""
+        return self.network.run_prefix(self.embed_prefix(inputs, fast=fast), hidden=hidden)
+
     # -- training ------------------------------------------------------------------------------------------------------
 
     def loss(self, inputs: Pi052Inputs, generator: torch.Generator) -> Losses:
@@ -175,10 +196,7 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
 
     def loss_of(self, inputs: Pi052Inputs, draws: flow.Draws) -> Losses:
         """loss() with the draws given."""
-        terms = self.loss_terms(inputs, draws)
-        weights = self.loss_weights()
-        total = torch.stack([weights[name] * term.mean for name, term in terms.items()]).sum()
-        return Losses(total=total, terms={name: term.per_sample for name, term in terms.items()})
+        return self._weighted(self.loss_terms(inputs, draws))
 
     def loss_terms(self, inputs: Pi052Inputs, draws: flow.Draws) -> dict[str, losses.Term]:
         """Those of flow, text and fast that the inputs and the configuration ask for.
@@ -220,24 +238,7 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
         return terms
 
     def loss_weights(self) -> dict[str, float]:
-        """By term: how much of each is in the total."""
         return {"flow": self.config.flow_weight, "text": self.config.text_weight, "fast": self.config.fast_weight}
-
-    def prefix_state(self, inputs: Pi052Inputs, *, hidden: bool, fast: bool = False) -> PrefixState:
-        """Vision and language tower over the inputs; fast: their FAST tokens too."""
-        marks = inputs.token_marks
-        if inputs.labels is not None:
-            marks = inputs.labels != losses.IGNORED_LABEL
-        prefix = self.network.embed_prefix(
-            self.network.encode_pictures(inputs.pictures),
-            inputs.picture_valid,
-            inputs.tokens,
-            inputs.token_valid,
-            token_marks=marks,
-            fast_tokens=inputs.fast_tokens if fast else None,
-            fast_valid=inputs.fast_valid if fast else None,
-        )
-        return self.network.run_prefix(prefix, hidden=hidden)
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
@@ -261,29 +262,15 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def _text_tokens(
-        self,
-        samples: Sequence[Sample],
-        prompt: Prompt,
-        state: torch.Tensor,
-        request: TextRequest,
-        device: torch.device,
-    ) -> Iterator[int]:
-        prompter = self._prompter()
-        prefix = self.prefix_state(self._inputs(samples, [prompt], state, None, len(prompt.tokens), device), hidden=True)
-        rules = text.Decoding(
-            max_new_tokens=request.max_new_tokens or self.config.max_new_tokens,
-            min_new_tokens=request.min_new_tokens,
-            end_token=prompter.eos_token,
-            special_tokens=prompter.special_tokens,
+    def text_state(self, inputs: Pi052Inputs) -> PrefixState:
+        return self.prefix_state(inputs, hidden=True)
+
+    def _decoding(self, request: TextRequest) -> text.Decoding:
+        return replace(
+            super()._decoding(request),
             suppress_locations=request.kind is not TextKind.VISUAL_QUESTION,
             fast_skip_tokens=self.config.fast_skip_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
         )
-        generators = [torch.Generator().manual_seed(request.seed)]
-        for token in text.generate(self.network, prefix, rules, generators):
-            yield int(token)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 

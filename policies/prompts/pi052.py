@@ -10,7 +10,6 @@ pi05 has one form: "Task: put the cube in the bin, State: 12 240 131;", a line e
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +28,10 @@ from ..recipes.recipe import Recipe
 from ..recipes.render import Message, Messages, PromptDropout
 from ..samples import check_text
 from . import messages as conversations
+from .length import LengthLimit
 from .locations import LOCATION_TOKENS, from_json
 from .messages import spoken_text, state_bins
 from .tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 BOS, EOS = "<bos>", "<eos>"
 _SPECIAL = ("<pad>", EOS, BOS, "<unk>")
@@ -89,14 +87,14 @@ class Pi052Prompter:
         lowest = tokenizer.vocabulary - options.fast_skip_tokens - (fast.config.vocab_size if fast else 0)
         if lowest <= 0:
             raise InvalidInput(f"leaves no room for FAST codes in {tokenizer.vocabulary} tokens", field="fast_skip_tokens")
-        self._has_cut = False
+        self._length = LengthLimit(options.prompt_length)
 
     def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
         """state (S,) and actions (T, R), both normalised."""
         options = self._options
         messages, predicts = conversations.training(sample, options.recipe, options.dropout, vary_task=options.vary_task)
         tokens, is_target = self.write(messages, state if predicts else None)
-        tokens, is_target = self._cut(tokens), is_target[: options.prompt_length]
+        tokens, is_target = self._length.cut(tokens), is_target[: options.prompt_length]
         fast_tokens = fast_is_code = None
         if self._fast is not None:
             fast_tokens, fast_is_code = self.wrap_codes(self._fast.encode(actions))
@@ -117,14 +115,14 @@ class Pi052Prompter:
         subtask = (sample.annotations or {}).get(SUBTASK) if self._options.joint else None
         if subtask is None or not check_text(subtask, f"annotations.{SUBTASK}").strip():
             tokens, _ = self.write(conversations.acting(sample.task), state)
-            return Prompt(tokens=self._checked(tokens))
+            return Prompt(tokens=self._length.checked(tokens))
         tokens, marks = self.write(conversations.acting_jointly(sample.task, subtask), state)
-        return Prompt(tokens=self._checked(tokens), marks=marks)
+        return Prompt(tokens=self._length.checked(tokens), marks=marks)
 
     def asking(self, sample: Sample, request: TextRequest, state: npt.NDArray[np.float32]) -> Prompt:
         sees_state = self._options.joint and request.kind is TextKind.SUBTASK
         tokens, _ = self.write(conversations.asking(sample.task, request), state if sees_state else None, ask=True)
-        return Prompt(tokens=self._checked(tokens))
+        return Prompt(tokens=self._length.checked(tokens))
 
     def text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens).lstrip()
@@ -181,29 +179,15 @@ class Pi052Prompter:
         located = from_json(message.content) if message.is_target and isinstance(message.content, str) else None
         return spoken_text(message if located is None else replace(message, content=located))
 
-    def _cut(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        length = self._options.prompt_length
-        if len(tokens) > length and not self._has_cut:
-            self._has_cut = True
-            logger.warning("a prompt of %d tokens is cut to prompt_length, %d; so will be others", len(tokens), length)
-        return tokens[:length]
-
-    def _checked(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """What acts must not lose its end: that is where the state stands."""
-        length = self._options.prompt_length
-        if len(tokens) > length:
-            raise InvalidInput(f"makes a prompt of {len(tokens)} tokens, the limit is {length}; shorten it", field="task")
-        return tokens
-
 
 class Pi05Prompter(Pi052Prompter):
     """One form for everything; it has no text to ask for."""
 
     def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
-        return Prompt(tokens=self._cut(self._tokens(sample, state)))
+        return Prompt(tokens=self._length.cut(self._tokens(sample, state)))
 
     def acting(self, sample: Sample, state: npt.NDArray[np.float32]) -> Prompt:
-        return Prompt(tokens=self._checked(self._tokens(sample, state)))
+        return Prompt(tokens=self._length.checked(self._tokens(sample, state)))
 
     def _tokens(self, sample: Sample, state: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         task = sample.task.strip().replace("_", " ").replace("\n", " ")

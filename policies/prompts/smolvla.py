@@ -9,14 +9,11 @@ SmolVLA reads the task and a line end. SmolVLA2 writes SmolVLM's chat format:
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-
-from manyhands.errors import InvalidInput
 
 from ..losses import IGNORED_LABEL
 from ..policy import Sample, TextRequest
@@ -24,10 +21,9 @@ from ..prompt import Prompt
 from ..recipes.recipe import Recipe
 from ..recipes.render import Messages, PromptDropout
 from . import messages as conversations
+from .length import LengthLimit
 from .messages import spoken_text
 from .tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 START, END_OF_UTTERANCE, PAD = "<|im_start|>", "<end_of_utterance>", "<|im_end|>"
 _SPECIAL = ("<|endoftext|>", START, PAD, "<global-img>", "<fake_token_around_image>", "<image>", END_OF_UTTERANCE)
@@ -55,7 +51,7 @@ class SmolVLA2Prompter:
     def __init__(self, tokenizer: Tokenizer, options: SmolVLA2PromptOptions) -> None:
         self._tokenizer = tokenizer
         self._options = options
-        self._has_cut = False
+        self._length = LengthLimit(options.prompt_length)
         self.eos_token = tokenizer.id_of(END_OF_UTTERANCE)
         self.pad_token = tokenizer.id_of(PAD)
         self.special_tokens: Sequence[int] = tuple(tokenizer.id_of(token) for token in _SPECIAL)
@@ -64,7 +60,7 @@ class SmolVLA2Prompter:
         options = self._options
         messages, predicts = conversations.training(sample, options.recipe, options.dropout, vary_task=options.vary_task)
         tokens, is_target = self.write(messages)
-        tokens, is_target = self._cut(tokens), is_target[: options.prompt_length]
+        tokens, is_target = self._length.cut(tokens), is_target[: options.prompt_length]
         return Prompt(
             tokens=tokens,
             labels=np.where(is_target, tokens, IGNORED_LABEL),
@@ -72,10 +68,10 @@ class SmolVLA2Prompter:
         )
 
     def acting(self, sample: Sample, state: npt.NDArray[np.float32]) -> Prompt:
-        return Prompt(tokens=self._checked(self.write(conversations.acting(sample.task))[0]))
+        return Prompt(tokens=self._length.checked(self.write(conversations.acting(sample.task))[0]))
 
     def asking(self, sample: Sample, request: TextRequest, state: npt.NDArray[np.float32]) -> Prompt:
-        return Prompt(tokens=self._checked(self.write(conversations.asking(sample.task, request), ask=True)[0]))
+        return Prompt(tokens=self._length.checked(self.write(conversations.asking(sample.task, request), ask=True)[0]))
 
     def text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens).lstrip()
@@ -93,28 +89,15 @@ class SmolVLA2Prompter:
                 is_target[first:behind] = True
         return tokens, is_target
 
-    def _cut(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        length = self._options.prompt_length
-        if len(tokens) > length and not self._has_cut:
-            self._has_cut = True
-            logger.warning("a prompt of %d tokens is cut to prompt_length, %d; so will be others", len(tokens), length)
-        return tokens[:length]
-
-    def _checked(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        length = self._options.prompt_length
-        if len(tokens) > length:
-            raise InvalidInput(f"makes a prompt of {len(tokens)} tokens, the limit is {length}; shorten it", field="task")
-        return tokens
-
 
 class SmolVLAPrompter(SmolVLA2Prompter):
     """The task alone; it has no text to ask for."""
 
     def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
-        return Prompt(tokens=self._cut(self._tokens(sample)))
+        return Prompt(tokens=self._length.cut(self._tokens(sample)))
 
     def acting(self, sample: Sample, state: npt.NDArray[np.float32]) -> Prompt:
-        return Prompt(tokens=self._checked(self._tokens(sample)))
+        return Prompt(tokens=self._length.checked(self._tokens(sample)))
 
     def _tokens(self, sample: Sample) -> npt.NDArray[np.int64]:
         text = sample.task if sample.task.endswith("\n") else f"{sample.task}\n"

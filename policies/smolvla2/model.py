@@ -238,10 +238,7 @@ class SmolVLA2Network(nn.Module):
             attention.bias(valid[:, None], embedded.dtype),
             past=state.keys_values,
         )
-        keys_values = [
-            (torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2))
-            for (past_k, past_v), (k, v) in zip(state.keys_values, made, strict=True)
-        ]
+        keys_values = attention.appended(state.keys_values, made)
         return self.text_logits(hidden[:, 0]), PrefixState(keys_values=keys_values, valid=valid, hidden=hidden)
 
     # -- precision -----------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from torch import nn
 from manyhands.errors import InvalidInput
 from manyhands.spec import Spec
 
-from .. import flow_matching, images, losses, rows, text, vectors
+from .. import flow_matching, images, losses, rows, vectors
 from .. import samples as sample_checks
 from ..byte_prompts import BytePrompter
 from ..files import Files
-from ..policy import CommittedPrefix, Losses, Sample, TextRequest
+from ..policy import CommittedPrefix, Losses, Sample
 from ..prompt import Prompt, Prompter
 from ..prompted import PAD_TOKEN, PromptedPolicy, ones_like, padded
 from ..prompts.settings import smolvla_prompter
@@ -119,6 +119,28 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
         )
         return rows.to_device(inputs, device)
 
+    # -- the prefix ----------------------------------------------------------------------------------------------------
+
+    def embed_prefix(self, inputs: SmolVLA2Inputs, state: torch.Tensor | None) -> Prefix:
+        """state: (B, S) normalised; None for text, whose prefix ends with the language."""
+        return self.network.embed_prefix(
+            self.network.encode_pictures(inputs.pictures),
+            inputs.picture_valid,
+            inputs.tokens,
+            inputs.token_valid,
+            state,
+            token_marks=None if inputs.labels is None else inputs.labels != losses.IGNORED_LABEL,
+        )
+
+    def action_state(self, inputs: SmolVLA2Inputs) -> PrefixState:
+        """The prefix that actions follow."""
+        prefix = self.embed_prefix(inputs, self.state_normalizer.normalize(inputs.state))
+        return self.network.run_prefix(prefix, hidden=False)
+
+    def text_state(self, inputs: SmolVLA2Inputs) -> PrefixState:
+        """The robot's state is not in it."""
+        return self.network.run_prefix(self.embed_prefix(inputs, None), hidden=True)
+
     # -- training ------------------------------------------------------------------------------------------------------
 
     def loss(self, inputs: SmolVLA2Inputs, generator: torch.Generator) -> Losses:
@@ -129,10 +151,7 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
 
     def loss_of(self, inputs: SmolVLA2Inputs, noise: torch.Tensor, time: torch.Tensor) -> Losses:
         """loss() with what is drawn given: noise (B, T, A) and times (B,)."""
-        terms = self.loss_terms(inputs, noise, time)
-        weights = self.loss_weights()
-        total = torch.stack([weights[name] * term.mean for name, term in terms.items()]).sum()
-        return Losses(total=total, terms={name: term.per_sample for name, term in terms.items()})
+        return self._weighted(self.loss_terms(inputs, noise, time))
 
     def loss_terms(self, inputs: SmolVLA2Inputs, noise: torch.Tensor, time: torch.Tensor) -> dict[str, losses.Term]:
         """Those of flow and text that the inputs and the configuration ask for.
@@ -163,7 +182,6 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
         return terms
 
     def loss_weights(self) -> dict[str, float]:
-        """By term: how much of each is in the total."""
         return {"flow": self.config.flow_weight, "text": self.config.text_weight}
 
     def squared_errors(
@@ -185,28 +203,6 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
                 counted = ~inputs.is_pad[:, None]
         return losses.flow_term(errors[:, None], predicts, action_size=self.robot_action_size, counted=counted)
 
-    # -- the prefix ----------------------------------------------------------------------------------------------------
-
-    def embed_prefix(self, inputs: SmolVLA2Inputs, state: torch.Tensor | None) -> Prefix:
-        """state: (B, S) normalised; None for text, whose prefix ends with the language."""
-        return self.network.embed_prefix(
-            self.network.encode_pictures(inputs.pictures),
-            inputs.picture_valid,
-            inputs.tokens,
-            inputs.token_valid,
-            state,
-            token_marks=None if inputs.labels is None else inputs.labels != losses.IGNORED_LABEL,
-        )
-
-    def action_state(self, inputs: SmolVLA2Inputs) -> PrefixState:
-        """The prefix that actions follow."""
-        prefix = self.embed_prefix(inputs, self.state_normalizer.normalize(inputs.state))
-        return self.network.run_prefix(prefix, hidden=False)
-
-    def text_state(self, inputs: SmolVLA2Inputs) -> PrefixState:
-        """The prefix that text follows."""
-        return self.network.run_prefix(self.embed_prefix(inputs, None), hidden=True)
-
     # -- acting --------------------------------------------------------------------------------------------------------
 
     def _act_one(
@@ -221,30 +217,6 @@ class SmolVLA2Policy(PromptedPolicy[SmolVLA2Inputs, SmolVLA2Config]):
             schedule=self.config.prefix_schedule,
             max_guidance_weight=self.config.max_guidance_weight,
         )
-
-    # -- text ----------------------------------------------------------------------------------------------------------
-
-    def _text_tokens(
-        self,
-        samples: Sequence[Sample],
-        prompt: Prompt,
-        state: torch.Tensor,
-        request: TextRequest,
-        device: torch.device,
-    ) -> Iterator[int]:
-        prompter = self._prompter()
-        prefix = self.text_state(self._inputs(samples, [prompt], state, None, len(prompt.tokens), device))
-        rules = text.Decoding(
-            max_new_tokens=request.max_new_tokens or self.config.max_new_tokens,
-            min_new_tokens=request.min_new_tokens,
-            end_token=prompter.eos_token,
-            special_tokens=prompter.special_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-        )
-        generators = [torch.Generator().manual_seed(request.seed)]
-        for token in text.generate(self.network, prefix, rules, generators):
-            yield int(token)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 

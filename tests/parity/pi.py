@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from manyhands.spec import Feature, FeatureKind, Spec
-from policies import images, losses, text
+from policies import images, text
 from policies.normalization import Normalization
 from policies.pi052 import checkpoint_keys, flow, sampling
 from policies.pi052 import model as pi052_model
@@ -126,19 +126,6 @@ def acting(inputs: Pi052Inputs) -> Pi052Inputs:
     return replace(inputs, labels=None, predicts=None, fast_tokens=None, fast_valid=None, fast_is_code=None, actions=None)
 
 
-def embed_prefix(policy: Pi052Policy, inputs: Pi052Inputs, *, fast: bool) -> pi052_model.Prefix:
-    marks = None if inputs.labels is None else inputs.labels != losses.IGNORED_LABEL
-    return policy.network.embed_prefix(
-        policy.network.encode_pictures(inputs.pictures),
-        inputs.picture_valid,
-        inputs.tokens,
-        inputs.token_valid,
-        token_marks=marks,
-        fast_tokens=inputs.fast_tokens if fast else None,
-        fast_valid=inputs.fast_valid if fast else None,
-    )
-
-
 def draws_of(golden: Golden, repeats: int) -> flow.Draws:
     rows = repeats * golden["in.action"].shape[0]
     return flow.Draws(noise=golden["in.noise"][:rows], time=golden["in.time"][:rows])
@@ -165,7 +152,7 @@ def measure_pictures(golden: Golden) -> Errors:
 def measure_prefix(policy: Pi052Policy, golden: Golden, case: str = "") -> Errors:
     """case: "all." and so on of pi05; "" of pi052. Masks count as 0 or 1."""
     without = missing_camera(golden, case.removesuffix(".")) if case else None
-    prefix = embed_prefix(policy, inputs_of(golden, without=without), fast=golden.policy == "pi052")
+    prefix = policy.embed_prefix(inputs_of(golden, without=without), fast=golden.policy == "pi052")
     return {
         "embeddings": relative_error(prefix.embeddings, golden[f"{case}prefix.emb"]),
         "valid": float(not torch.equal(prefix.valid, golden[f"{case}prefix.pad"])),

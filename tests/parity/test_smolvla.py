@@ -131,11 +131,11 @@ def test_padding_of_the_prefix_changes_nothing(smolvla_golden: Golden) -> None:
 
 
 @torch.no_grad()
-def test_special_tokens_stand_around_each_picture(smolvla: SmolVLA2Policy, smolvla_golden: Golden) -> None:
+def test_special_tokens_stand_around_each_picture(smolvla_golden: Golden) -> None:
     golden = smolvla_golden
-    special = smol.build(golden, network_image_special_tokens=True)
     inputs = smol.acting(smol.inputs_of(golden, "masked0"))
-    plain, marked = (policy.embed_prefix(inputs, inputs.state) for policy in (smolvla, special))
+    built = [smol.build(golden, network_image_special_tokens=on, network_prefix_length=0) for on in (False, True)]
+    plain, marked = (policy.embed_prefix(inputs, inputs.state) for policy in built)
     table = golden.weights["model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"]
     cameras = inputs.pictures.shape[1]
     tokens = (plain.embeddings.shape[1] - inputs.tokens.shape[1] - 1) // cameras

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
-from policies import attention, flow_matching, images, losses, rtc, siglip, text
+from policies import attention, flow_matching, images, losses, siglip
 from policies.smolvla2 import connector, llama, masks
 from policies.smolvla2 import model as smol_model
 from policies.smolvla2.policy import SmolVLA2Policy
 
-from . import pi, smol
+from . import mutations, smol
 from .golden import Golden
-
-Patch = pytest.MonkeyPatch
-Measured = tuple[pi.Errors, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mistake:
-    """make changes the implementation; found measures, with the limit that the real tests use."""
-
-    name: str
-    make: Callable[[Patch], None]
-    found: Callable[[Golden, Golden], Measured]
+from .mutations import Measured, Mistake, Patch
 
 
 def _pictures(smolvla: Golden, _: Golden) -> Measured:
@@ -82,9 +73,9 @@ def _gradients(_: Golden, smolvla2: Golden) -> Measured:
 
 def _text(_: Golden, smolvla2: Golden) -> Measured:
     policy = smol.build(smolvla2)
-    # The first case that differs is enough.
-    wrong = (float(smol.generated_ids(policy, smolvla2, case) != case["ids"]) for case in smolvla2.meta["select"])
-    return {"ids": next(filter(None, wrong), 0.0)}, 0.0
+    return mutations.first_wrong(
+        lambda case: smol.generated_ids(policy, smolvla2, case) != case["ids"], smolvla2.meta["select"]
+    )
 
 
 # -- the mistakes ------------------------------------------------------------------------------------------------------
@@ -97,11 +88,6 @@ def _pad_centred(patch: Patch) -> None:
         return real(picture, height, width, **(arguments | {"padding": images.Padding.CENTRED}))
 
     patch.setattr(images, "prepare", prepare)
-
-
-def _exact_gelu(patch: Patch) -> None:
-    real = functional.gelu
-    patch.setattr(functional, "gelu", lambda x, approximate="none": real(x))
 
 
 def _vision_eps(patch: Patch) -> None:
@@ -166,28 +152,34 @@ def _state_before_text(patch: Patch) -> None:
 
     def embed(self: smol_model.SmolVLA2Network, *arguments: Any, **named: Any) -> smol_model.Prefix:
         prefix = real(self, *arguments, **named)
-        begin, length = prefix.language.start, prefix.valid.shape[1]
-        order = torch.tensor([*range(begin), length - 1, *range(begin, length - 1)])
+        begin, state, length = prefix.language.start, prefix.language.stop, prefix.valid.shape[1]
+        order = torch.tensor([*range(begin), state, *range(begin, state), *range(state + 1, length)])
         return replace(
             prefix,
             embeddings=prefix.embeddings[:, order],
             valid=prefix.valid[:, order],
             marks=prefix.marks[:, order],
-            language=slice(begin + 1, length),
+            language=slice(begin + 1, state + 1),
         )
 
     patch.setattr(smol_model.SmolVLA2Network, "embed_prefix", embed)
 
 
+def _unmarked(patch: Patch, where: Callable[[smol_model.Prefix], slice]) -> None:
+    """Tokens that open no block of attention, though they should."""
+    real = smol_model.SmolVLA2Network.embed_prefix
+
+    def embed(self: smol_model.SmolVLA2Network, *arguments: Any, **named: Any) -> smol_model.Prefix:
+        prefix = real(self, *arguments, **named)
+        marks = prefix.marks.clone()
+        marks[:, where(prefix)] = False
+        return replace(prefix, marks=marks)
+
+    patch.setattr(smol_model.SmolVLA2Network, "embed_prefix", embed)
+
+
 def _state_not_marked(patch: Patch) -> None:
-    real = attention.prefix_attention
-
-    def allowed(valid: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-        marks = marks.clone()
-        marks[:, -1] = False
-        return real(valid, marks)
-
-    patch.setattr(attention, "prefix_attention", allowed)
+    _unmarked(patch, lambda prefix: slice(prefix.language.stop, None))
 
 
 def _state_forgotten(patch: Patch) -> None:
@@ -288,11 +280,11 @@ def _masked_camera_seen(patch: Patch) -> None:
     patch.setattr(smol_model.SmolVLA2Network, "_picture_token_valid", valid)
 
 
-def _missing_cameras_appended(patch: Patch) -> None:
+def _only_so_many_appended(patch: Patch, count: int) -> None:
     real = images.prepare_cameras
 
     def prepare(*arguments: Any, **named: Any) -> images.Pictures:
-        return real(*arguments, **(named | {"max_missing": None}))
+        return real(*arguments, **(named | {"max_missing": count}))
 
     patch.setattr(images, "prepare_cameras", prepare)
 
@@ -316,23 +308,9 @@ def _time_of_next_step(patch: Patch) -> None:
     patch.setattr(smol_model.SmolVLA2Network, "expert_step", lambda self, seen, x, time: real(self, seen, x, time - 0.05))
 
 
-def _delay_ignored(patch: Patch) -> None:
-    real = rtc.prefix_weights
-
-    def weights(schedule: rtc.PrefixSchedule, **arguments: Any) -> torch.Tensor:
-        return real(schedule, **(arguments | {"delay_steps": torch.zeros_like(arguments["delay_steps"])}))
-
-    patch.setattr(rtc, "prefix_weights", weights)
-
-
 def _padded_steps_counted(patch: Patch) -> None:
     real = losses.flow_term
     patch.setattr(losses, "flow_term", lambda *args, **named: real(*args, **(named | {"counted": None})))
-
-
-def _padded_numbers_counted(patch: Patch) -> None:
-    real = losses.flow_term
-    patch.setattr(losses, "flow_term", lambda *args, **named: real(*args, **(named | {"action_size": 32})))
 
 
 def _padded_steps_divided_out(patch: Patch) -> None:
@@ -345,33 +323,24 @@ def _padded_steps_divided_out(patch: Patch) -> None:
     patch.setattr(SmolVLA2Policy, "_flow_term", flow_term)
 
 
-def _flow_of_all_samples(patch: Patch) -> None:
-    real = losses.flow_term
-    patch.setattr(losses, "flow_term", lambda e, predicts, **named: real(e, torch.ones_like(predicts), **named))
-
-
 def _targets_not_causal(patch: Patch) -> None:
-    real = attention.prefix_attention
-
-    def allowed(valid: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-        only_state = torch.zeros_like(marks)
-        only_state[:, -1] = marks[:, -1]
-        return real(valid, only_state)
-
-    patch.setattr(attention, "prefix_attention", allowed)
+    _unmarked(patch, lambda prefix: prefix.language)
 
 
-def _labels_not_shifted(patch: Patch) -> None:
-    def targets(labels: torch.Tensor) -> losses.Targets:
-        row, position = (labels != losses.IGNORED_LABEL).nonzero(as_tuple=True)
-        return losses.Targets(row=row, position=position, token=labels[row, position], num_rows=labels.shape[0])
+def _targets_hidden_from_actions(patch: Patch) -> None:
+    """Not seen, but counted."""
+    real_embed, real_seen = smol_model.SmolVLA2Network.embed_prefix, masks.prefix_to_actions
+    targets: list[torch.Tensor] = []
 
-    patch.setattr(losses, "text_targets", targets)
+    def embed(self: smol_model.SmolVLA2Network, *arguments: Any, **named: Any) -> smol_model.Prefix:
+        prefix = real_embed(self, *arguments, **named)
+        marks = torch.zeros_like(prefix.marks)
+        marks[:, prefix.language] = prefix.marks[:, prefix.language]
+        targets[:] = [marks]
+        return prefix
 
-
-def _z_loss(patch: Patch) -> None:
-    real = losses.text_term
-    patch.setattr(losses, "text_term", lambda logits, targets, z_weight: real(logits, targets, z_weight=1e-4))
+    patch.setattr(smol_model.SmolVLA2Network, "embed_prefix", embed)
+    patch.setattr(masks, "prefix_to_actions", lambda valid, horizon: real_seen(valid & ~targets[0], horizon))
 
 
 def _insulated(patch: Patch) -> None:
@@ -391,11 +360,6 @@ def _state_in_the_text_prefix(patch: Patch) -> None:
     patch.setattr(SmolVLA2Policy, "text_state", text_state)
 
 
-def _end_token_early(patch: Patch) -> None:
-    real = text.allowed_logits
-    patch.setattr(text, "allowed_logits", lambda logits, rules, n: real(logits, replace(rules, min_new_tokens=0), n))
-
-
 def _text_position_repeated(patch: Patch) -> None:
     real = llama.LlamaTower.forward
 
@@ -412,7 +376,7 @@ def _noise_and_actions_swapped(patch: Patch) -> None:
 
 MISTAKES = [
     Mistake(name="padding centred", make=_pad_centred, found=_pictures),
-    Mistake(name="exact GELU", make=_exact_gelu, found=_prefix),
+    Mistake(name="exact GELU", make=mutations.exact_gelu, found=_prefix),
     Mistake(name="vision epsilon", make=_vision_eps, found=_prefix),
     Mistake(name="patch positions shifted", make=_patch_positions_shifted, found=_prefix),
     Mistake(name="shuffle with channels first", make=_channels_first_shuffle, found=_prefix),
@@ -439,17 +403,18 @@ MISTAKES = [
     Mistake(name="another time", make=_time_of_next_step, found=_chunks),
     Mistake(name="cross keys not projected, in steps", make=_cross_keys_not_projected, found=_chunks),
     Mistake(name="noise and actions swapped", make=_noise_and_actions_swapped, found=_flow_tensor),
-    Mistake(name="delay ignored", make=_delay_ignored, found=_guided),
+    Mistake(name="delay ignored", make=mutations.delay_ignored, found=_guided),
     Mistake(name="padded steps counted", make=_padded_steps_counted, found=_masked_loss),
-    Mistake(name="padded numbers counted", make=_padded_numbers_counted, found=_masked_loss),
+    Mistake(name="padded numbers counted", make=mutations.padded_numbers_count, found=_masked_loss),
     Mistake(name="padded steps divided out", make=_padded_steps_divided_out, found=_losses("flow_loss")),
-    Mistake(name="flow of all samples", make=_flow_of_all_samples, found=_losses("flow_loss")),
+    Mistake(name="flow of all samples", make=mutations.flow_of_all_samples, found=_losses("flow_loss")),
     Mistake(name="targets not causal", make=_targets_not_causal, found=_losses("text_loss")),
-    Mistake(name="labels not shifted", make=_labels_not_shifted, found=_losses("text_loss")),
-    Mistake(name="z-loss", make=_z_loss, found=_losses("text_loss")),
+    Mistake(name="targets hidden from actions", make=_targets_hidden_from_actions, found=_losses("flow_loss")),
+    Mistake(name="labels not shifted", make=mutations.labels_not_shifted, found=_losses("text_loss")),
+    Mistake(name="z-loss", make=functools.partial(mutations.z_weight, weight=1e-4), found=_losses("text_loss")),
     Mistake(name="insulation", make=_insulated, found=_gradients),
     Mistake(name="state in the text prefix", make=_state_in_the_text_prefix, found=_text),
-    Mistake(name="end token early", make=_end_token_early, found=_text),
+    Mistake(name="end token early", make=mutations.end_token_early, found=_text),
     Mistake(name="text position repeated", make=_text_position_repeated, found=_text),
 ]
 
@@ -458,17 +423,36 @@ MISTAKES = [
 def test_a_mistake_is_seen(
     mistake: Mistake, smolvla_golden: Golden, smolvla2_golden: Golden, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mistake.make(monkeypatch)
-    errors, limit = mistake.found(smolvla_golden, smolvla2_golden)
-    assert max(errors.values()) > 2 * limit, errors
+    mistake.must_be_seen(smolvla_golden, smolvla2_golden, monkeypatch)
 
 
-def test_missing_cameras_must_be_skipped(smolvla_golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    if smolvla_golden.config["empty_cameras"]:
-        pytest.skip("this fixture appends them")
-    _missing_cameras_appended(monkeypatch)
-    with pytest.raises(AssertionError, match="against"):
-        _missing_camera(smolvla_golden, smolvla_golden)
+@pytest.mark.parametrize("more", [1, -1])
+def test_missing_cameras_are_appended_as_often_as_there_are_empty_ones(
+    smolvla_golden: Golden, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    """A fixture with n empty cameras names n that no batch has: case missing0 lacks n + 1, of which n are appended."""
+    golden = smolvla_golden
+    if golden.config["empty_cameras"] + more < 0:
+        golden = _with_an_empty_camera(golden)
+    errors, limit = _missing_camera(golden, golden)
+    assert max(errors.values()) <= limit
+    _only_so_many_appended(monkeypatch, golden.config["empty_cameras"] + more)
+    # Of another length; where the prefix is padded, of other numbers.
+    with pytest.raises(AssertionError, match=r"against|seen"):
+        assert max(_missing_camera(golden, golden)[0].values()) <= 2 * limit, "seen"
+
+
+def _with_an_empty_camera(golden: Golden) -> Golden:
+    """As the fixture would be with one, by the implementation that the other tests hold to it."""
+    changed = copy.copy(golden)
+    cameras = [*golden.config["cameras"], "observation.images.empty_camera_0"]
+    changed.config = {**golden.config, "cameras": cameras, "empty_cameras": 1}
+    inputs = smol.acting(smol.inputs_of(changed, "missing0"))
+    with torch.no_grad():
+        prefix = smol.build(changed).embed_prefix(inputs, inputs.state)
+    found = {"emb": prefix.embeddings, "pad": prefix.valid, "att": prefix.marks}
+    changed.tensors = {**golden.tensors, **{f"missing0.prefix.{name}": value for name, value in found.items()}}
+    return changed
 
 
 def test_what_is_patched_is_put_back(smolvla: SmolVLA2Policy, smolvla_golden: Golden) -> None:

@@ -14,6 +14,7 @@ from learner.run_folder import RunFolder
 from learner.runs import RunRequest, Runs, State
 from manyhands.errors import AlreadyExists, InvalidInput, Refused
 from policies.registry import policy_class
+from policies.schedule import Schedule
 
 REQUEST = RunRequest(run_id="run-1", recipe="flow_metaworld", dataset="demo", model="demo")
 
@@ -159,10 +160,19 @@ def test_every_recipe_is_complete_and_travels(name):
     assert policy_class(recipe.policy_type)
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 0}, {"learning_rate": -1.0}, {"ema_decay": 1.5}])
+@pytest.mark.parametrize("change", [{"batch_size": 0}, {"learning_rate": -1.0}, {"ema_decay": 1.5}, {"policy_type": ""}])
 def test_impossible_recipes_are_refused(change):
     with pytest.raises(InvalidInput, match=next(iter(change))):
-        Recipe(**{"policy_type": "flow", "batch_size": 8, "learning_rate": 1e-3, "max_steps": 10, **change})
+        Recipe(
+            **{
+                "policy_type": "flow",
+                "batch_size": 8,
+                "learning_rate": 1e-3,
+                "schedule": Schedule(),
+                "max_steps": 10,
+                **change,
+            }
+        )
 
 
 class TestProgress:

@@ -17,14 +17,16 @@ import torch
 from learner import checkpoint, schedule
 from learner.ranks import Ranks
 from learner.recipe import Recipe
+from learner.recipes import build_recipe
 from learner.run_folder import RunFolder
-from learner.train import Hooks, TrainingDiverged, train
+from learner.train import Hooks, Meter, TrainingDiverged, train
 from manyhands.errors import Corrupt, InvalidInput
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies import checkpoint as policy_checkpoint
 from policies import rows
 from policies.normalization import compute_statistics
 from policies.policy import Sample
+from policies.schedule import PRESETS, Schedule
 
 SPEC = Spec(
     observation=(Feature(name="observation.state", kind=FeatureKind.STATE, dtype="float32", shape=(3,)),),
@@ -37,7 +39,7 @@ RECIPE = Recipe(
     policy_config={"width": 16, "num_blocks": 1, "horizon": 4},
     batch_size=8,
     learning_rate=1e-3,
-    warmup_steps=5,
+    schedule=Schedule(warmup_steps=5, decay_steps=40, final_share=0.05),
     max_steps=40,
     save_interval_s=1e9,
     report_every_steps=10,
@@ -95,7 +97,7 @@ class Log:
         return self._stop_at is not None and self.looks > self._stop_at
 
 
-def run(path, *, recipe=RECIPE, seed=3, max_steps=None, max_duration_s=0.0, log=None, spoil=None):
+def run(path, *, recipe=RECIPE, seed=3, max_steps=None, max_duration_s=0.0, log=None, spoil=None, ranks=Ranks()):  # noqa: B008
     torch.manual_seed(seed)
     policy = policy_checkpoint.build(recipe.policy_type, recipe.policy_config, SPEC)
     batches = Memory(policy)
@@ -109,7 +111,7 @@ def run(path, *, recipe=RECIPE, seed=3, max_steps=None, max_duration_s=0.0, log=
         policy=policy,
         batches=batches,
         num_frames=NUM_FRAMES,
-        ranks=Ranks(),
+        ranks=ranks,
         folder=RunFolder(path),
         hooks=(log or Log()).hooks(),
     )
@@ -201,7 +203,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(tmp_path):
 
 def test_time_ends_a_run_and_the_rate_follows_the_clock(tmp_path):
     log = Log(seconds_per_look=0.5)
-    recipe = dataclasses.replace(RECIPE, max_steps=10_000, report_every_steps=1, warmup_steps=1)
+    recipe = dataclasses.replace(
+        RECIPE, max_steps=10_000, report_every_steps=1, schedule=Schedule(warmup_steps=1, final_share=0.05)
+    )
     position, _, _ = run(tmp_path, recipe=recipe, max_duration_s=30.0, log=log)
     assert position.elapsed_s >= 30.0
     assert position.step < 100
@@ -233,7 +237,8 @@ def test_a_checkpoint_is_a_policy_with_averaged_weights(tmp_path):
 
 def test_it_learns(tmp_path):
     log = Log()
-    run(tmp_path, recipe=dataclasses.replace(RECIPE, max_steps=300, learning_rate=3e-3), log=log)
+    schedule = Schedule(warmup_steps=5, decay_steps=300, final_share=0.05)
+    run(tmp_path, recipe=dataclasses.replace(RECIPE, max_steps=300, learning_rate=3e-3, schedule=schedule), log=log)
     assert log.reported[-1][1]["train/loss"] < 0.5 * log.reported[0][1]["train/loss"]
 
 
@@ -262,26 +267,74 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         run(tmp_path)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_on_a_gpu_it_goes_on_to_the_same_bits_too(tmp_path, decay):
+    ranks = Ranks(device=torch.device("cuda"))
+    mixed = dataclasses.replace(RECIPE, mixed_precision=True, ema_decay=decay)
+    run(tmp_path / "whole", recipe=mixed, ranks=ranks)
+    run(tmp_path / "parts", recipe=mixed, max_steps=17, ranks=ranks)
+    _, policy, _ = run(tmp_path / "parts", recipe=mixed, ranks=ranks)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert {parameter.device.type for parameter in policy.parameters()} == {"cuda"}
+
+
+def test_a_term_is_averaged_over_the_samples_that_have_it():
+    meter = Meter(lambda: 0.0)
+    for flow, text in (([1.0, 0.0], [0.0, 4.0]), ([2.0, 3.0], [0.0, 0.0])):
+        terms = {"flow": torch.tensor(flow), "text": torch.tensor(text), "fast": torch.zeros(2)}
+        meter.add(loss=1.0, terms=terms, norm=1.0, rate=1.0, samples=2)
+    metrics = meter.read(2, reset=True)
+    assert (metrics["train/loss_flow"], metrics["train/loss_text"]) == (2.0, 4.0)
+    assert "train/loss_fast" not in metrics
+    meter.add(loss=1.0, terms={"flow": torch.tensor([7.0])}, norm=1.0, rate=1.0, samples=1)
+    assert meter.read(3)["train/loss_flow"] == 7.0, "since the reset"
+
+
+def test_without_an_average_the_raw_weights_are_the_checkpoint_and_go_on(tmp_path):
+    raw = dataclasses.replace(RECIPE, ema_decay=0.0)
+    run(tmp_path / "whole", recipe=raw)
+    run(tmp_path / "parts", recipe=raw, max_steps=17)
+    run(tmp_path / "parts", recipe=raw)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    tensors = all_tensors(tmp_path / "whole")
+    assert torch.equal(tensors["chunk_in.weight"], tensors["model/chunk_in.weight"])
+
+
 class TestSchedule:
     def test_warm_up_then_cosine(self):
-        rates = [
-            schedule.learning_rate(
-                RECIPE, step=step, progress=schedule.progress(RECIPE, step=step, elapsed_s=0, max_duration_s=0)
-            )
-            for step in range(41)
-        ]
+        rates = [schedule.learning_rate(RECIPE, step=step, elapsed_s=0, max_duration_s=0) for step in range(41)]
         assert rates[0] == pytest.approx(1e-3 / 6, rel=0.01)
         assert max(rates) == rates[5]
         assert rates[40] == pytest.approx(0.05 * 1e-3)
         assert rates[5:] == sorted(rates[5:], reverse=True)
 
-    def test_whichever_is_further_counts(self):
+    def test_whichever_of_steps_and_time_is_further_counts(self):
         def at(step, elapsed_s):
-            return schedule.progress(RECIPE, step=step, elapsed_s=elapsed_s, max_duration_s=10.0)
+            return schedule.learning_rate(RECIPE, step=step, elapsed_s=elapsed_s, max_duration_s=10.0)
 
-        assert at(20, 1.0) == 0.5
-        assert at(4, 8.0) == 0.8
-        assert at(4, 80.0) == 1.0
+        half = 1e-3 * (0.05 + 0.95 * 0.5)
+        assert at(20, 1.0) == pytest.approx(half)
+        assert at(10, 5.0) == pytest.approx(half)
+        assert at(10, 80.0) == pytest.approx(0.05 * 1e-3)
+
+    @pytest.mark.parametrize("name", sorted(PRESETS))
+    def test_recipes_of_published_policies_have_their_rates(self, name):
+        """Steps 0, 500, 1000 and 30000 as lerobot's scheduler gives them."""
+        recipe, preset = build_recipe(name), PRESETS[name]
+
+        def rate(step):
+            return schedule.learning_rate(recipe, step=step, elapsed_s=0.0, max_duration_s=0.0)
+
+        peak = {"pi05": 2.5e-5, "pi052": 2.5e-5, "smolvla": 1e-4, "smolvla2": 2.5e-5}[name]
+        last = 2.5e-6
+        assert rate(0) == pytest.approx(peak / 1001)
+        assert rate(500) == pytest.approx(peak * (1 / 1001 + (1 - 1 / 1001) * 0.5))
+        assert rate(1000) == pytest.approx(last + (peak - last) * 0.5 * (1 + np.cos(np.pi / 30)))
+        assert rate(30_000) == rate(40_000) == pytest.approx(last)
+        assert (recipe.weight_decay, recipe.max_grad_norm) == (preset.weight_decay, preset.max_grad_norm)
+        assert (recipe.betas, recipe.epsilon, recipe.ema_decay) == ((0.9, 0.95), 1e-8, 0.0)
 
     def test_seeds_differ_by_run_step_and_rank(self):
         seeds = {schedule.step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(3)}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from manyhands import cli
 from policies import checkpoint, inspection
 from policies import files as policy_files
-from tests.support import prompted_lab
+from tests.support import lerobot_lab, prompted_lab
 
 
 @pytest.fixture
@@ -84,3 +85,24 @@ def test_what_is_missing_is_named(folder, tmp_path, capsys):
     ):
         assert cli.main(["policy", *words]) != 0
         assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy_type", ["pi052", "pi05"])
+def test_convert_there_and_back(policy_type, tmp_path, monkeypatch, capsys):
+    policy = prompted_lab.policy(policy_type).eval()
+    lerobot_lab.name_pi_sizes(monkeypatch, policy.config.network)
+    checkpoint.save(policy, tmp_path / "ours")
+    theirs, back = tmp_path / "theirs", tmp_path / "back"
+    assert "for lerobot" in run("convert", str(tmp_path / "ours"), "--to=lerobot", f"--output={theirs}", capsys=capsys)
+    assert json.loads((theirs / "config.json").read_text())["type"] == policy_type
+    assert "vision" in run("inspect", str(theirs), capsys=capsys)
+    run("convert", str(theirs), f"--output={back}", "--control-rate-hz=15", capsys=capsys)
+    loaded = checkpoint.load(back)
+    assert loaded.spec.control_rate_hz == 15
+    noise = policy.draw_noise([1])
+    chunks = [
+        made.postprocess(made.act(inputs, noise), inputs)
+        for made in (policy, loaded)
+        for inputs in [made.preprocess([prompted_lab.sample()], prompted_lab.CPU)]
+    ]
+    assert np.array_equal(*chunks)

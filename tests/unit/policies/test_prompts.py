@@ -12,7 +12,7 @@ from manyhands.errors import Corrupt, InvalidInput, NotFound
 from policies import fast
 from policies.losses import IGNORED_LABEL
 from policies.policy import Sample, TextKind, TextRequest
-from policies.prompts import lerobot_options, locations
+from policies.prompts import locations
 from policies.prompts.messages import parse_spoken, shown, spoken_text, state_bins
 from policies.prompts.pi052 import Pi05Prompter, Pi052Prompter, Pi052PromptOptions
 from policies.prompts.smolvla import SmolVLA2Prompter, SmolVLA2PromptOptions, SmolVLAPrompter
@@ -260,36 +260,6 @@ def test_a_prompt_is_shown_with_what_is_learnt(tokenizer):
         "<bos>User: tidy up, State: 128 0 255;\nAssistant: [[grasp the cup<eos>]]\n"
     )
     assert shown(made.acting(sample("go"), STATE), tokenizer) == "<bos>User: go, State: 128 0 255;\n"
-
-
-def test_options_of_lerobots_config():
-    fields = {"type": "pi052", "tokenizer_max_length": 96, "memory_dropout_prob": 0.5, "joint_subtask_conditioning": True}
-    options = lerobot_options.pi052_options(fields)
-    assert options.recipe == recipes.load("subtask_mem")
-    assert (options.prompt_length, options.max_action_tokens, options.fast_skip_tokens) == (96, 256, 1152)
-    assert options.dropout == PromptDropout(memory=0.5)
-    assert options.joint
-    assert lerobot_options.pi052_options({"type": "pi05"}).recipe is None
-    assert lerobot_options.pi052_options({"type": "pi052", "recipe_path": None}).recipe is None
-    smol = lerobot_options.smolvla2_options({"type": "smolvla2", "recipe_path": "/some/where/subtask.yaml"})
-    assert smol.recipe == recipes.load("subtask")
-    assert smol == SmolVLA2PromptOptions(recipe=recipes.load("subtask"))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("tokenizer_max_length", 0),
-        ("tokenizer_max_length", "200"),
-        ("fast_skip_tokens", -1),
-        ("recipe_path", 3),
-        ("plan_dropout_prob", "half"),
-        ("subtask_dropout_prob", 2.0),
-    ],
-)
-def test_options_that_cannot_be(field, value):
-    with pytest.raises(InvalidInput, match=field):
-        lerobot_options.pi052_options({"type": "pi052", field: value})
 
 
 def test_another_models_tokenizer_is_refused(tokenizer):

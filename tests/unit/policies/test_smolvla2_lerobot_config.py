@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from manyhands.errors import InvalidInput
+from manyhands.errors import InvalidInput, ManyhandsError
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies.configuration import TowerSize
 from policies.normalization import Normalization
+from policies.prompts.settings import PromptSettings
 from policies.rtc import PrefixSchedule
 from policies.smolvla2 import lerobot_config
 from policies.smolvla2.config import NetworkConfig, SmolVLA2Config, smolvla_config
@@ -48,6 +49,7 @@ BASE: dict[str, Any] = {
     "optimizer_lr": 1e-4,
 }
 SMOLVLA2 = BASE | {"type": "smolvla2", "recipe_path": "recipes/subtasks_vqa.yaml", "flow_loss_weight": 4.0}
+SMOLVLA2["subtask_dropout_prob"] = 0.5
 
 
 def test_smolvla() -> None:
@@ -78,7 +80,7 @@ def test_text_trains_what_it_reads() -> None:
     assert (found.config.flow_weight, found.config.text_weight) == (4.0, 1.0)
     assert not found.config.train_expert_only
     assert found.config.padded_steps_dilute
-    assert found.prompting == {"recipe_path": "recipes/subtasks_vqa.yaml"}
+    assert found.config.prompts == PromptSettings(recipe="subtasks_vqa", subtask_dropout=0.5)
     assert lerobot_config.read(SMOLVLA2 | {"text_loss_weight": 0.0}).config.train_expert_only
 
 
@@ -123,10 +125,10 @@ def _spec() -> Spec:
 @pytest.mark.parametrize("values", [BASE, SMOLVLA2], ids=["smolvla", "smolvla2"])
 def test_what_is_written_is_read_again(values: dict[str, Any]) -> None:
     before = lerobot_config.read(values)
-    written = lerobot_config.write(before.type_name, before.config, _spec(), before.prompting)
+    written = lerobot_config.write(before.type_name, before.config, _spec())
     after = lerobot_config.read(json.loads(json.dumps(written)))
     assert after.config == before.config
-    assert after.prompting == before.prompting
+    assert after.recipe_path is None
     assert after.features.cameras == {"observation.images.a": (48, 64)}
     assert (after.features.state_size, after.features.action_size) == (6, 7)
 
@@ -135,3 +137,13 @@ def test_sizes_of_our_own_have_no_name() -> None:
     small = TowerSize(width=960, depth=16, mlp=256, heads=15, kv_heads=5, head_dim=64)
     with pytest.raises(InvalidInput, match=r"network\.language"):
         lerobot_config.write("smolvla", smolvla_config(network=NetworkConfig(language=small)), _spec())
+
+
+@pytest.mark.parametrize("values", [BASE, SMOLVLA2])
+def test_a_field_of_any_kind_is_read_or_refused(values: dict[str, Any]) -> None:
+    for name in values:
+        for odd in (None, -1, 2.5, "x", [], [1], {}, {"a": 1}, True, float("inf")):
+            try:
+                lerobot_config.read(values | {name: odd})
+            except ManyhandsError:
+                continue

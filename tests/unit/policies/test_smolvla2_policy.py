@@ -197,6 +197,12 @@ def test_a_state_that_is_too_large_is_refused() -> None:
         ({"network": {"shuffle": 3}}, "image_height"),
         ({"network": {"vision": {"heads": 5}}}, r"vision\.heads"),
         ({"network": {"expert": {"depth": 2}}}, r"expert\.depth"),
+        ({"network": {"expert": {"head_dim": 7}, "language": {"head_dim": 7}}}, r"language\.head_dim: is 7, must be even"),
+        ({"network": {"expert": {"width": 15}}}, r"expert\.width: is 15, must be even"),
+        (
+            {"network": {"expert": {"kv_heads": 3}, "language": {"kv_heads": 3}}},
+            r"language\.heads: is 4, must be a multiple",
+        ),
         ({"network": {"self_attention_every": -1}}, "self_attention_every"),
         ({"num_steps": 0}, "num_steps"),
     ],

@@ -1,0 +1,1 @@
+"""Checkpoints to lerobot and back, with lerobot itself."""
