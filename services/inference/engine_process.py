@@ -87,7 +87,7 @@ class EngineHost:
         # Here and not above: torch takes seconds, and one that is not installed is told to the front end.
         import torch
 
-        from policies import checkpoint
+        from policies import loading
 
         from .local_engine import LocalEngine
         from .models import ServedModel
@@ -105,7 +105,7 @@ class EngineHost:
                 done += num_bytes
                 self._progress(phase, done, total)
 
-            policy = checkpoint.load(folder, torch.device(self._start.device), progress=advance)
+            policy = loading.load(folder, torch.device(self._start.device), progress=advance)
             models[source.name] = ServedModel(source.name, policy)
         self._engine = LocalEngine(
             models,
