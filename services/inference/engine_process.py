@@ -85,7 +85,7 @@ class EngineHost:
         """The engine with its models in place, not warm yet."""
         self._progress("loading the engine's libraries", 0, 0)
         # Here and not above: torch takes seconds, and one that is not installed is told to the front end.
-        from policies import checkpoint
+        from policies import loading
 
         from .local_engine import LocalEngine
         from .model_paths import serve_model
@@ -103,7 +103,7 @@ class EngineHost:
                 done += num_bytes
                 self._progress(phase, done, total)
 
-            policy = checkpoint.load(folder, progress=advance)
+            policy = loading.load(folder, progress=advance)
             models[source.name] = serve_model(source.name, policy, self._start)
         self._engine = LocalEngine(
             models,

@@ -289,9 +289,9 @@ def report(
         "",
         f"Each robot sends {STATE_SIZE} numbers and two {CAMERA_SIZE} px JPEG cameras (quality 95, {request_kib:.1f} KiB a "
         f"request) {options.rate_hz:g} times a second for {options.seconds:g} s, the first second left out, and waits for a "
-        f"chunk of {HORIZON} actions. One server process (flow policy with both cameras, plain module on the CPU, one torch "
-        f"thread, at most 4 robots a pass); {ROBOTS_PER_PROCESS} robots a client process. All on the same cores, so the "
-        "clients' own work is in the figures.",
+        f"chunk of {HORIZON} actions. One server: a front end and its engine process (flow policy with both cameras, plain "
+        f"module on the CPU, one torch thread, at most 4 robots a pass); {ROBOTS_PER_PROCESS} robots a client process. "
+        "All on the same cores, so the clients' own work is in the figures.",
         "",
         *busy_machine(load),
         "p50 / p99, ms:",

@@ -5,6 +5,7 @@
 First a row of three raw 224-pixel cameras to a model that does nothing and its chunk back, on one event loop: through the
 shared-memory ring to an engine process, and to a thread of the same process, in turns. Then a small RPC of the service,
 called by another process while the model holds its interpreter nine tenths of the time: in a thread, and in a process.
+Last the front end's own work on pictures, on threads and in processes: whether decoding needs processes.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import uvloop
 
+from manyhands import codec
 from manyhands.clients.inference import InferenceClient
 from manyhands.engine.v1 import engine_pb2
 from manyhands.inference.v1 import inference_pb2_grpc
@@ -36,7 +40,9 @@ from services.inference import engine_client
 from services.inference.engine_port import Answer, EnginePort, Job, Observed, Outcome, Row
 from services.inference.engine_supervisor import EngineSupervisor
 from services.inference.main import SWITCH_INTERVAL_S
+from services.inference.prepare import prepare_sample
 from services.inference.service import SERVICE_NAME, InferenceServicer
+from services.inference.sessions import fit
 from tests.support.fake_engine import BUSY_S, CAMERA_SIZE, HORIZON, FakeEngine, description
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +51,7 @@ CAMERA_PIXELS = 224
 ROUNDS = 10
 PACE_S = 0.004
 BUSY_ROW_S, IDLE_S = 0.018, 0.002
+DECODE_S = 3.0
 
 
 class ThreadEngine(FakeEngine):
@@ -150,6 +157,37 @@ def call(address: str, calls: int) -> None:
     print(json.dumps(measured_s))
 
 
+def decode_for(seconds: float, threads: int) -> float:
+    """Requests of three JPEG cameras decoded and checked a second."""
+    cv2.setNumThreads(1)
+    spec = description(CAMERA_PIXELS).used_spec
+    rows, columns = np.mgrid[0:CAMERA_PIXELS, 0:CAMERA_PIXELS]
+    picture = np.stack([127 + 60 * (np.sin(rows / 17 + c) + np.cos(columns / 11)) for c in range(3)], 2).astype(np.uint8)
+    values = {
+        feature.name: picture if feature.dtype == "uint8" else np.zeros(feature.shape, dtype=feature.dtype)
+        for feature in spec.observation
+    }
+    encoded = codec.encode_values(values)
+    robot_fit = fit(spec, spec, masks_cameras=False)
+    until_s = time.monotonic() + seconds
+
+    def work() -> int:
+        done = 0
+        while time.monotonic() < until_s:
+            prepare_sample(encoded, "open the drawer", robot_fit=robot_fit, model_spec=spec)
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(future.result() for future in [pool.submit(work) for _ in range(threads)]) / seconds
+
+
+def decode_in_processes(seconds: float, processes: int) -> float:
+    command = [sys.executable, "-m", "tests.benchmarks.bench_ring", "--decoder", str(seconds)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(processes)]
+    return sum(float(process.communicate()[0]) for process in running)
+
+
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
     before = dict(os.environ)
@@ -196,7 +234,7 @@ def p50_p99_ms(seconds: Sequence[float]) -> str:
     return f"{p50:.3f} | {p99:.3f}"
 
 
-def report(times: dict[str, list[float]], load: float) -> str:
+def report(times: dict[str, list[float]], decoded: dict[str, float], load: float) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -227,6 +265,14 @@ def report(times: dict[str, list[float]], load: float) -> str:
         "|---|---|---|",
     ]
     lines += [f"| {name} | {p50_p99_ms(seconds)} |" for name, seconds in times.items() if "," not in name]
+    lines += [
+        "",
+        f"Requests of three {CAMERA_PIXELS}-pixel JPEG cameras (quality 95) decoded and checked by the front end's code:",
+        "",
+        "| where | requests/s |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {rate:.0f} |" for name, rate in decoded.items()]
     if load > (os.cpu_count() or 1) / 2:
         lines += ["", f"**The machine ran other jobs (load {load:.1f}): the p99 are mostly theirs.**"]
     return "\n".join([*lines, ""])
@@ -235,15 +281,25 @@ def report(times: dict[str, list[float]], load: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--decoder", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--caller", help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help=f"write {REPORT.relative_to(ROOT)}")
     options = parser.parse_args()
     if options.caller:
         call(options.caller, options.rows)
         return 0
+    if options.decoder:
+        print(decode_for(options.decoder, 1))
+        return 0
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     load = os.getloadavg()[0]
-    text = report(uvloop.run(measure(options.rows, options.rows // 2)), load)
+    times = uvloop.run(measure(options.rows, options.rows // 2))
+    decoded = {
+        "one thread": decode_for(DECODE_S, 1),
+        "two threads": decode_for(DECODE_S, 2),
+        "two processes": decode_in_processes(DECODE_S, 2),
+    }
+    text = report(times, decoded, load)
     print(text)
     if options.write:
         REPORT.write_text(text)

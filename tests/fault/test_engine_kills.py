@@ -282,15 +282,17 @@ def test_an_engine_that_is_killed_again_and_again_ends_the_server(
     assert "Traceback" not in service.log_path.read_text()
 
 
-@pytest.mark.parametrize("moment", ["serving", "loading"])
+@pytest.mark.parametrize("moment", ["serving", "hanging", "loading"])
 def test_no_engine_outlives_its_front_end(topology: Topology, tmp_path: Path, policy: FlowPolicy, moment: str) -> None:
-    if moment == "serving":
+    if moment != "loading":
         service = serve(topology, tmp_path / "tiny", policy)
     else:
         checkpoint.save(policy, tmp_path / "tiny")
         service = topology.launch("serve", ["serve", "--model", f"tiny={tmp_path / 'tiny'}", "--address", "127.0.0.1:0"])
     engine = wait_until(lambda: engine_of(service))
     assert engine is not None
+    if moment == "hanging":  # It cannot notice by itself.
+        engine.suspend()
     service.process.kill()
     killed_s = time.monotonic()
     service.process.wait()
