@@ -43,9 +43,9 @@ class Tile:
 
 # By product and tokens of a tile (16 and 32: text, 64: expert), found by trying on one H200.
 TILES = {
-    ("qkv", 64): Tile(16, 64, 1, 4, 6),
+    ("qkv", 64): Tile(16, 128, 1, 4, 5),
     ("gate_up", 64): Tile(32, 64, 1, 4, 8),
-    ("o", 64): Tile(32, 64, 4, 4, 6),
+    ("o", 64): Tile(32, 128, 4, 4, 4),
     ("down", 64): Tile(64, 128, 8, 4, 4),
     ("logits", 64): Tile(64, 64, 1, 4, 4),
     ("qkv", 32): Tile(16, 128, 1, 4, 5),
@@ -76,8 +76,9 @@ class _Shared:
         self.pdl = pdl
         # Queries and keys of a block, warps, stages, by how much there is to do; found by trying on one H200.
         self.prefix_tile = (64, 32, 4, 3)
+        self.prefixes_tile = (128, 32, 8, 3)
         self.shared_tile = (64, 32, 4, 2)
-        self.few_tile = (64, KEYS_READ_AT_A_TIME, 4, 2, 1)
+        self.few_tile = (16, KEYS_READ_AT_A_TIME, 4, 2)
         self._sizes = sizes
 
     def normed(self, residual: Residual, norm: Norm, rows: Rows) -> torch.Tensor:
@@ -103,12 +104,11 @@ class _Shared:
         # A prefix looks at everything in one piece; few queries share the keys out, and their own keys are a piece more.
         alone = queries > 1024
         if alone:
-            m, n, warps, stages, programs = *self.prefix_tile, 0
+            m, n, warps, stages, programs = *(self.prefix_tile if num_rows == 1 else self.prefixes_tile), 0
         elif num_rows * queries > 2048:
             m, n, warps, stages, programs = *self.shared_tile, 2 * MULTIPROCESSORS
         else:
-            m, n, warps, stages, each = self.few_tile
-            programs = each * MULTIPROCESSORS
+            m, n, warps, stages, programs = *self.few_tile, 2 * MULTIPROCESSORS
             m = 16 if queries <= 16 else m
         tiles = triton.cdiv(queries, m)
         piece, pieces = _pieces(self._sizes.text_capacity, tiles * num_rows, n, programs)
