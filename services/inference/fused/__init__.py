@@ -1,4 +1,7 @@
-"""The fast path of one pi052 network: fused weights, units of work in slots, captured graphs. See docs/design/0015-fused-engine.md."""
+"""The fast path of one pi052 network: fused weights, units of work in slots, captured graphs.
+
+docs/design/0015-fused-engine.md says why it is as it is.
+"""
 
 from __future__ import annotations
 

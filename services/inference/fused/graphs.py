@@ -1,4 +1,4 @@
-"""A unit of work with its inputs at fixed places: on a GPU captured once as a CUDA graph and replayed, on the CPU just called."""
+"""A unit of work with its inputs at fixed places: on a GPU captured once as a CUDA graph and replayed, on the CPU called."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ import torch
 
 OutT = TypeVar("OutT")
 
-# Host rows that may be on their way to the device at a time; a unit takes a few.
-_UPLOADS = 512
+# Copies that may be on their way to the device at a time; a unit takes one or a few.
+_SEGMENTS, _SEGMENT = 4, 32
 WARM_UP_RUNS = 2
 
 
 class Uploads:
-    """Small integers for the device, from pinned memory: a copy that the host does not wait for."""
+    """Integers for the device, from pinned memory: copies that the host does not wait for.
+
+    Copies take places in turn. A place is written again only when its copy is done: one event stands for a segment of them.
+    """
 
     def __init__(self, device: torch.device, width: int) -> None:
-        self._pinned = device.type == "cuda"
-        self._ring = torch.zeros(_UPLOADS, width, dtype=torch.int32, pin_memory=self._pinned)
+        self._events = [torch.cuda.Event() for _ in range(_SEGMENTS)] if device.type == "cuda" else []
+        self._places = torch.zeros(_SEGMENTS * _SEGMENT, width, dtype=torch.int32, pin_memory=bool(self._events))
         self._next = 0
 
     def send(self, values: Sequence[int], into: torch.Tensor) -> None:
         """values into the first elements of into, (width or less,) int32."""
-        source = self._ring[self._next, : len(values)]
-        self._next = (self._next + 1) % _UPLOADS
+        segment, place = divmod(self._next, _SEGMENT)
+        if self._events and place == 0:
+            self._events[segment - 1].record()
+            self._events[segment].synchronize()
+        source = self._places[self._next, : len(values)]
         source.copy_(torch.tensor(values, dtype=torch.int32))
         into[: len(values)].copy_(source, non_blocking=True)
+        self._next = (self._next + 1) % (_SEGMENTS * _SEGMENT)
 
 
 class Recorded(Generic[OutT]):
@@ -46,7 +53,9 @@ class Recorded(Generic[OutT]):
         with torch.inference_mode():
             if pool.handle is None:
                 return
-            # What compiles or sets up on first use must not happen inside a capture.
+            assert pool.stream is not None
+            # What compiles or sets up on first use must not happen inside a capture; it reads the inputs as just filled.
+            pool.stream.wait_stream(torch.cuda.current_stream(pool.stream.device))
             with torch.cuda.stream(pool.stream):
                 for _ in range(WARM_UP_RUNS):
                     unit(**self.inputs)

@@ -43,9 +43,9 @@ class Tile:
 
 # By product and tokens of a tile (16 and 32: text, 64: expert), found by trying on one H200.
 TILES = {
-    ("qkv", 64): Tile(16, 64, 1, 4, 6),
+    ("qkv", 64): Tile(16, 128, 1, 4, 5),
     ("gate_up", 64): Tile(32, 64, 1, 4, 8),
-    ("o", 64): Tile(32, 64, 4, 4, 6),
+    ("o", 64): Tile(32, 128, 4, 4, 4),
     ("down", 64): Tile(64, 128, 8, 4, 4),
     ("logits", 64): Tile(64, 64, 1, 4, 4),
     ("qkv", 32): Tile(16, 128, 1, 4, 5),
@@ -69,11 +69,16 @@ class _Shared:
     """What both sets do the same way. pdl: Kernels may start before the one before has ended."""
 
     def __init__(
-        self, config: NetworkConfig, sizes: SlotSizes, device: torch.device, dtype: torch.dtype, *, pdl: bool
+        self, config: NetworkConfig, sizes: SlotSizes, device: torch.device, dtype: torch.dtype, *, pdl: bool = True
     ) -> None:
         self.dtype = dtype
         self.rotary = _Rotary(config.language.head_dim, sizes.capacity, device)
         self.pdl = pdl
+        # Queries and keys of a block, warps, stages, by how much there is to do; found by trying on one H200.
+        self.prefix_tile = (64, 32, 4, 3)
+        self.prefixes_tile = (128, 32, 8, 3)
+        self.shared_tile = (64, 32, 4, 2)
+        self.few_tile = (16, KEYS_READ_AT_A_TIME, 4, 2)
         self._sizes = sizes
 
     def normed(self, residual: Residual, norm: Norm, rows: Rows) -> torch.Tensor:
@@ -96,12 +101,17 @@ class _Shared:
     def attend(self, q: torch.Tensor, rows: Rows, slots: Slots, layer: int) -> torch.Tensor:
         num_rows, num_tokens, heads, size = q.shape
         queries = num_tokens * heads
-        m = 16 if queries <= 16 else 64
         # A prefix looks at everything in one piece; few queries share the keys out, and their own keys are a piece more.
         alone = queries > 1024
-        n = 32 if alone else KEYS_READ_AT_A_TIME
+        if alone:
+            m, n, warps, stages, programs = *(self.prefix_tile if num_rows == 1 else self.prefixes_tile), 0
+        elif num_rows * queries > 2048:
+            m, n, warps, stages, programs = *self.shared_tile, 2 * MULTIPROCESSORS
+        else:
+            m, n, warps, stages, programs = *self.few_tile, 2 * MULTIPROCESSORS
+            m = 16 if queries <= 16 else m
         tiles = triton.cdiv(queries, m)
-        piece, pieces = (self._sizes.capacity, 1) if alone else _pieces(self._sizes.text_capacity, tiles * num_rows, n)
+        piece, pieces = _pieces(self._sizes.text_capacity, tiles * num_rows, n, programs)
         mixed = torch.empty(num_rows, num_tokens, heads * size, dtype=q.dtype, device=q.device)
         part, lse = mixed, mixed
         if pieces > 1:
@@ -111,7 +121,7 @@ class _Shared:
             q, slots.keys[layer], slots.values[layer], slots.valid, part, lse, rows.slots, rows.seen, rows.own,
             num_tokens, q.stride(1), slots.keys.stride(1), slots.valid.stride(0), size**-0.5 * math.log2(math.e),
             HEADS=heads, E=size, M=m, N=n, PIECE=piece, PIECES=pieces, SEES_OWN=rows.sees_own, CAUSAL=rows.causal,
-            PDL=self.pdl, num_warps=4, num_stages=3 if alone else 2, **_launch(self.pdl),
+            PDL=self.pdl, num_warps=warps, num_stages=stages, **_launch(self.pdl),
         )  # fmt: skip
         if pieces > 1:
             triton_attention.combine_kernel[(num_rows * queries,)](
@@ -130,7 +140,7 @@ class FewOps(_Shared):
         super().__init__(config, sizes, device, dtype, pdl=pdl)
         self.tiles = dict(TILES)
         self.max_few_tokens = MAX_FEW_TOKENS
-        self._many = ManyOps(config, sizes, device, dtype)
+        self._many = ManyOps(config, sizes, device, dtype, pdl=pdl)
 
     def normed(self, residual: Residual, norm: Norm, rows: Rows) -> torch.Tensor:
         return self._many.normed(residual, norm, rows) if self._is_many(residual.x) else super().normed(residual, norm, rows)
@@ -239,10 +249,7 @@ class FewOps(_Shared):
 
 
 class ManyOps(_Shared):
-    """cuBLAS does not wait as our kernels would have to, so none of them starts early."""
-
-    def __init__(self, config: NetworkConfig, sizes: SlotSizes, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(config, sizes, device, dtype, pdl=False)
+    """cuBLAS between our kernels."""
 
     def project_qkv(
         self, normed: torch.Tensor, weight: torch.Tensor, rows: Rows, slots: Slots, layer: int, heads: Heads,
@@ -254,7 +261,7 @@ class ManyOps(_Shared):
         triton_rows.rotate_kernel[(num_rows * num_tokens,)](
             qkv, slots.keys[layer], slots.values[layer], self.rotary.cos, self.rotary.sin, rows.slots, rows.own,
             rows.positions, num_tokens, slots.keys.stride(1), HEADS=queries, PADDED=triton.next_power_of_2(queries + 2),
-            HALF=heads.size // 2, num_warps=4,
+            HALF=heads.size // 2, PDL=self.pdl, num_warps=4, **_launch(self.pdl),
         )  # fmt: skip
         return qkv.view(num_rows, num_tokens, queries + 2, heads.size)[:, :, :queries]
 
@@ -270,7 +277,7 @@ class ManyOps(_Shared):
         out = torch.empty(*normed.shape[:2], mlp, dtype=normed.dtype, device=normed.device)
         block = min(2048, triton.next_power_of_2(mlp))
         triton_rows.gelu_mul_kernel[(triton.cdiv(mlp, block), normed.shape[0] * normed.shape[1])](
-            gate_up, out, MLP=mlp, BLOCK=block, num_warps=4
+            gate_up, out, MLP=mlp, BLOCK=block, PDL=self.pdl, num_warps=4, **_launch(self.pdl)
         )
         return out
 
@@ -286,7 +293,7 @@ class ManyOps(_Shared):
         out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
         triton_rows.add_layer_norm_kernel[(len(x),)](
             x, _or(branch, x), _or(branch_bias, x), weight, bias, out,
-            WIDTH=width, BLOCK=triton.next_power_of_2(width), BRANCH=branch is not None, num_warps=1,
+            WIDTH=width, BLOCK=triton.next_power_of_2(width), BRANCH=branch is not None, PDL=self.pdl, num_warps=1, **_launch(self.pdl),
         )  # fmt: skip
         return out
 
@@ -294,10 +301,10 @@ class ManyOps(_Shared):
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
 
 
-def _pieces(most: int, tiles: int, n: int) -> tuple[int, int]:
-    """Keys of one piece, in whole blocks of n, and pieces, so that about every multiprocessor has a program."""
+def _pieces(most: int, tiles: int, n: int, programs: int) -> tuple[int, int]:
+    """Keys of one piece, in whole blocks of n, and how many pieces, so that there are about so many programs."""
     blocks = -(-most // n)
-    piece = -(-blocks // max(1, min(blocks, MULTIPROCESSORS // tiles)))
+    piece = -(-blocks // max(1, min(blocks, programs // tiles)))
     pieces = -(-blocks // piece)
     return piece * n, pieces + 1 if pieces > 1 else 1
 

@@ -18,7 +18,7 @@ Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,8 +138,10 @@ class FusedPi052:
             trained=settings.trained_max_delay > 0,
         )
         widest = max(*settings.prefix_rows, *settings.expert_rows, *settings.text_rows)
-        self._uploads = Uploads(device, max(2 * widest, max(settings.prompt_lengths), settings.num_cameras))
+        of_prompts = max(settings.prefix_rows) * (1 + settings.num_cameras + 2 * max(settings.prompt_lengths))
+        self._uploads = Uploads(device, max(2 * widest, of_prompts, settings.draft_length))
         self._pool = GraphPool(device)
+        self._each_step = torch.arange(settings.num_steps, dtype=torch.int32, device=device)
         self._recorded: dict[tuple[str, int, int], Recorded[Any]] = {}
 
     # -- preparing -----------------------------------------------------------------------------------------------------
@@ -193,16 +195,21 @@ class FusedPi052:
         if name == "check_draft":
             draft = torch.zeros(rows, self.settings.draft_length, dtype=torch.int32, device=device)
             return {"slots": slots, "flags": flags, "draft": draft}
+        each = 1 + cameras + 2 * length
+        flat = torch.zeros(rows * each, dtype=torch.int32, device=device)
+        sizes = (rows, rows * cameras, rows * length, rows * length)
+        slots, picture_valid, tokens, token_valid = flat.split(sizes)
+        slots.fill_(self.slots.scratch)
         prompt = {
-            "picture_valid": torch.ones(rows, cameras, dtype=torch.int32, device=device),
-            "tokens": torch.zeros(rows, length, dtype=torch.int32, device=device),
-            "token_valid": torch.zeros(rows, length, dtype=torch.int32, device=device),
+            "slots": slots,
+            "picture_valid": picture_valid.view(rows, cameras).fill_(1),
+            "tokens": tokens.view(rows, length),
+            "token_valid": token_valid.view(rows, length),
         }
         if name == "whole_chunk":
-            return {"slots": slots, "pictures": torch.zeros(picture_shape, device=device), **prompt}
-        width = config.language.width
-        tokens = torch.zeros(rows, self._patches, width, dtype=self.weights.dtype, device=device)
-        return {"slots": slots, "picture_tokens": tokens, **prompt}
+            return {"pictures": torch.zeros(picture_shape, device=device), **prompt}
+        picture_tokens = torch.zeros(rows, self._patches, config.language.width, dtype=self.weights.dtype, device=device)
+        return {"picture_tokens": picture_tokens, **prompt}
 
     def _whole_chunk(
         self,
@@ -214,8 +221,9 @@ class FusedPi052:
     ) -> None:
         picture_tokens = self.units.vision(pictures).flatten(0, 1)[None]
         self.units.prefix(slots, picture_tokens, picture_valid, tokens, token_valid)
+        rows = self.units.expert_rows(slots, slots)
         for step in range(self.settings.num_steps):
-            self.units.expert_step(slots, torch.full_like(slots, step))
+            self.units.expert_layers(replace(rows, steps=self._each_step[step : step + 1]))
 
     # -- units ---------------------------------------------------------------------------------------------------------
 
@@ -306,11 +314,20 @@ class FusedPi052:
     def _send_prompts(
         self, inputs: dict[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Sequence[int]]]
     ) -> None:
-        self._fill(inputs["slots"], [slot for slot, _, _ in rows], self.slots.scratch)
-        for index, (_, picture_valid, tokens) in enumerate(rows):
-            self._fill(inputs["tokens"][index], [int(token) for token in tokens], 0)
-            self._fill(inputs["token_valid"][index], [1] * len(tokens), 0)
-            self._fill(inputs["picture_valid"][index], [int(valid) for valid in picture_valid], 0)
+        """Slots, valid cameras, tokens and valid tokens: they lie one behind the other, so one copy brings all."""
+        num_rows, length = inputs["tokens"].shape
+        spare = num_rows - len(rows)
+        values = [slot for slot, _, _ in rows] + [self.slots.scratch] * spare
+        for _, picture_valid, _ in rows:
+            values += [int(valid) for valid in picture_valid]
+        values += [1] * (spare * self.settings.num_cameras)
+        for _, _, tokens in rows:
+            values += [*(int(token) for token in tokens), *[0] * (length - len(tokens))]
+        values += [0] * (spare * length)
+        for _, _, tokens in rows:
+            values += [1] * len(tokens) + [0] * (length - len(tokens))
+        values += [0] * (spare * length)
+        self._uploads.send(values, inputs["slots"].as_strided((len(values),), (1,)))
 
     def _fill(self, into: torch.Tensor, values: Sequence[int], beyond: int) -> None:
         """What is beyond values takes one value."""

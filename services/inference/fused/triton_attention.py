@@ -43,7 +43,7 @@ def attend_kernel(
     there = token < num_tokens
     e = tl.arange(0, E)
     n = tl.arange(0, N)
-    # What is read before the wait was written two kernels ago or earlier: these tables, and the keys looked back at.
+    # Before the wait only what no kernel of this chain writes is read: these tables, and the keys looked back at.
     slot = tl.load(slots_ptr + row).to(tl.int64)
     seen = tl.load(seen_ptr + row)
     own = tl.load(own_ptr + row)
@@ -117,15 +117,15 @@ def combine_kernel(
     """The pieces of one query, weighed by their sums."""
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     e = tl.arange(0, E)
     piece = tl.arange(0, PADDED)
     query = tl.program_id(0).to(tl.int64)
     lse = tl.load(lse_ptr + query * PIECES + piece, mask=piece < PIECES, other=-1e30)
     share = tl.where(lse > -1e29, tl.exp2(lse - tl.max(lse, axis=0)), 0.0)
     share = share / tl.sum(share, axis=0)
-    # A piece without keys was never written: what lies there may be anything.
     at = part_ptr + (query * PIECES + piece)[:, None] * E + e[None, :]
-    part = tl.load(at, mask=(lse > -1e29)[:, None], other=0.0).to(tl.float32)
-    if PDL:
-        gdc_launch_dependents()
+    part = tl.load(at, mask=(piece < PIECES)[:, None], other=0.0).to(tl.float32)
+    # A piece without keys was never written: what lies there may be anything.
+    part = tl.where((lse > -1e29)[:, None], part, 0.0)
     tl.store(out_ptr + query * E + e, tl.sum(part * share[:, None], axis=0).to(out_ptr.dtype.element_ty))

@@ -41,29 +41,32 @@ def norm_kernel(
     here = at.to(tl.int64) * WIDTH + column
     entry = entry_of(at, num_tokens, steps_ptr, clean_ptr, last, STEPS, CLEAN) * WIDTH + column
     scale = tl.load(scale_ptr + entry, mask=inside, other=0.0)
+    if SHIFTED:
+        shift = tl.load(shift_ptr + entry, mask=inside, other=0.0)
+    if GATED:
+        gate = tl.load(gate_ptr + entry, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         branch = tl.zeros((BLOCK,), tl.float32)
         for part in tl.static_range(PARTS):
             branch += tl.load(parts_ptr + part * part_stride + here, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            branch *= tl.load(gate_ptr + entry, mask=inside, other=0.0)
+            branch *= gate
         x += branch
         tl.store(x_ptr + here, x.to(x_ptr.dtype.element_ty), mask=inside)
-    if PDL:
-        gdc_launch_dependents()
     out = x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + RMS_EPS) * scale
     if SHIFTED:
-        out += tl.load(shift_ptr + entry, mask=inside, other=0.0)
+        out += shift
     tl.store(out_ptr + here, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def rotate_kernel(
     qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, own_ptr, positions_ptr, num_tokens, pool_stride,
-    HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of one token: queries are rotated where they are, keys and values go into the slots. HEADS 0: no queries."""
     at = tl.program_id(0)
@@ -71,6 +74,9 @@ def rotate_kernel(
     head = tl.arange(0, PADDED)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = (head < HEADS + 2) & (column < HALF)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     start = qkv_ptr + at.to(tl.int64) * ((HEADS + 2) * 2 * HALF) + head * (2 * HALF) + column
     first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(start + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -89,10 +95,13 @@ def rotate_kernel(
 
 
 @triton.jit
-def gelu_mul_kernel(gate_up_ptr, out_ptr, MLP: tl.constexpr, BLOCK: tl.constexpr):
+def gelu_mul_kernel(gate_up_ptr, out_ptr, MLP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     at = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < MLP
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     gate = tl.load(gate_up_ptr + at * (2 * MLP) + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + at * (2 * MLP) + MLP + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at * MLP + column, (gelu(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
@@ -101,12 +110,18 @@ def gelu_mul_kernel(gate_up_ptr, out_ptr, MLP: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit
 def add_layer_norm_kernel(
     x_ptr, branch_ptr, branch_bias_ptr, weight_ptr, bias_ptr, out_ptr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x (float32) += branch + its bias, and the LayerNorm of that."""
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     here = tl.program_id(0).to(tl.int64) * WIDTH + column
+    # All loads first: a reduction would hold back what comes after it.
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + here, mask=inside, other=0.0)
     if BRANCH:
         x += tl.load(branch_ptr + here, mask=inside, other=0.0).to(tl.float32)
@@ -114,5 +129,5 @@ def add_layer_norm_kernel(
         tl.store(x_ptr + here, x, mask=inside)
     centred = tl.where(inside, x - tl.sum(x, axis=0) / WIDTH, 0.0)
     out = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + LAYER_NORM_EPS)
-    out = out * tl.load(weight_ptr + column, mask=inside, other=0.0) + tl.load(bias_ptr + column, mask=inside, other=0.0)
+    out = out * weight + bias
     tl.store(out_ptr + here, out.to(out_ptr.dtype.element_ty), mask=inside)

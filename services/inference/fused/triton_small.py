@@ -33,6 +33,14 @@ def qkv_kernel(
     w_1 = w_ptr + first[None, :].to(tl.int64) * WIDTH + inner[:, None]
     w_2 = w_1 + HALF * WIDTH
     x = x_ptr + at[:, None] * WIDTH + inner[None, :]
+    # What the end needs is looked up first: it depends on no kernel of the chain.
+    row = at // num_tokens
+    turned = there[:, None] & (head <= HEADS)  # Values are not rotated.
+    angle = tl.load(positions_ptr + at, mask=there, other=0)[:, None] * HALF + column[None, :]
+    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+    slot = tl.load(slots_ptr + row, mask=there, other=0).to(tl.int64)
+    place = tl.load(own_ptr + row, mask=there, other=0) + at % num_tokens
     if PDL:
         gdc_wait()
     acc_1 = tl.zeros((M, N), tl.float32)
@@ -43,16 +51,9 @@ def qkv_kernel(
         acc_2 = tl.dot(a, tl.load(w_2 + begin), acc_2, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
-    turned = there[:, None] & (head <= HEADS)  # Values are not rotated.
-    angle = tl.load(positions_ptr + at, mask=there, other=0)[:, None] * HALF + column[None, :]
-    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
     if head < HEADS:
         out = q_ptr + at[:, None] * (HEADS * 2 * HALF) + first[None, :]
     else:
-        row = at // num_tokens
-        slot = tl.load(slots_ptr + row, mask=there, other=0).to(tl.int64)
-        place = tl.load(own_ptr + row, mask=there, other=0) + at % num_tokens
         inside = slot[:, None] * pool_stride + place[:, None] * (2 * HALF) + column[None, :]
         out = tl.where(head == HEADS, k_ptr, v_ptr) + inside
     tl.store(out, (acc_1 * cos - acc_2 * sin).to(q_ptr.dtype.element_ty), mask=there[:, None])
@@ -126,6 +127,7 @@ def action_in_kernel(
     w = tl.load(w_ptr + column[None, :] * size + inner[:, None], mask=inner[:, None] < size, other=0.0)
     bias = tl.load(bias_ptr + column)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     there = token < num_tokens
     inside = there[:, None] & (inner[None, :] < size)
@@ -134,8 +136,6 @@ def action_in_kernel(
     if CLEAN:
         is_clean = (token < tl.load(clean_ptr + row))[:, None]
         actions = tl.where(is_clean, tl.load(committed_ptr + place, mask=inside, other=0.0), actions)
-    if PDL:
-        gdc_launch_dependents()
     out = tl.dot(actions, w, input_precision="ieee") + bias[None, :]
     at = row * num_tokens + token
     tl.store(out_ptr + at[:, None] * WIDTH + column[None, :], out.to(out_ptr.dtype.element_ty), mask=there[:, None])

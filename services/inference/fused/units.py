@@ -117,22 +117,23 @@ class Units:
             slots: (B,) int32, no slot twice but the scratch slot.
             steps: (B,) int32, 0 for the first; rows may be at different ones.
         """
+        self.expert_layers(self.expert_rows(slots, steps))
+
+    def expert_rows(self, slots: torch.Tensor, steps: torch.Tensor) -> Rows:
+        """What expert_step() looks up: apart from steps it is the same at every step of a chunk."""
         pool, index = self.slots, slots.long()
-        num_tokens = pool.sizes.horizon
-        token = torch.arange(num_tokens, dtype=torch.int32, device=slots.device)
-        self.expert_layers(
-            Rows(
-                slots=slots,
-                positions=pool.action_position[index][:, None] + token,
-                seen=pool.action_keys[index],
-                own=torch.full_like(slots, pool.sizes.text_capacity),
-                steps=steps,
-                clean=pool.clean[index] if self.trained else None,
-            )
+        token = torch.arange(pool.sizes.horizon, dtype=torch.int32, device=slots.device)
+        return Rows(
+            slots=slots,
+            positions=pool.action_position[index][:, None] + token,
+            seen=pool.action_keys[index],
+            own=torch.full_like(slots, pool.sizes.text_capacity),
+            steps=steps,
+            clean=pool.clean[index] if self.trained else None,
         )
 
     def expert_layers(self, rows: Rows) -> None:
-        """expert_step() with what it looks up given: it is the same at every step of a chunk."""
+        """expert_step() with what it looks up given."""
         few, pool = self.few, self.slots
         residual = Residual(x=few.action_in(self.weights, rows, pool))
         for number, layer in enumerate(self.weights.expert):

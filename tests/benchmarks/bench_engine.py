@@ -1,0 +1,225 @@
+"""The fast path of pi052 on one GPU, unit by unit, beside the floor of its matrix products and the plain module in the same run.
+
+python -m tests.benchmarks.bench_engine                  needs a CUDA device
+python -m tests.benchmarks.bench_engine --write          also writes docs/benchmarks/<date>-engine.md
+
+Full size, random weights, bfloat16; three cameras at 224, 200 prompt tokens, 50 actions, 10 steps. Units are timed by events on the
+device around one replay of their graph; whole chunks by the host's clock from the call to the chunk in host memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from policies.pi052.config import NetworkConfig, Precision  # noqa: E402
+from policies.pi052.model import Pi052Network  # noqa: E402
+from services.inference.fused import FusedPi052, FusedSettings, PrefixRow, TextRow  # noqa: E402
+from tests.support import fused_lab as lab  # noqa: E402
+
+CONFIG = NetworkConfig(precision=Precision.BFLOAT16)
+NUM_CAMERAS, NUM_TOKENS, HORIZON, NUM_STEPS = 3, 200, 50, 10
+# One H200, in ms, of the matrix products alone: the larger of FLOPs / 790 TFLOP/s and bytes / 4.3 TB/s.
+FLOORS = {"vision, 1 row": 0.85, "prefix, 1 row": 5.0, "expert step, 1 row": 0.163, "text step, 1 row": 1.17}
+FLOORS |= {"whole chunk, 1 row": 7.5, "8 chunks together": 51.0, "expert step, 8 rows": 0.39, "text step, 32 rows": 1.32}
+# The plain-PyTorch program of the specification, measured earlier on such a card: per-layer compilation in one graph.
+RULER = {
+    "vision, 1 row": 2.5,
+    "prefix, 1 row": 7.3,
+    "expert step, 1 row": 1.35,
+    "whole chunk, 1 row": 22.6,
+    "8 chunks together": 86.0,
+}
+
+Times = dict[str, list[float]]
+
+
+def device_ms(run: Callable[[], object], count: int) -> list[float]:
+    found = []
+    for index in range(count + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        if index >= 3:
+            found.append(begin.elapsed_time(end))
+    return found
+
+
+def host_ms(run: Callable[[], object], count: int, pause_s: float = 0.05) -> list[float]:
+    """With a pause before each, as of robots that replan: without one the card reaches its power limit and slows down."""
+    found = []
+    for index in range(count + 3):
+        torch.cuda.synchronize()
+        time.sleep(pause_s)
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if index >= 3:
+            found.append((time.perf_counter() - begin) * 1e3)
+    return found
+
+
+def units(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
+    slots = [slot for at in range(0, 16, 4) for slot in lab.begin(fused, asked[at : at + 4])]
+    found: Times = {}
+    for rows in fused.settings.prefix_rows:
+        found[f"vision, {_rows(rows)}"] = device_ms(fused._bucket("vision", rows, 0).run, count)
+    for rows in fused.settings.prefix_rows:
+        found[f"prefix, {_rows(rows)}"] = device_ms(fused._bucket("prefix", rows, NUM_TOKENS).run, count)
+    for rows in fused.settings.expert_rows:
+        fused.expert_step([(slot, 0) for slot in slots[:rows]])
+        found[f"expert step, {_rows(rows)}"] = device_ms(fused._bucket("expert_step", rows, 0).run, count)
+    for rows in fused.settings.text_rows:
+        fused.first_text([TextRow(slot=slot, flags=0) for slot in slots[:rows]])
+        fused.text_step([TextRow(slot=slots[row % len(slots)], flags=0) for row in range(rows)])
+        found[f"text step, {_rows(rows)}"] = device_ms(fused._bucket("text_step", rows, 0).run, min(count, 20))
+    for slot in slots:
+        fused.slots.give_back(slot)
+    return found
+
+
+def whole(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
+    """From pinned pictures on the host to chunks on the host."""
+    pictures = [one.pictures.pin_memory() for one in asked]
+    noise = [one.noise.pin_memory() for one in asked]
+    slots = list(range(8))
+
+    def one_chunk() -> torch.Tensor:
+        fused.slots.begin_chunk(0, noise[0])
+        fused.whole_chunk(0, pictures[0], asked[0].picture_valid, asked[0].tokens)
+        return fused.slots.actions[0].cpu()
+
+    def eight_chunks() -> torch.Tensor:
+        for at in (0, 4):
+            rows = range(at, at + 4)
+            tokens = fused.vision(torch.cat([pictures[row].to(fused.device, non_blocking=True) for row in rows]))
+            cameras = tokens.chunk(4)
+            fused.prefix(
+                [
+                    PrefixRow(
+                        slot=row, picture_tokens=seen, picture_valid=asked[row].picture_valid, tokens=asked[row].tokens
+                    )
+                    for row, seen in zip(rows, cameras, strict=True)
+                ]
+            )
+        for slot in slots:
+            fused.slots.begin_chunk(slot, noise[slot])
+        for step in range(NUM_STEPS):
+            fused.expert_step([(slot, step) for slot in slots])
+        return fused.slots.actions[:8].cpu()
+
+    return {
+        "whole chunk, 1 row": host_ms(one_chunk, count),
+        "8 chunks together": host_ms(eight_chunks, count),
+        "8 chunks together, no pause": host_ms(eight_chunks, count, 0.0),
+    }
+
+
+def plain(network: Pi052Network, asked: lab.Request, count: int) -> Times:
+    with torch.inference_mode():
+        return {"whole chunk, 1 row": host_ms(lambda: lab.plain_chunk(network, asked, NUM_STEPS), count)}
+
+
+def error(network: Pi052Network, fused: FusedPi052, asked: list[lab.Request]) -> tuple[float, float]:
+    """Of bfloat16 chunks against the plain module in float32: the fused path's largest, and the plain bfloat16 module's."""
+    exact = lab.network(replace(CONFIG, precision=Precision.FLOAT32), device=fused.device)
+    exact.load_state_dict({name: value.float() for name, value in network.state_dict().items()})
+    ours, theirs = [], []
+    for one in asked:
+        [slot] = lab.begin(fused, [one])
+        for step in range(NUM_STEPS):
+            fused.expert_step([(slot, step)])
+        expected = lab.plain_chunk(exact, one, NUM_STEPS)
+        ours.append(lab.relative(fused.slots.actions[slot], expected))
+        theirs.append(lab.relative(lab.plain_chunk(network, one, NUM_STEPS), expected))
+        fused.slots.give_back(slot)
+    return max(ours), max(theirs)
+
+
+def _rows(rows: int) -> str:
+    return f"{rows} row" if rows == 1 else f"{rows} rows"
+
+
+def report(found: Times, of_plain: Times, errors: tuple[float, float], notes: list[str], commit: str) -> str:
+    lines = [
+        "# The fused engine of pi052, full network",
+        "",
+        f"Hardware: {torch.cuda.get_device_name()}. torch {torch.__version__}. Commit: {commit}. {NUM_CAMERAS} cameras at 224, "
+        f"{NUM_TOKENS} prompt tokens, {HORIZON} actions, {NUM_STEPS} steps, bfloat16, random weights with random norms.",
+        "",
+        "| unit | p50 ms | p99 ms | floor | ruler, measured earlier | plain module, this run |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, ms in found.items():
+        others = [FLOORS.get(name), RULER.get(name), np.percentile(of_plain[name], 50) if name in of_plain else None]
+        cells = " | ".join("-" if value is None else f"{value:.3g}" for value in others)
+        lines.append(f"| {name} | {np.percentile(ms, 50):.3f} | {np.percentile(ms, 99):.3f} | {cells} |")
+    rate, steady = (8e3 / float(np.percentile(found[f"8 chunks together{how}"], 50)) for how in ("", ", no pause"))
+    lines += [
+        "",
+        f"8 robots together: {rate:.1f} chunks/s, {steady:.1f} without a pause (floor 157, ruler 92). Whole chunks are host to host, "
+        "pictures and actions copied; vision and prefix run four rows at a time.",
+        "",
+        f"Largest relative error of a chunk against the plain module in float32: fused {errors[0]:.1e}, plain module in "
+        f"bfloat16 {errors[1]:.1e}.",
+        "",
+        *notes,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--commit", default="", help="where the sources lie outside a repository")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs a CUDA device")
+        return 1
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    network = lab.network(CONFIG, device=torch.device("cuda"))
+    settings = FusedSettings(
+        num_cameras=NUM_CAMERAS, prompt_lengths=(NUM_TOKENS,), prefix_rows=(1, 2, 4), text_rows=(1, 8, 16, 32)
+    )
+    fused = FusedPi052(CONFIG, settings, torch.device("cuda"))
+    fused.weights.refill(network.state_dict())
+    begin = time.perf_counter()
+    fused.prepare()
+    prepared_s = time.perf_counter() - begin
+    asked = [lab.request(CONFIG, seed, NUM_TOKENS, cameras=NUM_CAMERAS, horizon=HORIZON) for seed in range(16)]
+    found = units(fused, asked, arguments.count)
+    found |= whole(fused, asked, arguments.count)
+    found["weight commit"] = device_ms(fused.weights.commit, 10)
+    gib = torch.cuda.max_memory_allocated() / 2**30
+    notes = [
+        f"Preparing {len(fused._buckets())} graphs took {prepared_s:.1f} s with kernels compiled on the way. Weights: "
+        f"{fused.weights.num_bytes / 1e9:.2f} GB, and as much again while a version is staged; "
+        f"largest memory {gib:.1f} GiB, the plain module's weights included."
+    ]
+    errors = error(network, fused, asked[:3])
+    written = report(found, plain(network, asked[0], 10), errors, notes, arguments.commit or git.stdout.strip() or "unknown")
+    print(written)
+    if arguments.write:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        (arguments.folder / f"{datetime.date.today().isoformat()}-engine.md").write_text(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

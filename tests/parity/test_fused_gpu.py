@@ -1,0 +1,190 @@
+"""The fused path on a GPU, with its kernels and captured graphs, against the plain module in float32.
+
+Sizes of heads are the full ones, widths and depths are small. Without a CUDA device these tests are skipped and say so; the
+same path without kernels and graphs is in tests/unit/inference/test_fused.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from policies import text
+from policies.pi052.config import NetworkConfig, Precision, TowerSize, VisionSize
+from policies.pi052.model import Pi052Network
+from services.inference.fused import FusedPi052
+from services.inference.fused.units import NO_LOCATIONS
+from tests.support import fused_lab as lab
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: kernels and graphs of the fused path"),
+]
+
+CUDA = torch.device("cuda")
+TOLERANCE = 1e-2
+HORIZON = 50
+SIZES = NetworkConfig(
+    vision=VisionSize(width=144, depth=2, mlp=304, heads=2, patch=14),
+    language=TowerSize(width=256, depth=3, mlp=512),
+    expert=TowerSize(width=128, depth=3, mlp=256),
+    vocabulary=257_152,
+    image_height=112,
+    image_width=112,
+    action_size=32,
+    precision=Precision.BFLOAT16,
+)
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[Pi052Network, Pi052Network]:
+    """The same weights in bfloat16, which the fused path takes, and float32."""
+    served = lab.network(SIZES, device=CUDA)
+    plain = lab.network(replace(SIZES, precision=Precision.FLOAT32), device=CUDA)
+    plain.load_state_dict({name: value.float() for name, value in served.state_dict().items()})
+    return served, plain
+
+
+def fused_of(model: Pi052Network, **changes: object) -> FusedPi052:
+    asked: dict[str, object] = {"horizon": HORIZON, "num_slots": 20, "prompt_lengths": (48, 200), "max_text": 128}
+    asked |= {"prefix_rows": (1, 2, 4), "expert_rows": (1, 2, 4, 16), "text_rows": (1, 4, 32)}
+    dtype = changes.pop("dtype", torch.bfloat16)
+    assert isinstance(dtype, torch.dtype)
+    kernels = changes.pop("kernels", None)
+    assert kernels is None or isinstance(kernels, bool)
+    made = FusedPi052(SIZES, lab.settings(**(asked | changes)), CUDA, dtype=dtype, kernels=kernels)
+    made.weights.refill(model.state_dict())
+    return made
+
+
+def mixed_requests(num: int, longest: int = 200) -> list[lab.Request]:
+    """Prompts of different lengths, missing cameras, committed prefixes with different delays and horizons."""
+    lengths = [5, longest, 31, longest // 2]
+    return [
+        lab.request(
+            SIZES,
+            seed,
+            lengths[seed % 4],
+            horizon=HORIZON,
+            lacks=1 if seed % 3 == 2 else None,
+            committed=(0, 20, 50, 3)[seed % 4],
+            delay_steps=seed % 7,
+            execution_horizon=10 + seed,
+        )
+        for seed in range(num)
+    ]
+
+
+def staggered(fused: FusedPi052, slots: Sequence[int], most: int) -> None:
+    """All chunks, up to most rows in a pass, rows at different steps."""
+    steps = dict.fromkeys(slots, 0)
+    tick = 0
+    while waiting := [slot for slot in slots if steps[slot] < lab.NUM_STEPS]:
+        chosen = [slot for n, slot in enumerate(waiting) if n <= tick][:most]
+        fused.expert_step([(slot, steps[slot]) for slot in chosen])
+        for slot in chosen:
+            steps[slot] += 1
+        tick += 1
+
+
+@pytest.mark.parametrize("trained_max_delay", [0, 4])
+@pytest.mark.parametrize("most", [1, 2, 4, 16])
+def test_chunks_are_those_of_the_plain_module_in_every_batch(
+    networks: tuple[Pi052Network, Pi052Network], most: int, trained_max_delay: int
+) -> None:
+    served, plain = networks
+    fused, asked = fused_of(served, trained_max_delay=trained_max_delay), mixed_requests(min(16, most + 2))
+    slots = [slot for at in range(0, len(asked), 4) for slot in lab.begin(fused, asked[at : at + 4])]
+    staggered(fused, slots, most)
+    for slot, one in zip(slots, asked, strict=True):
+        expected = lab.plain_chunk(plain, one, trained_max_delay=trained_max_delay)
+        assert lab.relative(fused.slots.actions[slot], expected) < TOLERANCE
+
+
+def test_a_row_has_the_same_bits_whoever_is_in_its_pass(networks: tuple[Pi052Network, Pi052Network]) -> None:
+    fused, asked = fused_of(networks[0]), mixed_requests(8)
+    for rows in (2, 4, 16):
+        found = []
+        for neighbours in (asked[1:rows], asked[-1:]):  # A full pass, and one with scratch rows.
+            slots = [slot for one in [asked[0], *neighbours] for slot in lab.begin(fused, [one])][:rows]
+            padded = slots if len(slots) > rows // 2 else slots + [fused.slots.scratch] * (rows // 2 + 1 - len(slots))
+            for step in range(lab.NUM_STEPS):
+                fused.expert_step([(slot, step) for slot in padded])
+            found.append(fused.slots.actions[slots[0]].clone())
+            for slot in slots:
+                fused.slots.give_back(slot)
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 48, 49, 200])
+def test_a_whole_chunk_is_that_of_the_plain_module(networks: tuple[Pi052Network, Pi052Network], num_tokens: int) -> None:
+    served, plain = networks
+    fused, one = fused_of(served), lab.request(SIZES, 3, num_tokens, horizon=HORIZON)
+    slot = fused.slots.take()
+    assert slot is not None
+    fused.slots.begin_chunk(slot, one.noise)
+    fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens)
+    assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(plain, one)) < TOLERANCE
+
+
+def test_greedy_ids_are_those_of_the_plain_module_in_float32(networks: tuple[Pi052Network, Pi052Network]) -> None:
+    """Fused weights, slots, units and graphs; bfloat16 kernels round, and near ties then fall either way."""
+    plain = networks[1]
+    fused, asked = fused_of(plain, dtype=torch.float32, kernels=False), mixed_requests(4)
+    rules = text.Decoding(max_new_tokens=12, end_token=-5)
+    slots = lab.begin(fused, asked)
+    assert lab.fused_ids(fused, slots, NO_LOCATIONS, 12) == [lab.plain_ids(plain, one, rules) for one in asked]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_logits_along_a_text_are_those_of_the_plain_module(networks: tuple[Pi052Network, Pi052Network], rows: int) -> None:
+    served, plain = networks
+    fused, asked = fused_of(served), mixed_requests(rows)
+    slots = [slot for at in range(0, rows, 4) for slot in lab.begin(fused, asked[at : at + 4])]
+    text_rows = [lab.TextRow(slot=slot, flags=0) for slot in slots]
+    states = [lab.plain_state(plain, one, hidden=True) for one in asked]
+    allowed = ~fused.units.forbidden[0]
+    with torch.inference_mode():
+        expected = [plain.text_logits(state.hidden[:, -1])[0] for state in states if state.hidden is not None]
+        logits, _ = fused.first_text(text_rows)
+        for step in range(6):
+            for row in range(rows):
+                assert lab.relative(logits[row][allowed], expected[row][allowed]) < TOLERANCE
+            for row, slot in enumerate(slots):  # The same tokens for both, whatever a near tie says.
+                token = 1000 + 10 * row + step
+                fused.set_token(slot, token)
+                answer, states[row] = plain.text_step(states[row], torch.tensor([token], device=CUDA))
+                expected[row] = answer[0]
+            logits, _ = fused.text_step(text_rows)
+
+
+def test_a_draft_gives_what_step_by_step_decoding_gives(networks: tuple[Pi052Network, Pi052Network]) -> None:
+    fused, [one] = fused_of(networks[1], dtype=torch.float32, kernels=False, draft_length=20), mixed_requests(1)
+    [slot] = lab.begin(fused, [one])
+    [ids] = lab.fused_ids(fused, [slot], NO_LOCATIONS, 22)
+    fused.slots.give_back(slot)
+    [slot] = lab.begin(fused, [one])
+    rows = [lab.TextRow(slot=slot, flags=NO_LOCATIONS)]
+    fused.first_text(rows)
+    tokens, counts = fused.check_draft(rows, [ids[1:21]])
+    assert counts.tolist() == [21]
+    assert tokens[0].tolist() == ids[1:]
+
+
+def test_new_weights_serve_in_graphs_that_were_captured_before(networks: tuple[Pi052Network, Pi052Network]) -> None:
+    served, _ = networks
+    other = lab.network(SIZES, seed=5, device=CUDA)
+    plain = lab.network(replace(SIZES, precision=Precision.FLOAT32), device=CUDA)
+    plain.load_state_dict({name: value.float() for name, value in other.state_dict().items()})
+    fused, [one] = fused_of(served), mixed_requests(1)
+    seen = []
+    fused.prepare(lambda done, total, _: seen.append((done, total)))
+    assert seen[-1] == (len(seen), len(seen))
+    fused.weights.stage(other.state_dict())
+    fused.weights.commit()
+    [slot] = lab.begin(fused, [one])
+    staggered(fused, [slot], 1)
+    assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(plain, one)) < TOLERANCE
