@@ -169,7 +169,8 @@ def report(
         first_token = "-" if first["p50"] is None else f"{first['p50']:.0f} / {first['p99']:.0f}"
         lines.append(
             f"| {tokens} every {every:g} s | {found['text']['tokens_per_s']:.0f} "
-            f"| {latency['p50']:.1f} / {latency['p99']:.1f} | {found['missed_deadlines']} of {found['requests']} | {first_token} |"
+            f"| {latency['p50']:.1f} / {latency['p99']:.1f} | {found['missed_deadlines']} of {found['requests']} "
+            f"| {first_token} |"
         )
     stages = {stage: values["p50"] for stage, values in many["stage_ms"].items()}
     batch = np.round(many["mean_batch_size"], 2)
