@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from manyhands.common.v1 import common_pb2
+from manyhands.errors import Refused
 from policies import images, text
 from policies.pi052.config import ChunkMode
 from policies.pi052.policy import Pi052Policy
@@ -65,6 +66,7 @@ class TextRowInWork:
 
     Attributes:
         draft: What greedy decoding is likely to give, the end token included; empty for none.
+    is_broken: Its logits were not numbers.
     """
 
     read: Read
@@ -74,6 +76,7 @@ class TextRowInWork:
     generator: torch.Generator
     draft: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
+    is_broken: bool = False
     slot: int | None = None
 
     @property
@@ -83,7 +86,7 @@ class TextRowInWork:
 
     @property
     def has_ended(self) -> bool:
-        return bool(self.tokens) and self.tokens[-1] == self.rules.end_token
+        return self.is_broken or (bool(self.tokens) and self.tokens[-1] == self.rules.end_token)
 
 
 class FusedModel(ServedModel):
@@ -244,8 +247,11 @@ class FusedModel(ServedModel):
         logits, tokens = self.fused.text_step([TextRow(slot=_slot(row), flags=row.flags) for row in rows])
         self._take_tokens(rows, logits, tokens)
 
-    def release(self, row: ChunkRow | TextRowInWork) -> None:
+    def release(self, row: ChunkRow | TextRowInWork, *, wipe: bool = False) -> None:
+        """Gives the slot back. wipe: It holds numbers that are not finite."""
         if row.slot is not None:
+            if wipe:
+                self.slots.wipe(row.slot)
             self.slots.give_back(row.slot)
             row.slot = None
 
@@ -257,29 +263,31 @@ class FusedModel(ServedModel):
         return self.policy.postprocess(made, inputs)[0], carried
 
     def stage(self, policy: AnyPolicy) -> None:
-        """Brings another version's weights beside those that serve, from any thread. replace() makes them serve.
-
-        Raises:
-            Refused: A canary chunk is not finite.
-        """
+        """Brings another version's weights beside those that serve, from any thread; replace() makes them serve."""
         assert isinstance(policy, Pi052Policy)
         self.fused.weights.stage(policy.network.state_dict())
 
     def replace(self, policy: AnyPolicy, version: common_pb2.PolicyVersion, digests: Mapping[str, bytes]) -> AnyPolicy:
+        """As ServedModel's. The canary runs on what serves: the plain module on the CPU would take minutes.
+
+        Raises:
+            Refused: The canary's chunk is not finite; the weights are again those that served before.
+        """
         self.fused.weights.commit()
-        self.wait()
+        if not np.isfinite(self.canary()).all():
+            self.fused.weights.revert()
+            raise Refused("its canary chunk is not finite")
         return super().replace(policy, version, digests)
 
     def canary(self) -> npt.NDArray[np.float32]:
         """(T, R) for a plain observation."""
         row = self.chunk_row(canary_row(self.policy))
         self.run_prefix([row])
-        try:
-            for step in range(self.num_steps):
-                self.run_expert([(row, step)])
-            return self.chunk(row)[0]
-        finally:
-            self.release(row)
+        for step in range(self.num_steps):
+            self.run_expert([(row, step)])
+        chunk = self.chunk(row)[0]
+        self.release(row, wipe=not np.isfinite(chunk).all())
+        return chunk
 
     def example_row(self, bucket: int) -> ChunkRow:
         """With a prompt of so many tokens, for measuring."""
@@ -321,7 +329,11 @@ class FusedModel(ServedModel):
         return images.resize_with_padding(floats, *size, images.Padding.CENTRED)[0] * 2.0 - 1.0
 
     def _take_tokens(self, rows: Sequence[TextRowInWork], logits: torch.Tensor, likeliest: torch.Tensor) -> None:
+        broken = logits.isnan().any(dim=-1).tolist()
         for index, (row, token) in enumerate(zip(rows, likeliest.tolist(), strict=True)):
+            row.is_broken = broken[index]
+            if row.is_broken:
+                continue
             if row.rules.temperature > 0:
                 drawn = text.choose(
                     logits[index : index + 1],

@@ -266,7 +266,11 @@ class UnitEngine:
         for work in finished.chunks:
             self._end_chunk(model, work, now_s, unit.size)
         for text_work in finished.texts:
-            self._end_text(text_work, TextEnd(version=model.version))
+            if text_work.payload.row.is_broken:
+                logger.error("version %d of %s has no text that is a number", model.version.number, model.name)
+                self._end_text(text_work, TextEnd(error=InternalError("the model's text is not finite")))
+            else:
+                self._end_text(text_work, TextEnd(version=model.version))
 
     def _do(self, model: FusedModel, unit: Unit[_Chunk, _Text]) -> None:
         if unit.kind is UnitKind.PREFIX:
@@ -283,10 +287,11 @@ class UnitEngine:
     def _end_chunk(self, model: FusedModel, work: ChunkWork[_Chunk], now_s: float, batch_size: int) -> None:
         payload = work.payload
         actions, model_actions = model.chunk(payload.row)
-        model.release(payload.row)
+        is_finite = bool(np.isfinite(actions).all() and np.isfinite(model_actions).all())
+        model.release(payload.row, wipe=not is_finite)
         finished_s = self._clock()
         outcome: Outcome
-        if np.isfinite(actions).all() and np.isfinite(model_actions).all():
+        if is_finite:
             outcome = Answer(
                 actions=actions,
                 model_actions=model_actions,
@@ -309,7 +314,7 @@ class UnitEngine:
         text.num_sent = len(row.tokens)
 
     def _end_text(self, work: TextWork[_Text], end: TextEnd) -> None:
-        self.models[work.model].release(work.payload.row)
+        self.models[work.model].release(work.payload.row, wipe=work.payload.row.is_broken)
         work.payload.heard(end)
 
     def _fail(self, unit: Unit[_Chunk, _Text], error: Exception) -> None:

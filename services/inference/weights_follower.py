@@ -250,7 +250,11 @@ class WeightsFollower:
             slot.spare, slot.spare_digests = free, digests_before
 
         digests_before = dict(served.digests)
-        pause_s = self._between_passes(served.name, flip)
+        try:
+            pause_s = self._between_passes(served.name, flip)
+        except Refused as error:
+            self._record(version, accepted=False, reason=str(error))
+            raise
         self._record(version, accepted=True, reason="", pause_s=pause_s)
         logger.info("%s: version %d serves, pause %.3f ms", served.name, version.number, pause_s * 1e3)
         return SwapResult(previous=previous, current=version, pause_s=pause_s)

@@ -94,6 +94,14 @@ class Slots:
         self._free.append(slot)
 
     @torch.inference_mode()
+    def wipe(self, slot: int) -> None:
+        """After numbers that are not finite: a masked key that is not a number would spoil whoever has the slot next."""
+        for tensor in (self.keys, self.values):
+            tensor[:, slot].zero_()
+        for tensor in (self.actions, self.committed, self.pull, self.last_hidden):
+            tensor[slot].zero_()
+
+    @torch.inference_mode()
     def begin_chunk(
         self,
         slot: int,

@@ -68,6 +68,7 @@ class FusedWeights:
         self._layout: Layout = layout(config, num_steps, dtype)
         self._buffer = torch.zeros(self._layout.num_bytes, dtype=torch.uint8, device=device)
         self._spare: torch.Tensor | None = None
+        self._previous: torch.Tensor | None = None
         self._staged = False
         self.views = self._layout.views(self._buffer)
         self.language = [self._layer(f"language.layers.{index}") for index in range(config.language.depth)]
@@ -93,11 +94,12 @@ class FusedWeights:
         Raises:
             InvalidInput: A tensor is missing or has another shape; field names it.
         """
-        if self._spare is None:
-            self._spare = torch.zeros_like(self._buffer)
+        if self._spare is None or self._previous is None:
+            self._spare, self._previous = torch.zeros_like(self._buffer), torch.zeros_like(self._buffer)
         self._staged = False
         with _side_stream(self.device) as wait:
             _fill(self._layout.views(self._spare), state, self.config, self.num_steps, self.device)
+            self._previous.copy_(self._buffer)
             wait()
         self._staged = True
 
@@ -108,9 +110,15 @@ class FusedWeights:
         assert self._staged, "the last stage() failed"
         self._buffer.copy_(self._spare)
 
+    @torch.inference_mode()
+    def revert(self) -> None:
+        """Undoes the last commit(); once."""
+        assert self._previous is not None, "nothing was committed"
+        self._buffer.copy_(self._previous)
+
     def free_spare(self) -> None:
-        """Gives the spare buffer back; the next stage() takes it again."""
-        self._spare, self._staged = None, False
+        """Gives the memory beside the serving weights back; the next stage() takes it again."""
+        self._spare, self._previous, self._staged = None, None, False
 
     def _layer(self, at: str) -> Layer:
         return Layer(

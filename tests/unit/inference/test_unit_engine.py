@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from manyhands.errors import InvalidInput, TooLate, Unreachable
+from manyhands.errors import InternalError, InvalidInput, TooLate, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
 from services.inference.engine_port import Answer, Job, Observed, Question, Row, Superseded, TextEnd
@@ -325,3 +325,25 @@ def test_which_policies_can_be_fused():
     assert can_be_fused(prompted_lab.policy("pi05"))
     assert not can_be_fused(prompted_lab.policy("pi052", prompts={"joint": True}))
     assert not can_be_fused(prompted_lab.policy("smolvla2"))
+
+
+def test_numbers_that_are_none_stay_with_whom_they_came(policy):
+    """A masked key that is not a number spoils a row through 0 * nan: the slot's next user must not find any."""
+    engine = UnitEngine({"tiny": FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1)}, max_rows=1, max_texts=1)
+    engine.start()
+    spoilt = row(1, prefix=np.full((3, 8), np.inf, dtype=np.float32), delay_steps=1)
+    for _ in range(3):
+        assert isinstance(submit(engine, "left", spoilt).get(timeout=30.0), InternalError)
+        assert near(answer_of(submit(engine, "right", row(2))).actions, plain(policy, row(2))[0])
+    engine.stop()
+
+
+def test_text_that_is_no_number_is_an_error():
+    policy = make_policy()
+    policy.network.language.layers[-1].o.weight.data.fill_(float("inf"))
+    engine = UnitEngine({"tiny": FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1)}, max_rows=1, max_texts=1)
+    engine.start()
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK))
+    assert isinstance(heard.get(timeout=30.0).error, InternalError)
+    answer_of(submit(engine, "left", row(1)))  # Actions do not read the last layer's output.
+    engine.stop()
