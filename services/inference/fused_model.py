@@ -8,7 +8,7 @@ Shapes: I cameras, T horizon, A action size of the model, R of the robot.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -298,6 +298,15 @@ class FusedModel(ServedModel):
         row = self.text_row(canary_sample(self.policy.spec), TextRequest(kind=TextKind.SUBTASK))
         return dataclasses.replace(row, read=_stretched(row.read, bucket))
 
+    def mark(self) -> Callable[[], None]:
+        """Waits, when called, until the device has done what was asked so far, and no longer."""
+        if self.device.type != "cuda":
+            return _nothing
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
     def wait(self) -> None:
         """Until the device has done what was asked."""
         if self.device.type == "cuda":
@@ -355,6 +364,10 @@ def can_be_fused(policy: AnyPolicy) -> bool:
     if not isinstance(policy, Pi052Policy) or policy.config.prompts.joint:
         return False
     return policy.config.network.language.kv_heads == 1
+
+
+def _nothing() -> None:
+    """The CPU is done when a call returns."""
 
 
 def _stretched(read: Read, length: int) -> Read:

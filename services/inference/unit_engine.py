@@ -11,6 +11,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from .units import ChunkWork, TextWork, Unit, UnitKind, group
 logger = logging.getLogger(__name__)
 
 WARM_UP_RUNS = 5
+# Units that the device may have before it: one that runs and one behind it.
+MAX_AHEAD = 1
 RowT = TypeVar("RowT", ChunkRow, TextRowInWork)
 
 
@@ -76,6 +79,8 @@ class UnitEngine:
         self._between: list[Callable[[], None]] = []
         self._swaps: list[Callable[[], None]] = []
         self._chunks_per_s: dict[str, float] = {}
+        # Of units that the device may still run.
+        self._ahead: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ready: Future[None] = Future()
@@ -248,6 +253,10 @@ class UnitEngine:
         known = {text.work.text_id: len(text.work.payload.row.tokens) for text in unit.texts}
         try:
             self._do(model, unit)
+            if unit.kind is UnitKind.EXPERT and all(row.num_steps_left > 1 for row in unit.rows):
+                self._run_on(model, unit)
+                return
+            self._ahead.clear()
             model.wait()
         except Exception as error:
             self._fail(unit, error)
@@ -271,6 +280,18 @@ class UnitEngine:
                 self._end_text(text_work, TextEnd(error=InternalError("the model's text is not finite")))
             else:
                 self._end_text(text_work, TextEnd(version=model.version))
+
+    def _run_on(self, model: FusedModel, unit: Unit[_Chunk, _Text]) -> None:
+        """An Euler step that gives nothing to anybody yet: what follows is decided while the device still works.
+
+        So the device does not idle while Python thinks. How long the step took is not known then, and needs not be: prepared
+        units always take the same, and the last step of a chunk is measured.
+        """
+        if len(self._ahead) >= MAX_AHEAD:
+            self._ahead.popleft()()
+        self._ahead.append(model.mark())
+        with self._changed:
+            self._scheduler.finished(unit, None, self._clock())
 
     def _do(self, model: FusedModel, unit: Unit[_Chunk, _Text]) -> None:
         if unit.kind is UnitKind.PREFIX:

@@ -135,7 +135,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
     def finished(
         self,
         unit: Unit[ChunkT, TextT],
-        duration_s: float,
+        duration_s: float | None,
         now_s: float,
         *,
         num_new_tokens: Mapping[Hashable, int] | None = None,
@@ -144,11 +144,13 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """Reports the unit that ran; answers what it completed.
 
         Args:
+            duration_s: None where it was not measured: the device may still be at it.
             num_new_tokens: By text_id where it is not what the kind of unit gives: one for a step and for the last slice of
                 a prefix without a draft. A draft check gives what was right of the draft, and one more.
             ended: text_ids whose text came to its end before max_tokens.
         """
-        self.times.observe(unit.group, unit.size, duration_s, now_s)
+        if duration_s is not None:
+            self.times.observe(unit.group, unit.size, duration_s, now_s)
         self._running = None
         self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
