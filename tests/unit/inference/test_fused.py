@@ -96,7 +96,8 @@ def test_trained_chunking_keeps_committed_actions_bit_for_bit(model: torch.nn.Mo
 def test_a_whole_chunk_is_its_units_one_after_the_other(model: torch.nn.Module) -> None:
     fused, one = fused_of(model), mixed_requests()[2]
     slot = fused.slots.take()
-    assert slot is not None and one.committed is not None
+    assert slot is not None
+    assert one.committed is not None
     fused.slots.begin_chunk(
         slot, one.noise, committed=one.committed, delay_steps=one.delay_steps, execution_horizon=one.execution_horizon
     )
