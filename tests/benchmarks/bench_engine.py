@@ -160,7 +160,8 @@ def report(found: Times, of_plain: Times, errors: tuple[float, float], notes: li
         "# The fused engine of pi052, full network",
         "",
         f"Hardware: {torch.cuda.get_device_name()}. torch {torch.__version__}. Commit: {commit}. "
-        f"{NUM_CAMERAS} cameras at 224, {NUM_TOKENS} prompt tokens, {HORIZON} actions, {NUM_STEPS} steps, bfloat16, random weights with random norms.",
+        f"{NUM_CAMERAS} cameras at 224, {NUM_TOKENS} prompt tokens, {HORIZON} actions, {NUM_STEPS} steps, bfloat16, "
+        "random weights with random norms.",
         "",
         "| unit | p50 ms | p99 ms | floor | ruler, measured earlier | plain module, this run |",
         "|---|---|---|---|---|---|",

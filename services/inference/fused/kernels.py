@@ -200,8 +200,8 @@ class FewOps(_Shared):
         block = min(32, triton.next_power_of_2(width))
         triton_small.action_in_kernel[(triton.cdiv(width, block), triton.cdiv(num_tokens, 16), rows.num_rows)](
             slots.actions, slots.committed, weight, weights.views["action_in.bias"], out, rows.slots,
-            _or(rows.clean, weight), num_tokens, size, WIDTH=width, SIZE=max(16, triton.next_power_of_2(size)), CLEAN=rows.clean is not None,
-            PDL=self.pdl, M=16, N=block, num_warps=4, **_launch(self.pdl),
+            _or(rows.clean, weight), num_tokens, size, WIDTH=width, SIZE=max(16, triton.next_power_of_2(size)),
+            CLEAN=rows.clean is not None, PDL=self.pdl, M=16, N=block, num_warps=4, **_launch(self.pdl),
         )  # fmt: skip
         return out
 

@@ -154,7 +154,9 @@ class ReferenceOps:
             allowed = allowed | own
         # Heads fold into the rows of the query: (B, T * H, E) against the one key head.
         folded = q.flatten(1, 2)
-        k, v = (pool[layer][rows.slots.long()] for pool in (slots.keys, slots.values))
+        # What nobody sees may be left from another row, and 0 * nan would be nan.
+        seen = allowed.any(dim=1)[:, :, None]
+        k, v = (pool[layer][rows.slots.long()].masked_fill(~seen, 0.0) for pool in (slots.keys, slots.values))
         mask = allowed.expand(-1, num_tokens, -1).repeat_interleave(q.shape[2], dim=1)
         mixed = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=size**-0.5)
         return mixed.view(len(mixed), num_tokens, -1)
