@@ -180,7 +180,7 @@ class ReferenceOps:
         hidden = self.normed(residual, norm, rows).float()
         v = functional.linear(hidden, views["action_out.weight"], views["action_out.bias"])
         clean, committed = _is_clean(rows)[:, :, None], slots.committed[index]
-        actions = torch.where(clean, committed, slots.actions[index])
+        actions = slots.actions[index]
         time, guidance = (table[rows.steps.long()][:, None, None] for table in (euler.times, euler.guidance))
         error = (committed - (actions - time * v)) * slots.pull[index][:, :, None]
         v = v - guidance * error

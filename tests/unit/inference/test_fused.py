@@ -143,7 +143,9 @@ def test_a_draft_is_followed_as_far_as_greedy_decoding_agrees(model: torch.nn.Mo
     rows = [lab.TextRow(slot=slot, flags=NO_LOCATIONS) for slot in slots]
     fused.first_text(rows)
     drafts = [[*ids[1 : 1 + num_right], *[7] * (5 - num_right)] for ids in expected]
+    before = fused.slots.text_position[slots]
     tokens, counts = fused.check_draft(rows, drafts)
+    assert (fused.slots.text_position[slots] - before).tolist() == counts.tolist()
     assert counts.tolist() == [num_right + 1] * 2
     found = [[ids[0], *tokens[row, : num_right + 1].tolist()] for row, ids in enumerate(expected)]
     for _ in range(9 - len(found[0])):
