@@ -302,7 +302,7 @@ class FusedModel(ServedModel):
         """Waits, when called, until the device has done what was asked so far, and no longer."""
         if self.device.type != "cuda":
             return _nothing
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         wait: Callable[[], None] = event.synchronize
         return wait

@@ -21,7 +21,9 @@ class Uploads:
     """
 
     def __init__(self, device: torch.device, width: int) -> None:
-        self._events = [torch.cuda.Event() for _ in range(_SEGMENTS)] if device.type == "cuda" else []
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event() for _ in range(_SEGMENTS)]  # type: ignore[no-untyped-call]
         self._places = torch.zeros(_SEGMENTS * _SEGMENT, width, dtype=torch.int32, pin_memory=bool(self._events))
         self._next = 0
 
@@ -81,4 +83,6 @@ class GraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self.handle = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

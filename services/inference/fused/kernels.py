@@ -1,8 +1,8 @@
 """The operations of ops.py by kernels: FewOps for up to some hundred tokens, ManyOps for more.
 
-Few tokens (expert, text): bound by reading weights and by starting kernels: eight small kernels a layer, each starting while the
-one before ends. Many (vision, prefix, large expert batches): bound by arithmetic, so cuBLAS multiplies and one pass stands between
-two products.
+Few tokens (expert, text) are bound by reading weights and by starting kernels: eight small kernels a layer, each starting
+while the one before ends. Many (vision, prefix, large expert batches) are bound by arithmetic: cuBLAS multiplies, and one
+pass stands between two products.
 
 Shapes: B rows, T tokens of a row, D width, H heads, E head size, M MLP width.
 """
@@ -161,8 +161,8 @@ class FewOps(_Shared):
         n = min(tile.n, half)
         q = torch.empty(num_rows, num_tokens, heads.num, heads.size, dtype=normed.dtype, device=normed.device)
         triton_small.qkv_kernel[((heads.num + 2) * half // n, triton.cdiv(total, m))](
-            normed, weight, q, slots.keys[layer], slots.values[layer], self.rotary.cos, self.rotary.sin, rows.slots, rows.own,
-            rows.positions, total, num_tokens, slots.keys.stride(1), WIDTH=width, HEADS=heads.num, HALF=half,
+            normed, weight, q, slots.keys[layer], slots.values[layer], self.rotary.cos, self.rotary.sin, rows.slots,
+            rows.own, rows.positions, total, num_tokens, slots.keys.stride(1), WIDTH=width, HEADS=heads.num, HALF=half,
             PDL=self.pdl, M=m, N=n, K=min(tile.k, width), num_warps=tile.warps, num_stages=tile.stages, **_launch(self.pdl),
         )  # fmt: skip
         return q
@@ -199,9 +199,9 @@ class FewOps(_Shared):
         out = torch.empty(rows.num_rows, num_tokens, width, dtype=weights.dtype, device=weight.device)
         block = min(32, triton.next_power_of_2(width))
         triton_small.action_in_kernel[(triton.cdiv(width, block), triton.cdiv(num_tokens, 16), rows.num_rows)](
-            slots.actions, slots.committed, weight, weights.views["action_in.bias"], out, rows.slots, _or(rows.clean, weight),
-            num_tokens, size, WIDTH=width, SIZE=max(16, triton.next_power_of_2(size)), CLEAN=rows.clean is not None,
-            PDL=self.pdl, M=16, N=block, num_warps=4, **_launch(self.pdl),
+            slots.actions, slots.committed, weight, weights.views["action_in.bias"], out, rows.slots,
+            _or(rows.clean, weight), num_tokens, size, WIDTH=width, SIZE=max(16, triton.next_power_of_2(size)),
+            CLEAN=rows.clean is not None, PDL=self.pdl, M=16, N=block, num_warps=4, **_launch(self.pdl),
         )  # fmt: skip
         return out
 
@@ -293,7 +293,8 @@ class ManyOps(_Shared):
         out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
         triton_rows.add_layer_norm_kernel[(len(x),)](
             x, _or(branch, x), _or(branch_bias, x), weight, bias, out,
-            WIDTH=width, BLOCK=triton.next_power_of_2(width), BRANCH=branch is not None, PDL=self.pdl, num_warps=1, **_launch(self.pdl),
+            WIDTH=width, BLOCK=triton.next_power_of_2(width), BRANCH=branch is not None, PDL=self.pdl,
+            num_warps=1, **_launch(self.pdl),
         )  # fmt: skip
         return out
 

@@ -90,7 +90,7 @@ def layout(config: NetworkConfig, num_steps: int, dtype: torch.dtype) -> Layout:
 def _tower(size: TowerSize, num_entries: int, dtype: torch.dtype, *, adaptive: bool) -> dict[str, Entry]:
     width, inner = size.width, size.heads * size.head_dim
     num_qkv = inner + 2 * size.kv_heads * size.head_dim
-    entries = {}
+    entries: dict[str, Entry] = {}
     for index in range(size.depth):
         at = f"layers.{index}."
         entries |= {

@@ -52,7 +52,7 @@ class FusedSettings:
     max_guidance_weight: Of guided chunking.
     trained_max_delay: > 0: trained chunking, which keeps up to so many committed actions.
     schedule: Of guided chunking.
-    whole_chunk: One graph of vision, prefix and all steps, for a robot that is alone.
+    whole_chunk: Whether all steps of a single row are one graph too, for a robot that is alone.
     """
 
     num_cameras: int
@@ -164,13 +164,13 @@ class FusedPi052:
         if settings.draft_length:
             wanted += [("check_draft", rows, 0) for rows in settings.prefix_rows]
         if settings.whole_chunk:
-            wanted += [("whole_chunk", 1, length) for length in settings.prompt_lengths]
+            wanted.append(("all_steps", 1, 0))
         return wanted
 
     def _bucket(self, name: str, rows: int, length: int) -> Recorded[Any]:
         key = (name, rows, length)
         if key not in self._recorded:
-            unit = self._whole_chunk if name == "whole_chunk" else getattr(self.units, name)
+            unit = self._all_steps if name == "all_steps" else getattr(self.units, name)
             with torch.inference_mode(False):
                 inputs = self._inputs(name, rows, length)
             self._recorded[key] = Recorded(unit, inputs, self._pool)
@@ -183,6 +183,8 @@ class FusedPi052:
         picture_shape = (rows * cameras, 3, config.image_height, config.image_width)
         if name == "vision":
             return {"pictures": torch.zeros(picture_shape, device=device)}
+        if name == "all_steps":
+            return {"slots": slots}
         if name == "expert_step":
             # One piece, so that one copy brings both.
             both = torch.zeros(2 * rows, dtype=torch.int32, device=device)
@@ -197,8 +199,8 @@ class FusedPi052:
             return {"slots": slots, "flags": flags, "draft": draft}
         each = 1 + cameras + 2 * length
         flat = torch.zeros(rows * each, dtype=torch.int32, device=device)
-        sizes = (rows, rows * cameras, rows * length, rows * length)
-        slots, picture_valid, tokens, token_valid = flat.split(sizes)
+        sizes = [rows, rows * cameras, rows * length, rows * length]
+        slots, picture_valid, tokens, token_valid = torch.split(flat, sizes)
         slots.fill_(self.slots.scratch)
         prompt = {
             "slots": slots,
@@ -206,21 +208,10 @@ class FusedPi052:
             "tokens": tokens.view(rows, length),
             "token_valid": token_valid.view(rows, length),
         }
-        if name == "whole_chunk":
-            return {"pictures": torch.zeros(picture_shape, device=device), **prompt}
         picture_tokens = torch.zeros(rows, self._patches, config.language.width, dtype=self.weights.dtype, device=device)
         return {"picture_tokens": picture_tokens, **prompt}
 
-    def _whole_chunk(
-        self,
-        slots: torch.Tensor,
-        pictures: torch.Tensor,
-        picture_valid: torch.Tensor,
-        tokens: torch.Tensor,
-        token_valid: torch.Tensor,
-    ) -> None:
-        picture_tokens = self.units.vision(pictures).flatten(0, 1)[None]
-        self.units.prefix(slots, picture_tokens, picture_valid, tokens, token_valid)
+    def _all_steps(self, slots: torch.Tensor) -> None:
         rows = self.units.expert_rows(slots, slots)
         for step in range(self.settings.num_steps):
             self.units.expert_layers(replace(rows, steps=self._each_step[step : step + 1]))
@@ -288,12 +279,19 @@ class FusedPi052:
 
     @torch.inference_mode()
     def whole_chunk(self, slot: int, pictures: torch.Tensor, picture_valid: Sequence[bool], tokens: Sequence[int]) -> None:
-        """vision(), prefix() and every expert_step() of one row in one go, after begin_chunk()."""
+        """vision(), prefix() and every expert_step() of one row, after begin_chunk(): for a robot that is alone.
+
+        Three graphs and not one: while the device is at a first one, the host launches the next.
+        """
         length = self._fit("prompt", len(tokens), self.settings.prompt_lengths)
-        recorded = self._bucket("whole_chunk", 1, length)
-        recorded.inputs["pictures"].copy_(pictures, non_blocking=True)
-        self._send_prompts(recorded.inputs, [(slot, picture_valid, tokens)])
-        recorded.run()
+        seen = self.vision(pictures)
+        prefix = self._bucket("prefix", 1, length)
+        prefix.inputs["picture_tokens"][0].copy_(seen.flatten(0, 1))
+        self._send_prompts(prefix.inputs, [(slot, picture_valid, tokens)])
+        prefix.run()
+        steps = self._bucket("all_steps", 1, 0)
+        self._uploads.send([slot], steps.inputs["slots"])
+        steps.run()
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

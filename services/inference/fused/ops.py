@@ -1,7 +1,7 @@
 """The operations that the units are made of, and what they mean in plain torch.
 
-A layer is seven of them: normed, project_qkv, attend, project_out, normed, gate_up, project_out. ReferenceOps runs on every device and says what
-the kernels must compute; kernels.py has two more sets with the same signatures, for few and for many rows.
+A layer is seven of them: normed, project_qkv, attend, project_out, normed, gate_up, project_out. ReferenceOps runs on every
+device and says what the kernels must compute; kernels.py has two more sets of the same signatures, for few and many tokens.
 
 Shapes: B rows, T tokens of a row, D width, H heads, E head size, M MLP width, A action size, V vocabulary.
 """
@@ -130,7 +130,7 @@ class ReferenceOps:
         *,
         keys_only: bool = False,
     ) -> torch.Tensor:
-        projected = functional.linear(normed, weight).unflatten(-1, (heads.num + 2, heads.size))
+        projected = functional.linear(normed, weight).view(*normed.shape[:2], heads.num + 2, heads.size)
         cos, sin = rotation(rows.positions, heads.size)
         q, k, v = projected[:, :, : heads.num], projected[:, :, heads.num : heads.num + 1], projected[:, :, -1]
         at = (rows.own[:, None] + torch.arange(rows.num_tokens, device=normed.device)).long()
@@ -139,7 +139,8 @@ class ReferenceOps:
         slots.values[layer][row, at] = v
         if keys_only:
             return q[..., :0]
-        return rotate(q.transpose(1, 2), cos, sin).transpose(1, 2)
+        rotated: torch.Tensor = rotate(q.transpose(1, 2), cos, sin).transpose(1, 2)
+        return rotated
 
     def attend(self, q: torch.Tensor, rows: Rows, slots: Slots, layer: int) -> torch.Tensor:
         num_tokens, size = q.shape[1], q.shape[3]
@@ -153,10 +154,12 @@ class ReferenceOps:
             allowed = allowed | own
         # Heads fold into the rows of the query: (B, T * H, E) against the one key head.
         folded = q.flatten(1, 2)
-        k, v = (pool[layer][rows.slots.long()] for pool in (slots.keys, slots.values))
+        # What nobody sees may be left from another row, and 0 * nan would be nan.
+        seen = allowed.any(dim=1)[:, :, None]
+        k, v = (pool[layer][rows.slots.long()].masked_fill(~seen, 0.0) for pool in (slots.keys, slots.values))
         mask = allowed.expand(-1, num_tokens, -1).repeat_interleave(q.shape[2], dim=1)
         mixed = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=size**-0.5)
-        return mixed.unflatten(1, (num_tokens, -1)).flatten(2)
+        return mixed.view(len(mixed), num_tokens, -1)
 
     def project_out(self, residual: Residual, branch: torch.Tensor, weight: torch.Tensor, norm: Norm, rows: Rows) -> None:
         out = functional.linear(branch, weight)
@@ -177,7 +180,7 @@ class ReferenceOps:
         hidden = self.normed(residual, norm, rows).float()
         v = functional.linear(hidden, views["action_out.weight"], views["action_out.bias"])
         clean, committed = _is_clean(rows)[:, :, None], slots.committed[index]
-        actions = torch.where(clean, committed, slots.actions[index])
+        actions = slots.actions[index]
         time, guidance = (table[rows.steps.long()][:, None, None] for table in (euler.times, euler.guidance))
         error = (committed - (actions - time * v)) * slots.pull[index][:, :, None]
         v = v - guidance * error

@@ -90,7 +90,8 @@ class Slots:
         return self._free.pop() if self._free else None
 
     def give_back(self, slot: int) -> None:
-        assert 0 <= slot < self.sizes.num_slots and slot not in self._free, f"slot {slot} was not taken"
+        assert 0 <= slot < self.sizes.num_slots, f"no slot {slot}"
+        assert slot not in self._free, f"slot {slot} was not taken"
         self._free.append(slot)
 
     @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Attention of many query heads over one key head, whose keys lie in slots.
 
-Heads fold into the tokens: a tile takes M of the T * H queries of a row, which all look at the same keys, so that keys are read
-once for all heads. With few queries the keys are divided over programs ("pieces"), and a second kernel puts the pieces together.
-Pieces lie at fixed keys, so that a row's result does not depend on how long its neighbours are.
+Heads fold into the tokens: a tile takes M of the T * H queries of a row, which all look at the same keys, so that keys are
+read once for all heads. With few queries the keys are divided over programs ("pieces"), and a second kernel puts the pieces
+together. Pieces lie at fixed keys, so that a row's result does not depend on how long its neighbours are.
 
 Shapes: M queries of a tile, N keys read at a time, E head size.
 """

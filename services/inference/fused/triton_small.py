@@ -1,8 +1,8 @@
-"""Matrix products of few tokens. Each kernel streams one weight matrix once and ends with what comes right after the product.
+"""Matrix products of few tokens. A kernel streams one weight matrix once and ends with what comes right after the product.
 
-Their time is that of reading weights, and of starting. So work is cut small enough that every multiprocessor has some: where the
-outputs are few, the inner sum is cut as well ("parts"), and the pass that norms the stream adds the parts up. With PDL a kernel
-starts while the one before ends, and waits where it needs its result.
+Their time is that of reading weights, and of starting. So work is cut small enough that every multiprocessor has some: where
+the outputs are few, the inner sum is cut as well ("parts"), and the pass that norms the stream adds the parts up. With PDL
+(programmatic dependent launch) a kernel starts while the one before ends, and waits where it needs its result.
 
 Shapes: M tokens, N outputs of a tile, K inner numbers read at a time.
 """

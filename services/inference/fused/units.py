@@ -148,7 +148,7 @@ class Units:
             flags: (B,) int32, TOO_SHORT and NO_LOCATIONS.
 
         Returns:
-            Logits (B, V) float32, -inf for what may not come, and the likeliest tokens (B,) int64; those are also the slots'.
+            Logits (B, V) float32, -inf for what may not come, and the likeliest tokens (B,) int64; they are the slots' too.
         """
         pool, few, index = self.slots, self.few, slots.long()
         rows = Rows(

@@ -2,15 +2,16 @@
 
     state dict --stage()--> spare buffer --commit()--> the buffer every captured graph points into
 
-Fused: q, k and v of a layer are one matrix, gate and up are one; a picture patch is a row of a matrix. The expert's norms take
-their scale, shift and gate from tables, one entry per Euler step: modulations depend on nothing but the flow time, and the
-times are known. RMSNorm weights are not multiplied into the projection behind them: bfloat16 would round every weight a second
-time, and the pass that divides by the root mean square multiplies by them for nothing.
+Fused: q, k and v of a layer are one matrix, gate and up are one; a picture patch is a row of a matrix. The expert's norms
+take their scale, shift and gate from tables, one entry per Euler step: modulations depend on nothing but the flow time, and
+the times are known. RMSNorm weights are not multiplied into the projection behind them: bfloat16 would round every weight a
+second time, and the pass that divides by the root mean square multiplies by them for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,10 +98,9 @@ class FusedWeights:
         if self._spare is None or self._previous is None:
             self._spare, self._previous = torch.zeros_like(self._buffer), torch.zeros_like(self._buffer)
         self._staged = False
-        with _side_stream(self.device) as wait:
+        with _side_stream(self.device):
             _fill(self._layout.views(self._spare), state, self.config, self.num_steps, self.device)
             self._previous.copy_(self._buffer)
-            wait()
         self._staged = True
 
     @torch.inference_mode()
@@ -139,25 +139,17 @@ class FusedWeights:
         )
 
 
-class _side_stream:  # noqa: N801 - reads as a function where it is used
-    """Work inside runs on a stream of its own; wait() blocks until it is done. On the CPU nothing changes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._context = torch.cuda.stream(self._stream)
-
-    def __enter__(self) -> _side_stream:
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        self._context.__enter__()
-        return self
-
-    def __call__(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def __exit__(self, *_: object) -> None:
-        self._context.__exit__(None, None, None)
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Work inside runs on a stream of its own and is done at the end. On the CPU nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def step_times(num_steps: int, device: torch.device) -> torch.Tensor:

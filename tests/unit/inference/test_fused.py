@@ -73,6 +73,8 @@ def test_a_row_does_not_depend_on_its_neighbours(model: torch.nn.Module) -> None
 
 def test_a_slot_is_as_new_when_it_is_taken_again(model: torch.nn.Module) -> None:
     fused, asked = fused_of(model), mixed_requests()
+    for left_behind in (fused.slots.keys, fused.slots.values, fused.slots.actions, fused.slots.committed, fused.slots.pull):
+        left_behind.fill_(torch.nan)  # As after weights that were refused for it.
     for one in (asked[1], asked[3], asked[2], asked[0]):  # Long prompts before short ones, text in between.
         [slot] = lab.begin(fused, [one])
         lab.fused_ids(fused, [slot], 0, 5)
@@ -96,7 +98,8 @@ def test_trained_chunking_keeps_committed_actions_bit_for_bit(model: torch.nn.Mo
 def test_a_whole_chunk_is_its_units_one_after_the_other(model: torch.nn.Module) -> None:
     fused, one = fused_of(model), mixed_requests()[2]
     slot = fused.slots.take()
-    assert slot is not None and one.committed is not None
+    assert slot is not None
+    assert one.committed is not None
     fused.slots.begin_chunk(
         slot, one.noise, committed=one.committed, delay_steps=one.delay_steps, execution_horizon=one.execution_horizon
     )
@@ -140,7 +143,9 @@ def test_a_draft_is_followed_as_far_as_greedy_decoding_agrees(model: torch.nn.Mo
     rows = [lab.TextRow(slot=slot, flags=NO_LOCATIONS) for slot in slots]
     fused.first_text(rows)
     drafts = [[*ids[1 : 1 + num_right], *[7] * (5 - num_right)] for ids in expected]
+    before = fused.slots.text_position[slots]
     tokens, counts = fused.check_draft(rows, drafts)
+    assert (fused.slots.text_position[slots] - before).tolist() == counts.tolist()
     assert counts.tolist() == [num_right + 1] * 2
     found = [[ids[0], *tokens[row, : num_right + 1].tolist()] for row, ids in enumerate(expected)]
     for _ in range(9 - len(found[0])):
