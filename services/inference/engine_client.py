@@ -247,7 +247,7 @@ class EngineClient:
                 asked.done(outcome)
             if self._answers.num_passed_over:
                 raise InternalError("a slot was announced that holds no answer of this engine's")
-        except InternalError as error:
+        except Exception as error:
             self._broken(error)
 
     def _watch(self) -> None:
@@ -274,7 +274,7 @@ class EngineClient:
                     return
         except (asyncio.IncompleteReadError, OSError):
             self._end(Unreachable("the engine process ended"))
-        except ManyhandsError as error:
+        except Exception as error:
             self._broken(error)
 
     def _hear(self, message: engine_pb2.FromEngine) -> None:
@@ -347,10 +347,11 @@ class EngineClient:
         else:
             future.set_exception(result)
 
-    def _broken(self, error: ManyhandsError) -> None:
-        """An engine that says what cannot be is not listened to any more."""
-        logger.error("the engine process says what cannot be: %s; it is ended", error)
-        self._end(error)
+    def _broken(self, error: Exception) -> None:
+        """An engine that says what cannot be, or hangs, is not listened to any more."""
+        ours = isinstance(error, ManyhandsError)
+        logger.error("the engine process is ended: %s", error, exc_info=None if ours else error)
+        self._end(error if ours else InternalError(f"the engine process said what cannot be: {error}"))
 
     def _end(self, why: Exception) -> None:
         """Everything that was asked fails; nothing more is heard."""

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -57,7 +58,7 @@ class EngineHost:
         self._memory_fd = memory_fd
         self._request_bell, self._answer_bell = bells
         self._engine: LocalEngine | None = None
-        self._texts: dict[int, object] = {}
+        self._texts: dict[int, Callable[[], None] | None] = {}
         self._capacity: dict[str, float] = {}
         self._progressed_s = 0.0
 
@@ -218,7 +219,7 @@ class EngineHost:
             self._ask(engine, message.ask)
         elif which == "cancel_text":
             cancel = self._texts.pop(message.cancel_text.question_id, None)
-            if callable(cancel):
+            if cancel is not None:
                 cancel()
         elif which == "swap":
             self._swap(engine, message.swap)

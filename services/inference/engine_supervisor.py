@@ -28,7 +28,8 @@ SWAPS_KEPT = 100
 STOP_S = 1.0
 # Robots that are told to come back much later would hold longer than they must.
 LONGEST_RETRY_S = 5.0
-RESUME_CATCH_UP_S = 30.0
+# Beyond it robots are better served with the checkpoint than not at all; the version follows when it can be had.
+RESUME_CATCH_UP_S = 10.0
 
 
 class EngineSupervisor:
@@ -176,7 +177,7 @@ class EngineSupervisor:
     def _version_served(self, told: engine_pb2.VersionServed) -> None:
         if told.version.number > 0:
             self._served[told.version.model] = told
-        else:
+        elif not told.pinned:  # Else the engine could not have it yet; the next one tries again.
             self._served.pop(told.version.model, None)
 
     def _engine_ended(self, why: Exception) -> None:

@@ -171,15 +171,22 @@ class WeightsFollower:
         if resume is None:
             self._take_newest_good(slot)
             return
-        try:
-            self._stage(slot, resume.version.number)
-        except (Refused, NotFound):
-            if not self._follow:
-                raise
-            self._take_newest_good(slot)
-            return
+        # Also while it cannot be had: what an operator turned away from must not come in instead.
         slot.newest_number = resume.version.number
         slot.pinned = resume.pinned
+        while True:
+            try:
+                self._stage(slot, resume.version.number)
+            except Unreachable as error:
+                logger.warning("version %d of %s: %s; trying again", resume.version.number, slot.served.name, error)
+                self._stopping.wait(RETRY_S)
+                self._check_going_on()
+                continue
+            except (Refused, NotFound):
+                if not self._follow or slot.pinned:
+                    raise
+                self._take_newest_good(slot)
+            return
 
     def _take_newest_good(self, slot: _Slot) -> None:
         published = self._client.list_versions(slot.served.name)

@@ -224,24 +224,30 @@ def test_an_older_version_that_an_operator_chose_stays_through_a_kill(topology: 
         assert accepted == [1, 2, 1, 1, 3], "the history of swaps does not outlive the engine"
 
 
-def test_without_its_weights_service_a_restarted_engine_serves_its_checkpoint_and_says_so(
+def test_without_its_weights_service_a_restarted_engine_serves_its_checkpoint_and_says_so_until_it_is_back(
     topology: Topology, tmp_path: Path
 ) -> None:
     weights = start_weights(topology, tmp_path)
-    service = serve(topology, tmp_path / "start", make_policy(0), "--weights", weights)
+    service = serve(topology, tmp_path / "start", make_policy(0), "--weights", weights, "--follow")
     with InferenceClient(service.address) as client:
         with WeightsClient(weights) as learner:
-            publish(learner, make_policy(1), 1)
+            for number in (1, 2):
+                publish(learner, make_policy(number), number)
+        wait_until(lambda: client.list_models()[0].version.number == 2)
         client.swap_weights("tiny", 1)
         topology.kill("weights")
         killed = kill_engine(service)
         new_engine(service, killed)
         robot = Robot(client, "left")
-        wait_until(lambda: robot.failures or robot.chunks_since(0) > 3)
-        robot.stop()
-        robot.check({0: make_policy(0)})
+        wait_until(lambda: robot.failures or robot.chunks_since(0) > 3, timeout_s=30.0)
         assert client.list_models()[0].version.number == 0
-    assert "tiny starts with its checkpoint" in service.log_path.read_text()
+        assert "tiny starts with its checkpoint" in service.log_path.read_text()
+        start_weights(topology, tmp_path, weights)
+        wait_until(lambda: client.list_models()[0].version.number != 0)
+        robot.stop()
+        # What it had before, not the newest: an operator had turned away from that.
+        robot.check({number: make_policy(number) for number in (0, 1)})
+        assert client.list_models()[0].version.number == 1
 
 
 def test_a_checkpoint_that_cannot_be_is_told_by_the_front_end_without_a_traceback(

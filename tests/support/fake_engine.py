@@ -165,7 +165,7 @@ def _nan(answers: BadAnswers, token: int, model: str, outcome: Outcome) -> None:
 
 def _stale(answers: BadAnswers, token: int, model: str, outcome: Outcome) -> None:
     """A slot as a process before this one left it."""
-    answers.ring._generation -= 1
+    answers.ring._generation = 0
     Answers.put(answers, token, model, outcome)
 
 

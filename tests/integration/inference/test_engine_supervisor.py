@@ -18,7 +18,7 @@ from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from services.inference import engine_client
-from services.inference.engine_client import REQUEST_SLOTS
+from services.inference.engine_client import ANSWER_SLOTS, REQUEST_SLOTS
 from services.inference.engine_port import Answer, Job, Observed, Outcome, Question, Row, Superseded, TextEnd
 from services.inference.engine_supervisor import EngineSupervisor
 from tests.support.fake_engine import BAD, BAD_AFTER, HORIZON, MANNERS, description
@@ -102,6 +102,16 @@ async def test_rows_go_and_chunks_come_many_times_round_the_ring() -> None:
         together = [submit(supervisor, seed, owner=f"robot{seed}") for seed in range(100)]
         outcomes = await asyncio.wait_for(asyncio.gather(*together), 10.0)
         assert [outcome.actions[0, 0] for outcome in outcomes if isinstance(outcome, Answer)] == list(range(100))
+
+
+async def test_chunks_that_the_front_end_does_not_take_wait_in_the_engine() -> None:
+    async with running() as supervisor:
+        outcomes = []
+        for seed in range(3 * ANSWER_SLOTS):
+            outcomes.append(submit(supervisor, seed, owner=f"robot{seed}"))
+            time.sleep(0.002)  # noqa: ASYNC251 - the loop is what is to be late
+        chunks = await asyncio.wait_for(asyncio.gather(*outcomes), 10.0)
+        assert [chunk.actions[0, 0] for chunk in chunks if isinstance(chunk, Answer)] == list(range(3 * ANSWER_SLOTS))
 
 
 async def test_text_comes_in_pieces_and_a_swap_is_answered() -> None:
