@@ -155,7 +155,7 @@ def report(
         f"# pi052 through the service, {options.size} network",
         "",
         f"{where}; torch {torch.__version__}; commit {commit.stdout.strip() or 'unknown'}; {options.seconds:g} s a load.",
-        "3 cameras, 10 Euler steps, random weights; robots on the same machine, JPEG q95 over loopback gRPC, deadline 100 ms.",
+        "3 cameras, 10 Euler steps, random weights; robots on the same machine, JPEG q95 over loopback gRPC, 100 ms given.",
         "",
         "| | measured | required |",
         "|---|---|---|",
