@@ -32,6 +32,7 @@ class ServiceTimes:
     """
 
     def __init__(self, *, forgets: bool = True) -> None:
+        self._forgets = forgets
         self._forget_after_s = _FORGET_AFTER_S if forgets else math.inf
         self._lately_s = _LATELY_S if forgets else math.inf
         self._measured: dict[Hashable, dict[int, _Measured]] = {}
@@ -81,9 +82,9 @@ class ServiceTimes:
 
     def _foretell(self, by_rows: Mapping[int, _Measured], num_rows: int) -> tuple[float, float]:
         """(mean, deviation); of a size that did not run lately in proportion to the nearest smaller one that did, and no
-        more than the next bigger one.
+        more than the next bigger one: else a size that once was slow would never be tried again.
 
-        Else a size that once was slow would never be tried again.
+        Prepared units are different: a size that is not prepared runs as the next bigger one, and takes as long.
         """
         newest_s = max(known.at_s for known in by_rows.values())
         lately = {rows: known for rows, known in by_rows.items() if newest_s - known.at_s <= self._lately_s}
@@ -91,7 +92,7 @@ class ServiceTimes:
             return lately[num_rows].mean_s, lately[num_rows].deviation_s
         smaller = max((rows for rows in lately if rows < num_rows), default=0)
         bigger = min((rows for rows in lately if rows > num_rows), default=0)
-        if not smaller:
+        if not smaller or (bigger and not self._forgets):
             return lately[bigger].mean_s, lately[bigger].deviation_s
         scale = num_rows / smaller
         foretold = lately[smaller].mean_s * scale, lately[smaller].deviation_s * scale

@@ -406,3 +406,10 @@ def test_text_takes_at_most_one_unit_from_any_chunk_and_nothing_starves(
     for earlier, later in itertools.pairwise(device.ran):
         if later.started_s > earlier.finished_s + 1e-9:
             assert any(work.arrived_s == pytest.approx(later.started_s) for work in arrivals)
+
+
+def test_a_size_that_is_not_prepared_takes_what_the_next_bigger_one_takes() -> None:
+    """Five rows run as eight: who promises by five eighths of it is late."""
+    times = known(48)
+    expert = group(UnitKind.EXPERT, "m", 48)
+    assert times.careful_s(expert, 5, 0.0) == times.careful_s(expert, 8, 0.0) > times.careful_s(expert, 4, 0.0)
