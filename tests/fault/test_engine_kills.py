@@ -297,6 +297,10 @@ def test_no_engine_outlives_its_front_end(topology: Topology, tmp_path: Path, po
         service = topology.launch("serve", ["serve", "--model", f"tiny={tmp_path / 'tiny'}", "--address", "127.0.0.1:0"])
     engine = wait_until(lambda: engine_of(service))
     assert engine is not None
+    if moment != "loading":
+        shown = service.log_path.read_text()
+        places = [shown.index(text) for text in ("the engine's libraries", "loading tiny", "preparing tiny", "READY")]
+        assert places == sorted(places)
     if moment == "hanging":  # It cannot notice by itself.
         engine.suspend()
     service.process.kill()
