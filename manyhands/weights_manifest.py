@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,15 +118,19 @@ def build(
     publish_id: str,
     metrics: Mapping[str, float] | None = None,
 ) -> weights_pb2.Manifest:
-    """The manifest of tensors, checked. Hashes every tensor: about 1 s per 1.5 GB.
+    """The manifest of tensors, checked. Hashes every tensor, about 1.5 GB a second and core.
 
     Raises:
         InvalidInput: Names what cannot be published.
     """
-    entries = []
-    for name in sorted(tensors):
+
+    def entry(name: str) -> weights_pb2.TensorEntry:
         raw = raw_tensor(tensors[name], field=name)
-        entries.append(weights_pb2.TensorEntry(name=name, dtype=raw.dtype, shape=raw.shape, sha256=raw.sha256))  # type: ignore[arg-type]
+        return weights_pb2.TensorEntry(name=name, dtype=raw.dtype, shape=raw.shape, sha256=raw.sha256)  # type: ignore[arg-type]
+
+    # Hashing leaves the interpreter to others.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        entries = list(pool.map(entry, sorted(tensors)))
     manifest = weights_pb2.Manifest(
         model=model,
         policy_type=policy_type,

@@ -11,6 +11,7 @@ and dtype, finite, and none besides.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -178,6 +179,12 @@ def config_json(policy: Policy[Any]) -> str:
 
 def to_wire(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor]:
     """Tensors as WeightsClient.publish() takes them: the bytes are copied, so training may go on."""
+    viewed = as_wire(tensors)
+    return {name: dataclasses.replace(raw, data=bytes(raw.data)) for name, raw in viewed.items()}
+
+
+def as_wire(tensors: Mapping[str, torch.Tensor]) -> dict[str, RawTensor]:
+    """As to_wire(), but the bytes are those of the tensors themselves where they are on the CPU."""
     return {name: _raw_tensor(tensor.detach().cpu().contiguous(), name) for name, tensor in sorted(tensors.items())}
 
 
@@ -209,7 +216,7 @@ def _raw_tensor(tensor: torch.Tensor, name: str) -> RawTensor:
     array = (tensor.view(torch.uint16) if is_bfloat16 else tensor).numpy()
     raw = weights_manifest.raw_tensor(array, field=name)
     dtype = int(common_pb2.DATA_TYPE_BFLOAT16) if is_bfloat16 else raw.dtype
-    return RawTensor(dtype=dtype, shape=raw.shape, data=bytes(raw.data))
+    return RawTensor(dtype=dtype, shape=raw.shape, data=raw.data)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

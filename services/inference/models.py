@@ -42,7 +42,7 @@ class ServedModel:
             policy_type=policy.type_name,
             config_json=json.dumps(policy.config_dict()),
             spec=policy.spec,
-            tensors=checkpoint.to_wire(policy.state_dict()),
+            tensors=checkpoint.as_wire(policy.state_dict()),
             publish_id="start",
         )
         self.name = name
