@@ -67,11 +67,11 @@ class Pieces:
         self._tokens: list[int] = []
         self._written = ""
 
-    def add(self, token: int) -> str:
-        """The text that this token adds, often nothing for a special one."""
+    def add(self, token: int) -> str | None:
+        """The text that this token adds, "" for a special one; None where it ends inside a character."""
         self._tokens.append(token)
         whole = self._prompter.text(self._tokens)
         if not whole.startswith(self._written) or whole.endswith("\ufffd"):
-            return ""
+            return None
         new, self._written = whole[len(self._written) :], whole
         return new

@@ -292,7 +292,9 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         generators = [torch.Generator().manual_seed(request.seed)]
         pieces = Pieces(self._prompter())
         for token in text.generate(self.network, self.text_state(inputs), self.decoding(request), generators):
-            yield pieces.add(int(token))
+            piece = pieces.add(int(token))
+            if piece is not None:
+                yield piece
 
     def question(self, sample: Sample, request: TextRequest) -> Read:
         """What the text head reads, before it is padded."""

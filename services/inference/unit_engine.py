@@ -331,7 +331,9 @@ class UnitEngine:
     def _send_pieces(self, text: _Text) -> None:
         row = text.row
         for token in row.tokens[text.num_sent :]:
-            text.heard(row.pieces.add(token))
+            piece = row.pieces.add(token)
+            if piece is not None:
+                text.heard(piece)
         text.num_sent = len(row.tokens)
 
     def _end_text(self, work: TextWork[_Text], end: TextEnd) -> None:
