@@ -32,15 +32,11 @@ class SubtaskQuestion:
 
     Args:
         tell: Takes each answer, on the loop.
-        deadline_s: For an answer.
     """
 
-    def __init__(
-        self, engine: EnginePort, tell: Callable[[inference_pb2.ActResponse], None], *, deadline_s: float = DEADLINE_S
-    ) -> None:
+    def __init__(self, engine: EnginePort, tell: Callable[[inference_pb2.ActResponse], None]) -> None:
         self._engine = engine
         self._tell = tell
-        self._deadline_s = deadline_s
         self._loop = asyncio.get_running_loop()
         # The answer to be, without what holds pictures.
         self._asking: inference_pb2.ActResponse | None = None
@@ -82,8 +78,8 @@ class SubtaskQuestion:
             max_new_tokens=0,
             temperature=0.0,
             top_p=0.0,
-            until_s=time.monotonic() + self._deadline_s,
-            allowed_s=self._deadline_s,
+            until_s=time.monotonic() + DEADLINE_S,
+            allowed_s=DEADLINE_S,
         )
 
         def hear(piece: str | TextEnd) -> None:
@@ -92,8 +88,8 @@ class SubtaskQuestion:
             except RuntimeError:  # The loop is closed: nobody listens any more.
                 logger.debug("the subtask of request %d has no listener", request.request_id)
 
-        late = TextEnd(error=TooLate(f"no subtask came within {self._deadline_s:g} s", field="deadline"))
-        self._give_up = self._loop.call_later(self._deadline_s + GRACE_S, self._hear, session, asking, late)
+        late = TextEnd(error=TooLate(f"no subtask came within {DEADLINE_S:g} s", field="deadline"))
+        self._give_up = self._loop.call_later(DEADLINE_S + GRACE_S, self._hear, session, asking, late)
         self._stop_listening = self._engine.ask(question, hear)
 
     def stop(self) -> None:
