@@ -123,7 +123,7 @@ def test_a_model_without_a_text_head_is_refused_before_any_motion(site: Site) ->
     with pytest.raises(errors.InvalidInput, match="'line' has none") as refused:
         site.actor.start_run(run())
     assert refused.value.field == "run.subtask_every_chunks"
-    with pytest.raises(errors.InvalidInput) as refused:
+    with pytest.raises(errors.InvalidInput, match=r"\(-1\) must be >= 0") as refused:
         site.actor.start_run(run(subtask_every_chunks=-1))
     assert refused.value.field == "run.subtask_every_chunks"
     assert site.robot.describe().status.lease_epoch == 0
