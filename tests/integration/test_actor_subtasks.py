@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from manyhands import errors
 from manyhands.actor.v1 import actor_pb2
 from manyhands.clients.actor import ActorClient, roll_out
+from manyhands.clients.inference import InferenceClient
 from manyhands.clients.robot import RobotClient
 from tests.support.actor_peers import (
     MemoryStore,
@@ -21,6 +23,7 @@ from tests.support.actor_peers import (
     start_actor,
     start_robot,
 )
+from tests.support.inference_lab import InProcessService, MutteringPolicy, make_policy
 from tests.support.waiting import wait_until
 
 TASK = "move the arm to the goal"
@@ -130,3 +133,30 @@ def test_a_model_without_a_text_head_is_refused_before_any_motion(site: Site) ->
     site.actor.start_run(run(subtask_every_chunks=0, max_episode_steps=10, dataset=""))
     assert site.actor.wait(timeout_s=30).state == actor_pb2.RUN_STATE_FINISHED
     assert {question for _, question in site.told} == {""}
+
+
+def test_the_actor_and_the_real_service_agree(tmp_path: Path) -> None:
+    """Every chunk and every subtask from a model that mutters, through the service's own front end."""
+    run = roll_out("tiny", episode_count=1, max_episode_steps=10_000, replan_interval_steps=4, subtask_every_chunks=2)
+    with contextlib.ExitStack() as site:
+        robot = start_robot(tmp_path, rate_hz=60)
+        site.callback(robot.kill)
+        with RobotClient(robot.address) as client:
+            policy = make_policy(policy_class=MutteringPolicy, spec=client.describe().spec)
+        assert isinstance(policy, MutteringPolicy)
+        policy.answers = ["grasp the cup", *["the the the the"] * 100]
+        service = site.enter_context(InProcessService(policy))
+        inference = site.enter_context(InferenceClient(service.address))
+        process = start_actor(tmp_path, robot.address, "--inference", service.address)
+        site.callback(process.kill)
+        actor = site.enter_context(ActorClient(process.address))
+        actor.start_run(run)
+        seen = wait_until(lambda: (s := inference.status().sessions[0]).refused_subtask_count >= 3 and s)
+        wait_until(lambda: actor.status().refused_subtask_count >= seen.refused_subtask_count)
+        status = actor.status()
+        actor.stop_run()
+    assert (status.subtask, status.subtask_count) == ("grasp the cup", 1)
+    assert (seen.last_subtask, seen.subtask_count) == ("grasp the cup", 1)
+    assert seen.chunk_count >= 6
+    assert [request.previous_text for _, request in policy.asked[:3]] == ["", "grasp the cup", "grasp the cup"]
+    assert {given.task for given, _ in policy.asked} == {TASK}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +16,14 @@ from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refus
 from manyhands.inference.v1 import inference_pb2
 from manyhands.subtasks import Subtask
 from policies import checkpoint
-from policies.flow import FlowPolicy
-from policies.policy import Sample, TextKind, TextRequest
+from policies.policy import TextKind, TextRequest
 from services.inference import subtask_question
 from tests.support import prompted_lab
 from tests.support.inference_lab import (
     ENVIRONMENT,
     RAW,
     InProcessService,
+    MutteringPolicy,
     ask,
     local_chunk,
     make_observation,
@@ -37,32 +35,6 @@ from tests.support.inference_lab import (
 from tests.support.prompted_lab import CPU, sample
 from tests.support.proxy import CuttableLink
 from tests.support.waiting import wait_until
-
-
-class MutteringPolicy(FlowPolicy):
-    """Says what the test has it say, a word per token, once the gate is open; keeps what it was asked."""
-
-    has_text_head = True
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.answers: list[str] = []
-        self.asked: list[tuple[Sample, TextRequest]] = []
-        self.num_stopped = 0
-
-    def generate(self, samples: Sequence[Sample], request: TextRequest, device: torch.device) -> Iterator[str]:
-        self.asked.append((samples[0], request))
-        answer = self.answers.pop(0)
-        assert self.gate.wait(30.0), "the test never opened the gate"
-        if answer == "raise":
-            raise RuntimeError("out of memory")
-        try:
-            for word in answer.split(" "):
-                yield word + " "
-        except GeneratorExit:
-            self.num_stopped += 1
 
 
 class Arm:
