@@ -218,7 +218,6 @@ def test_a_link_that_is_cut_during_a_question_leaves_nothing_behind(
         wait_until(lambda: len(policy.asked) == 1)
         link.cut()
         # The same session over another way, as after a cut: what it acts on travels with its requests.
-        far._request_ids.clear()
         near._request_ids[session.session_id] = iter(range(10, 20))
         with near.act_stream(session.session_id) as stream:
             arm = Arm(stream)
