@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,11 +23,12 @@ from manyhands.spec import Spec
 
 from .chunk_queue import Chunk, ChunkQueue
 from .decision import Decision, action_size, decide, hold, same
-from .inference_stream import ChunkAnswer, ChunkRequest, InferenceStream
+from .inference_stream import ChunkAnswer, ChunkRequest, InferenceStream, SubtaskHeard
 from .operator_events import OperatorEvents, Wish
 from .recorder import Recorder
 from .robot_link import CommandRefused, RobotLink, RobotLost
 from .schedule import Clock, Schedule, TickTime
+from .subtask_refresh import SubtaskRefresh
 from .telemetry import Telemetry
 
 # A pause between two chunks is nobody's news; this long is.
@@ -36,11 +37,17 @@ HOLD_SHOWN_AFTER_S = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySide:
-    """What a run with a policy has and one with a teleoperator has not."""
+    """What a run with a policy has and one with a teleoperator has not.
+
+    Attributes:
+        on_subtask: Told when the text head has answered.
+    """
 
     stream: InferenceStream
     queue: ChunkQueue
     required_observations: tuple[str, ...]
+    subtasks: SubtaskRefresh = field(default_factory=lambda: SubtaskRefresh(0))
+    on_subtask: Callable[[], None] = lambda: None
 
 
 class RerecordWished(Exception):
@@ -115,6 +122,7 @@ class ControlLoop:
         self._generation += 1
         if self._policy is not None:
             self._policy.queue.clear()
+            self._policy.subtasks.begin_episode()
         reset = self._robot.reset(episode.seed, episode.task)
         task = episode.task or reset.task
         result = actor_pb2.EpisodeResult(
@@ -156,6 +164,7 @@ class ControlLoop:
                 if was_intervening and not observation.intervening:
                     # What was planned or asked before is not for where the person left the robot.
                     self._policy.queue.clear()
+                    self._policy.subtasks.lost()
                     self._generation += 1
                 was_intervening = observation.intervening
                 self._exchange_chunks(self._policy, observation, task, episode.seed, tick, observed_s, capture_s)
@@ -225,7 +234,9 @@ class ControlLoop:
         capture_s: float,
     ) -> None:
         for answer in policy.stream.answers():
-            if answer.request.generation == self._generation:
+            if isinstance(answer, SubtaskHeard):
+                self._renew(policy, answer)
+            elif answer.generation == self._generation:
                 self._merge(policy, answer, tick)
         if not observation.valid or not policy.stream.ready or not policy.queue.wants_chunk(tick, self._clock.now()):
             return
@@ -234,6 +245,9 @@ class ControlLoop:
         if missing:
             return  # Pictures were not asked for at this tick, since no chunk was wanted when it began.
         prefix = None if observation.intervening else policy.queue.leftover(tick)
+        question = policy.subtasks.question_for(task)
+        if question:
+            policy.subtasks.asked()
         policy.stream.ask(
             ChunkRequest(
                 generation=self._generation,
@@ -243,7 +257,7 @@ class ControlLoop:
                     captured=observation.message.captured,
                     tick=tick,
                 ),
-                task=task,
+                task=policy.subtasks.acting_on(task),
                 tick=tick,
                 committed_prefix=prefix,
                 delay_steps=policy.queue.delay_steps(tick) if prefix is not None else 0,
@@ -252,9 +266,18 @@ class ControlLoop:
                 noise_seed=(seed * 1_000_003 + tick) % 2**63,
                 observed_s=observed_s,
                 capture_s=capture_s,
+                ask_subtask_for=question,
             )
         )
         policy.queue.requested(tick)
+
+    def _renew(self, policy: PolicySide, heard: SubtaskHeard) -> None:
+        if heard.answer is None or heard.generation != self._generation:
+            # Also what was asked while an old question was in progress has got no answer.
+            policy.subtasks.lost()
+            return
+        policy.subtasks.answered(heard.answer.text, accepted=heard.answer.accepted)
+        policy.on_subtask()
 
     def _merge(self, policy: PolicySide, answer: ChunkAnswer, tick: int) -> None:
         request, chunk = answer.request, answer.chunk
@@ -267,6 +290,7 @@ class ControlLoop:
             latency=stamps.to_duration(latency_s),
             capture=stamps.to_duration(request.capture_s),
             refusal=answer.refusal,
+            task=request.task,
         )
         if chunk is not None and answer.reply is not None:
             problem = self._problem(chunk.actions)
@@ -300,7 +324,10 @@ class ControlLoop:
                     policy.queue.server_interval(chunk.replan_interval_steps)
         if event.refusal:
             policy.queue.request_failed()
+            if request.ask_subtask_for:
+                policy.subtasks.lost()
         else:
+            policy.subtasks.chunk_came()
             observe_stage("actor", "observation_to_chunk", latency_s)
         self._telemetry.chunk(event)
 

@@ -138,6 +138,9 @@ class Actor:
             status.run.CopyFrom(run.definition)
             status.finished_episode_count = len(run.progress.results)
             status.success_count = run.progress.success_count
+            status.subtask = run.subtasks.subtask.text
+            status.subtask_count = run.subtasks.num_taken
+            status.refused_subtask_count = run.subtasks.subtask.num_refused
         return status
 
     def learn_robot_id(self) -> None:

@@ -46,6 +46,11 @@ def check_definition(run: actor_pb2.RunDefinition) -> None:
             raise errors.InvalidInput("a run with a policy must name a model that is served", field="run.model")
         if run.replan_interval_steps <= 0:
             raise errors.InvalidInput(f"({run.replan_interval_steps}) must be > 0", field="run.replan_interval_steps")
+        if run.subtask_every_chunks < 0:
+            raise errors.InvalidInput(
+                f"({run.subtask_every_chunks}) must be >= 0; 0 means that the task is acted on",
+                field="run.subtask_every_chunks",
+            )
     if run.dataset and not DATASET_NAME.fullmatch(run.dataset):
         raise errors.InvalidInput(f"{run.dataset!r} must match {DATASET_NAME.pattern}", field="run.dataset")
 
@@ -105,6 +110,12 @@ def agree_with_model(
                 f"({run.replan_interval_steps}) is over the {session.chunk_horizon * factor} actions of a chunk of "
                 f"{run.model!r}",
                 field="run.replan_interval_steps",
+            )
+        if run.subtask_every_chunks and not session.has_text_head:
+            raise errors.InvalidInput(
+                f"({run.subtask_every_chunks}) needs a model with a text head, and {run.model!r} has none; leave it 0 or "
+                "name another model",
+                field="run.subtask_every_chunks",
             )
         known = [feature.name for feature in robot.spec.observation]
         for name in session.required_observations:

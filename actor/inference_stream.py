@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manyhands import codec, errors, stamps
-from manyhands.clients.inference import ActStream, Chunk, Drain, InferenceClient, Refusal, Reply, Session
+from manyhands.clients.inference import ActStream, Chunk, Drain, InferenceClient, Refusal, Reply, Session, SubtaskAnswer
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec
@@ -35,6 +35,8 @@ ANSWER_GRACE_S = 1.0
 HANDSHAKE_TIMEOUT_S = 10.0
 # Of later attempts: a link that swallows packets must not keep a run from ending.
 REOPEN_TIMEOUT_S = 2.0
+# Questions for a subtask that may still be answered: the service drops what comes while it has one in progress.
+MOST_QUESTIONS = 8
 # After kill -9 of an actor the server needs a moment to see that the old stream is gone.
 NAME_TAKEN_PATIENCE_S = 5.0
 
@@ -50,6 +52,8 @@ class ChunkRequest:
         tick: Of the observation.
         committed_prefix: (steps, A) float32 or None.
         observed_s: Monotonic, when the observation was asked for.
+        task: What the chunk acts on.
+        ask_subtask_for: The task that the text head is asked about; "" for none.
         capture_s: How long the robot took to read, render and encode it.
     """
 
@@ -64,6 +68,7 @@ class ChunkRequest:
     noise_seed: int
     observed_s: float
     capture_s: float
+    ask_subtask_for: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +82,25 @@ class ChunkAnswer:
     arrived_s: float
 
     @property
+    def generation(self) -> int:
+        return self.request.generation
+
+    @property
     def chunk(self) -> Chunk | None:
         return self.reply.result if self.reply is not None and isinstance(self.reply.result, Chunk) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubtaskHeard:
+    """What the text head said to the request that asked; generation is that request's.
+
+    Attributes:
+        answer: None where the stream broke first.
+    """
+
+    generation: int
+    request_id: int
+    answer: SubtaskAnswer | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +148,8 @@ class InferenceStream:
         self._plan = plan
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
-        self._answers: deque[ChunkAnswer] = deque()
+        self._answers: deque[ChunkAnswer | SubtaskHeard] = deque()
+        self._questions: deque[tuple[int, int]] = deque(maxlen=MOST_QUESTIONS)  # Request id, generation.
         self._waiting: ChunkRequest | None = None  # Not sent yet.
         self._pending: tuple[int, ChunkRequest, float] | None = None  # Request id, request, give up at.
         self._session: Session | None = None
@@ -174,7 +197,7 @@ class InferenceStream:
             self._waiting = request
             self._changed.notify_all()
 
-    def answers(self) -> list[ChunkAnswer]:
+    def answers(self) -> list[ChunkAnswer | SubtaskHeard]:
         """What arrived since the last call, oldest first. Never waits."""
         with self._changed:
             taken = list(self._answers)
@@ -252,12 +275,15 @@ class InferenceStream:
             deadline=stamps.to_duration(self._deadline_s),
             noise_seed=request.noise_seed,
             execution_horizon=request.execution_horizon,
+            ask_subtask_for=request.ask_subtask_for,
         )
         if request.committed_prefix is not None and len(request.committed_prefix):
             message.committed_prefix.CopyFrom(codec.encode_tensor(request.committed_prefix))
         # The lock is held: the answer cannot be looked at before the request is known as pending.
         request_id = stream.send_message(message)
         self._pending = (request_id, request, time.monotonic() + self._deadline_s + ANSWER_GRACE_S)
+        if request.ask_subtask_for:
+            self._questions.append((request_id, request.generation))
 
     def _connect(self) -> None:
         if self._session is None:
@@ -293,6 +319,8 @@ class InferenceStream:
             if isinstance(reply.result, Drain):
                 logger.info("the inference service drains: %s", reply.result.reason)
                 self._drain_s = reply.result.reconnect_after_s
+            elif isinstance(reply.result, SubtaskAnswer):
+                self._hear_locked(reply.request_id, reply.result)
             elif self._pending is not None and self._pending[0] == reply.request_id:
                 request_id, request, _ = self._pending
                 self._pending = None
@@ -305,6 +333,12 @@ class InferenceStream:
                 self._append_locked(request, request_id, reply, refusal)
             self._changed.notify_all()
 
+    def _hear_locked(self, request_id: int, answer: SubtaskAnswer) -> None:
+        while self._questions and self._questions[0][0] <= request_id:
+            asked_id, generation = self._questions.popleft()
+            if asked_id == request_id:
+                self._answers.append(SubtaskHeard(generation=generation, request_id=request_id, answer=answer))
+
     def _broken(self, error: errors.ManyhandsError) -> None:
         self._disconnect(str(error))
 
@@ -315,6 +349,9 @@ class InferenceStream:
             stream, self._stream = self._stream, None
             self._detail = detail
             self._drain_s = None
+            while self._questions:
+                request_id, generation = self._questions.popleft()
+                self._answers.append(SubtaskHeard(generation=generation, request_id=request_id, answer=None))
             if self._pending is not None:
                 request_id, request, _ = self._pending
                 self._pending = None

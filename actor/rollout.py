@@ -20,6 +20,11 @@ class Settings(RunSettings):
 
     model: str = Field(description="name in the inference service's list")
     replan_interval: int = Field(8, gt=0, description="actions to execute of each chunk")
+    subtask_every_chunks: int = Field(
+        0,
+        ge=0,
+        description="ask the model's text head what to do next every so many chunks, and act on that; 0: act on the task",
+    )
     dataset: str = Field("", description="record into this dataset; default: nothing is recorded")
     teleoperator: str = Field("", description="who may take over; default: nobody")
 
@@ -30,6 +35,7 @@ def main(settings: Settings) -> int:
         episode_count=settings.episodes,
         max_episode_steps=settings.max_steps,
         replan_interval_steps=settings.replan_interval,
+        subtask_every_chunks=settings.subtask_every_chunks,
         task=settings.task,
         first_seed=settings.first_seed,
         dataset=settings.dataset,

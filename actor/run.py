@@ -28,6 +28,7 @@ from .robot_link import LEASE_TTL_S, RobotLink, RobotLost
 from .run_state import RunProgress
 from .schedule import MonotonicClock, Schedule
 from .spool import EpisodeMeta
+from .subtask_refresh import SubtaskRefresh
 from .telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Run:
     Attributes:
         state: A RunState.
         detail: Why it holds or failed; empty when all is well.
+        subtasks: What the text head says to do.
     """
 
     def __init__(self, progress: RunProgress, around: Surroundings, *, on_change: Callable[[], None]) -> None:
@@ -74,6 +76,7 @@ class Run:
         self.definition = progress.definition
         self.state: actor_pb2.RunState.ValueType = actor_pb2.RUN_STATE_HOLDING
         self.detail = "shaking hands"
+        self.subtasks = SubtaskRefresh(progress.definition.subtask_every_chunks)
         self._around = around
         self._on_change = on_change
         self._stop = threading.Event()
@@ -216,7 +219,13 @@ class Run:
                 ticks_per_step=self._policy.ticks_per_step,
             )
             queue.server_interval(session.replan_interval_steps)
-            policy = PolicySide(stream=self._policy.stream, queue=queue, required_observations=session.required_observations)
+            policy = PolicySide(
+                stream=self._policy.stream,
+                queue=queue,
+                required_observations=session.required_observations,
+                subtasks=self.subtasks,
+                on_subtask=self._on_change,
+            )
             self._policy.stream.start()
         if robot.teleoperators:
             assert self._robot_client is not None

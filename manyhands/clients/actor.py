@@ -72,8 +72,14 @@ def roll_out(
     first_seed: int = 0,
     dataset: str = "",
     teleoperator: str = "",
+    subtask_every_chunks: int = 0,
 ) -> actor_pb2.RunDefinition:
-    """A run in which the served policy acts; with a teleoperator named, that one may intervene."""
+    """A run in which the served policy acts; with a teleoperator named, that one may intervene.
+
+    Args:
+        subtask_every_chunks: Asks the model's text head what to do next after so many chunks, and acts on that; 0: acts on
+            the task.
+    """
     return actor_pb2.RunDefinition(
         run_id=uuid.uuid4().hex,
         mode=actor_pb2.RUN_MODE_POLICY,
@@ -85,6 +91,7 @@ def roll_out(
         teleoperator=teleoperator,
         model=model,
         replan_interval_steps=replan_interval_steps,
+        subtask_every_chunks=subtask_every_chunks,
     )
 
 

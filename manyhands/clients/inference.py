@@ -100,6 +100,21 @@ class Drain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubtaskAnswer:
+    """What the text head says to do next, for the request that asked with ask_subtask_for.
+
+    Attributes:
+        text: An instruction; "" when not accepted.
+        accepted: False: no instruction came. Whatever is acted on stays in force.
+        reason: Why not, for people.
+    """
+
+    text: str
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reply:
     """One answer of the stream.
 
@@ -111,7 +126,7 @@ class Reply:
 
     request_id: int
     version: common_pb2.PolicyVersion
-    result: Chunk | Refusal | Drain
+    result: Chunk | Refusal | Drain | SubtaskAnswer
     round_trip_s: float | None
     stage_s: Mapping[str, float]
     batch_size: int
@@ -160,16 +175,20 @@ class ActStream:
         committed_prefix: npt.NDArray[np.float32] | None = None,
         delay_steps: int = 0,
         execution_horizon: int = 0,
+        ask_subtask_for: str = "",
         image_encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG,
     ) -> int:
         """Asks for a chunk and returns the request's id; encoding of pictures is done on the caller's thread.
 
         Args:
+            task: What the chunk acts on: the robot's own task or the subtask in force.
             observation: Arrays by name, in the order of Session.required_observations; cameras (H, W, 3) uint8 RGB.
             deadline_s: Seconds from now after which the chunk is useless; at most 60.
             committed_prefix: (steps, A) float32, model space, what is left of the last chunk from current_index on.
             delay_steps: Actions that will have been executed when the answer arrives.
             noise_seed: Same request, same seed, same version: same chunk.
+            ask_subtask_for: The robot's own task, to be told what to do next for it: a SubtaskAnswer with this request's id
+                follows in its own time, unless an earlier question is in progress. Only for a session with a text head.
 
         Raises:
             Unreachable: The stream is broken or closed.
@@ -184,6 +203,7 @@ class ActStream:
             deadline=stamps.to_duration(deadline_s),
             noise_seed=noise_seed,
             execution_horizon=execution_horizon,
+            ask_subtask_for=ask_subtask_for,
         )
         if committed_prefix is not None and len(committed_prefix):
             request.committed_prefix.CopyFrom(codec.encode_tensor(committed_prefix))
@@ -444,7 +464,7 @@ class InferenceClient(channel.Client):
 
 def decode_reply(response: inference_pb2.ActResponse) -> Reply:
     """Checked arrays of a response; InvalidInput when the server sent something that is no chunk."""
-    result: Chunk | Refusal | Drain
+    result: Chunk | Refusal | Drain | SubtaskAnswer
     which = response.WhichOneof("result")
     if which == "chunk":
         result = Chunk(
@@ -462,8 +482,12 @@ def decode_reply(response: inference_pb2.ActResponse) -> Reply:
         )
     elif which == "drain":
         result = Drain(reconnect_after_s=stamps.to_seconds(response.drain.reconnect_after), reason=response.drain.reason)
+    elif which == "subtask":
+        result = SubtaskAnswer(
+            text=response.subtask.text, accepted=response.subtask.accepted, reason=response.subtask.reason
+        )
     else:
-        raise errors.InvalidInput("has neither chunk, refusal nor drain", field="act_response.result")
+        raise errors.InvalidInput("has neither chunk, refusal, drain nor subtask", field="act_response.result")
     times = response.times
     return Reply(
         request_id=response.request_id,

@@ -51,6 +51,10 @@ def prepare_row(
     for field, value in (("delay_steps", request.delay_steps), ("execution_horizon", request.execution_horizon)):
         if not 0 <= value <= horizon:
             raise InvalidInput(f"is {value}; it must be 0 to {horizon}, the chunk's horizon", field=field)
+    if len(request.ask_subtask_for) > MAX_TASK_CHARACTERS:
+        raise InvalidInput(
+            f"has {len(request.ask_subtask_for)} characters, at most {MAX_TASK_CHARACTERS}", field="ask_subtask_for"
+        )
     if request.current_index < 0:
         raise InvalidInput(f"is {request.current_index}; it must not be negative", field="current_index")
     return Row(

@@ -234,7 +234,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 size *= extent
             values += size
         prefix = 4 * served.horizon * served.model_action_size
-        return values + prefix + 4 * MAX_TASK_CHARACTERS + MESSAGE_OVERHEAD_BYTES
+        tasks = 2 * 4 * MAX_TASK_CHARACTERS  # What is acted on, and what a subtask is asked for.
+        return values + prefix + tasks + MESSAGE_OVERHEAD_BYTES
 
     def replan_interval_steps(self, session: Session) -> int:
         """What the session asked for, longer while the model cannot keep up with everybody."""
@@ -307,4 +308,7 @@ def _session_status(session: Session) -> inference_pb2.SessionStatus:
         latency_p99=stamps.to_duration(p99_s),
         last_refusal=session.last_refusal,
         connected=session.stream is not None,
+        subtask_count=session.subtask_count,
+        refused_subtask_count=session.refused_subtask_count,
+        last_subtask=session.last_subtask,
     )

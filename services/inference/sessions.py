@@ -183,6 +183,9 @@ class Session:
     refused_count: int = 0
     missed_deadline_count: int = 0
     last_refusal: str = ""
+    subtask_count: int = 0
+    refused_subtask_count: int = 0
+    last_subtask: str = ""
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
 
 

@@ -32,6 +32,7 @@ from .engine_port import Answer, EnginePort, Job, Model, Outcome, Row, Supersede
 from .prepare import deadline_s, prepare_row
 from .sessions import Session, Sessions
 from .stats import StageStats
+from .subtask_question import SubtaskQuestion
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class RobotStream:
         self._idle = asyncio.Event()
         self._idle.set()
         self._ending: ManyhandsError | None = None
+        self._subtask = SubtaskQuestion(desk.engine, self._outbox.put_nowait)
         if session_id:
             try:
                 self._attach(desk.sessions.get(session_id))
@@ -120,6 +122,7 @@ class RobotStream:
             reading.cancel()
             preparing.cancel()
             await asyncio.gather(reading, preparing, return_exceptions=True)
+            self._subtask.stop()
             if self._session is not None:
                 self._desk.sessions.detach(self._session, self, self._clock())
                 self._desk.engine.withdraw(self._session.session_id)
@@ -225,6 +228,8 @@ class RobotStream:
                 self._settle(asked, Superseded(), decode_s)
                 continue
             self._submit(asked, row, decode_s)
+            if asked.request.ask_subtask_for:
+                self._subtask.ask(asked.session, asked.request, row.sample)
 
     async def _decode(self, asked: _Asked) -> Row:
         session = asked.session

@@ -69,6 +69,16 @@ def test_record_says_what_it_kept(site: Site) -> None:
     wait_until(lambda: len(site.store.sealed) == 2)
 
 
+def test_rollout_can_ask_for_subtasks(site: Site) -> None:
+    site.policy.has_text_head, site.policy.says, site.policy.speed = True, ["grasp the cup"], 1e-4
+    words = ["--model", "line", "--episodes", "1", "--max-steps", "30", "--subtask-every-chunks", "3"]
+    process = command("rollout", "--actor", site.actor.address, *words)
+    output = process.communicate(timeout=40)[0]
+    assert process.returncode == 0, output
+    assert site.policy.requests[1].task == "grasp the cup"
+    assert [bool(request.ask_subtask_for) for request in site.policy.requests[:4]] == [True, False, False, True]
+
+
 def test_rollout_counts_failures_honestly(site: Site) -> None:
     site.policy.speed = 1e-4
     process = command("rollout", "--actor", site.actor.address, "--model", "line", "--episodes", "3", "--max-steps", "20")

@@ -204,6 +204,9 @@ class ScriptedPolicy(inference_pb2_grpc.InferenceServiceServicer):
         self.corrupt: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda actions: actions
         self.drain = threading.Event()
         self.refuse = ""
+        self.has_text_head = False
+        self.says: list[str] = []  # To questions for a subtask, one after the other; "" is refused as no instruction.
+        self.thinks = False  # Says nothing, for as long as it thinks.
 
     def restarted(self) -> None:
         """What a new process knows: nothing."""
@@ -226,6 +229,7 @@ class ScriptedPolicy(inference_pb2_grpc.InferenceServiceServicer):
             version=self._version(),
             chunk_horizon=self.horizon,
             replan_interval_steps=request.replan_interval_steps,
+            has_text_head=self.has_text_head,
             required_observations=self.required,
         )
 
@@ -258,6 +262,15 @@ class ScriptedPolicy(inference_pb2_grpc.InferenceServiceServicer):
             answer.chunk.actions.CopyFrom(codec.encode_tensor(actions))
             answer.chunk.model_actions.CopyFrom(codec.encode_tensor(actions))
             yield answer
+            if request.ask_subtask_for and self.says and not self.thinks:
+                text = self.says.pop(0)
+                yield inference_pb2.ActResponse(
+                    session_id=request.session_id,
+                    request_id=request.request_id,
+                    version=self._version(),
+                    request_sent=request.sent,
+                    subtask=inference_pb2.Subtask(text=text, accepted=bool(text), reason="" if text else "no instruction"),
+                )
             if self.drain.is_set():
                 self.drain.clear()
                 yield inference_pb2.ActResponse(drain=inference_pb2.Drain(reason="maintenance"))

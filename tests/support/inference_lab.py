@@ -70,17 +70,19 @@ SPEC = Spec(
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 
-def make_policy(seed: int = 0, policy_class: type[FlowPolicy] = FlowPolicy) -> FlowPolicy:
-    """A small policy with weights drawn from seed."""
+def make_policy(seed: int = 0, policy_class: type[FlowPolicy] = FlowPolicy, spec: Spec = SPEC) -> FlowPolicy:
+    """A small policy with weights drawn from seed, for a robot with one state and one action."""
     torch.manual_seed(seed)
-    config = {"horizon": HORIZON, "cameras": list(CAMERAS), "width": 64, "num_blocks": 2}
-    policy = policy_class.from_config(config, SPEC)
+    cameras = [feature.name for feature in spec.images]
+    config = {"horizon": HORIZON, "cameras": cameras, "width": 64, "num_blocks": 2}
+    policy = policy_class.from_config(config, spec)
+    state_size = next(feature.shape[0] for feature in spec.observation if feature.kind is FeatureKind.STATE)
 
     def statistics(size: int) -> dict[str, npt.NDArray[np.float64]]:
         values = {"mean": 0.1, "std": 0.5, "min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
         return {name: np.full(size, value) for name, value in values.items()}
 
-    policy.set_statistics({"observation.state": statistics(STATE_SIZE), "action": statistics(ACTION_SIZE)})
+    policy.set_statistics({"observation.state": statistics(state_size), "action": statistics(spec.action[0].shape[0])})
     return policy.eval()
 
 
@@ -113,6 +115,32 @@ class TalkingPolicy(FlowPolicy):
     def generate(self, samples: Sequence[Sample], request: TextRequest, device: torch.device) -> Iterator[str]:
         for word in f"{request.kind.value} {samples[0].task} {request.user_text}".split():
             yield word + " "
+
+
+class MutteringPolicy(FlowPolicy):
+    """Says what the test has it say, a word per token, once the gate is open; keeps what it was asked."""
+
+    has_text_head = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.answers: list[str] = []
+        self.asked: list[tuple[Sample, TextRequest]] = []
+        self.num_stopped = 0
+
+    def generate(self, samples: Sequence[Sample], request: TextRequest, device: torch.device) -> Iterator[str]:
+        self.asked.append((samples[0], request))
+        answer = self.answers.pop(0)
+        assert self.gate.wait(30.0), "the test never opened the gate"
+        if answer == "raise":
+            raise RuntimeError("out of memory")
+        try:
+            for word in answer.split(" "):
+                yield word + " "
+        except GeneratorExit:
+            self.num_stopped += 1
 
 
 def make_observation(seed: int) -> Arrays:

@@ -27,41 +27,41 @@ from manyhands.common.v1 import common_pb2 as manyhands_dot_common_dot_v1_dot_co
 from manyhands.dataset.v1 import dataset_pb2 as manyhands_dot_dataset_dot_v1_dot_dataset__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emanyhands/actor/v1/actor.proto\x12\x12manyhands.actor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a manyhands/common/v1/common.proto\x1a\"manyhands/dataset/v1/dataset.proto\"\x8d\x02\n\rRunDefinition\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12)\n\x04mode\x18\x02 \x01(\x0e\x32\x1b.manyhands.actor.v1.RunMode\x12\x15\n\repisode_count\x18\x03 \x01(\x05\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x19\n\x11max_episode_steps\x18\x05 \x01(\x05\x12\x12\n\nfirst_seed\x18\x06 \x01(\x03\x12\x0f\n\x07\x64\x61taset\x18\x07 \x01(\t\x12\x14\n\x0cteleoperator\x18\x08 \x01(\t\x12\r\n\x05model\x18\t \x01(\t\x12\x1d\n\x15replan_interval_steps\x18\n \x01(\x05\x12\x18\n\x10\x64iscard_failures\x18\x0b \x01(\x08\"\x12\n\x10GetStatusRequest\"\xaf\x02\n\x11GetStatusResponse\x12\x10\n\x08robot_id\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.manyhands.actor.v1.RunState\x12.\n\x03run\x18\x03 \x01(\x0b\x32!.manyhands.actor.v1.RunDefinition\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x1e\n\x16\x66inished_episode_count\x18\x05 \x01(\x05\x12\x15\n\rsuccess_count\x18\x06 \x01(\x05\x12\x1b\n\x13spooled_frame_count\x18\x07 \x01(\x03\x12\x15\n\rrobot_address\x18\x08 \x01(\t\x12\x19\n\x11inference_address\x18\t \x01(\t\x12\x15\n\rstore_address\x18\n \x01(\t\"A\n\x0fStartRunRequest\x12.\n\x03run\x18\x01 \x01(\x0b\x32!.manyhands.actor.v1.RunDefinition\"\"\n\x10StartRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"9\n\x0eStopRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x17\n\x0f\x64iscard_episode\x18\x02 \x01(\x08\"\x11\n\x0fStopRunResponse\"(\n\x0cWatchRequest\x12\x18\n\x10max_tick_rate_hz\x18\x01 \x01(\x01\"\xdc\x01\n\x04Tick\x12\x0c\n\x04tick\x18\x01 \x01(\x03\x12\x16\n\x0e\x65pisode_number\x18\x02 \x01(\x03\x12\r\n\x05state\x18\x03 \x03(\x01\x12\x0e\n\x06\x61\x63tion\x18\x04 \x03(\x01\x12\x32\n\x06source\x18\x05 \x01(\x0e\x32\".manyhands.dataset.v1.ActionSource\x12\x14\n\x0cqueue_length\x18\x06 \x01(\x05\x12+\n\x08lateness\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10\x63lamped_elements\x18\x08 \x03(\t\"\xa5\x03\n\nChunkEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x16\n\x0erequested_tick\x18\x02 \x01(\x03\x12\x14\n\x0c\x61rrived_tick\x18\x03 \x01(\x03\x12\x13\n\x0b\x64\x65lay_steps\x18\x04 \x01(\x05\x12\x12\n\nused_count\x18\x05 \x01(\x05\x12*\n\x07latency\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63\x61pture\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07network\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cserver_queue\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0eserver_compute\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x07version\x18\x0b \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x0f\n\x07refusal\x18\x0c \x01(\t\"\x80\x02\n\rEpisodeResult\x12\x16\n\x0e\x65pisode_number\x18\x01 \x01(\x03\x12\x14\n\x0c\x65pisode_uuid\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x13\n\x0b\x66rame_count\x18\x05 \x01(\x03\x12\x0f\n\x07success\x18\x06 \x01(\x08\x12\x30\n\x06reason\x18\x07 \x01(\x0e\x32 .manyhands.dataset.v1.EpisodeEnd\x12\x34\n\x08versions\x18\x08 \x03(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x17\n\x0fheld_tick_count\x18\t \x01(\x03\"\xe2\x01\n\rWatchResponse\x12(\n\x04tick\x18\x01 \x01(\x0b\x32\x18.manyhands.actor.v1.TickH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.manyhands.actor.v1.ChunkEventH\x00\x12\x34\n\x07\x65pisode\x18\x03 \x01(\x0b\x32!.manyhands.actor.v1.EpisodeResultH\x00\x12\x37\n\x06status\x18\x04 \x01(\x0b\x32%.manyhands.actor.v1.GetStatusResponseH\x00\x42\x07\n\x05\x65vent*R\n\x07RunMode\x12\x18\n\x14RUN_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14RUN_MODE_TELEOPERATE\x10\x01\x12\x13\n\x0fRUN_MODE_POLICY\x10\x02*\x95\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eRUN_STATE_IDLE\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x15\n\x11RUN_STATE_HOLDING\x10\x03\x12\x16\n\x12RUN_STATE_FINISHED\x10\x04\x12\x14\n\x10RUN_STATE_FAILED\x10\x05\x32\xe3\x02\n\x0c\x41\x63torService\x12X\n\tGetStatus\x12$.manyhands.actor.v1.GetStatusRequest\x1a%.manyhands.actor.v1.GetStatusResponse\x12U\n\x08StartRun\x12#.manyhands.actor.v1.StartRunRequest\x1a$.manyhands.actor.v1.StartRunResponse\x12R\n\x07StopRun\x12\".manyhands.actor.v1.StopRunRequest\x1a#.manyhands.actor.v1.StopRunResponse\x12N\n\x05Watch\x12 .manyhands.actor.v1.WatchRequest\x1a!.manyhands.actor.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emanyhands/actor/v1/actor.proto\x12\x12manyhands.actor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a manyhands/common/v1/common.proto\x1a\"manyhands/dataset/v1/dataset.proto\"\xab\x02\n\rRunDefinition\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12)\n\x04mode\x18\x02 \x01(\x0e\x32\x1b.manyhands.actor.v1.RunMode\x12\x15\n\repisode_count\x18\x03 \x01(\x05\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x19\n\x11max_episode_steps\x18\x05 \x01(\x05\x12\x12\n\nfirst_seed\x18\x06 \x01(\x03\x12\x0f\n\x07\x64\x61taset\x18\x07 \x01(\t\x12\x14\n\x0cteleoperator\x18\x08 \x01(\t\x12\r\n\x05model\x18\t \x01(\t\x12\x1d\n\x15replan_interval_steps\x18\n \x01(\x05\x12\x18\n\x10\x64iscard_failures\x18\x0b \x01(\x08\x12\x1c\n\x14subtask_every_chunks\x18\x0c \x01(\x05\"\x12\n\x10GetStatusRequest\"\xf6\x02\n\x11GetStatusResponse\x12\x10\n\x08robot_id\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.manyhands.actor.v1.RunState\x12.\n\x03run\x18\x03 \x01(\x0b\x32!.manyhands.actor.v1.RunDefinition\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x1e\n\x16\x66inished_episode_count\x18\x05 \x01(\x05\x12\x15\n\rsuccess_count\x18\x06 \x01(\x05\x12\x1b\n\x13spooled_frame_count\x18\x07 \x01(\x03\x12\x15\n\rrobot_address\x18\x08 \x01(\t\x12\x19\n\x11inference_address\x18\t \x01(\t\x12\x15\n\rstore_address\x18\n \x01(\t\x12\x0f\n\x07subtask\x18\x0b \x01(\t\x12\x15\n\rsubtask_count\x18\x0c \x01(\x03\x12\x1d\n\x15refused_subtask_count\x18\r \x01(\x03\"A\n\x0fStartRunRequest\x12.\n\x03run\x18\x01 \x01(\x0b\x32!.manyhands.actor.v1.RunDefinition\"\"\n\x10StartRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"9\n\x0eStopRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x17\n\x0f\x64iscard_episode\x18\x02 \x01(\x08\"\x11\n\x0fStopRunResponse\"(\n\x0cWatchRequest\x12\x18\n\x10max_tick_rate_hz\x18\x01 \x01(\x01\"\xdc\x01\n\x04Tick\x12\x0c\n\x04tick\x18\x01 \x01(\x03\x12\x16\n\x0e\x65pisode_number\x18\x02 \x01(\x03\x12\r\n\x05state\x18\x03 \x03(\x01\x12\x0e\n\x06\x61\x63tion\x18\x04 \x03(\x01\x12\x32\n\x06source\x18\x05 \x01(\x0e\x32\".manyhands.dataset.v1.ActionSource\x12\x14\n\x0cqueue_length\x18\x06 \x01(\x05\x12+\n\x08lateness\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10\x63lamped_elements\x18\x08 \x03(\t\"\xb3\x03\n\nChunkEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x16\n\x0erequested_tick\x18\x02 \x01(\x03\x12\x14\n\x0c\x61rrived_tick\x18\x03 \x01(\x03\x12\x13\n\x0b\x64\x65lay_steps\x18\x04 \x01(\x05\x12\x12\n\nused_count\x18\x05 \x01(\x05\x12*\n\x07latency\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63\x61pture\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07network\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cserver_queue\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0eserver_compute\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x07version\x18\x0b \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x0f\n\x07refusal\x18\x0c \x01(\t\x12\x0c\n\x04task\x18\r \x01(\t\"\x80\x02\n\rEpisodeResult\x12\x16\n\x0e\x65pisode_number\x18\x01 \x01(\x03\x12\x14\n\x0c\x65pisode_uuid\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x13\n\x0b\x66rame_count\x18\x05 \x01(\x03\x12\x0f\n\x07success\x18\x06 \x01(\x08\x12\x30\n\x06reason\x18\x07 \x01(\x0e\x32 .manyhands.dataset.v1.EpisodeEnd\x12\x34\n\x08versions\x18\x08 \x03(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x17\n\x0fheld_tick_count\x18\t \x01(\x03\"\xe2\x01\n\rWatchResponse\x12(\n\x04tick\x18\x01 \x01(\x0b\x32\x18.manyhands.actor.v1.TickH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.manyhands.actor.v1.ChunkEventH\x00\x12\x34\n\x07\x65pisode\x18\x03 \x01(\x0b\x32!.manyhands.actor.v1.EpisodeResultH\x00\x12\x37\n\x06status\x18\x04 \x01(\x0b\x32%.manyhands.actor.v1.GetStatusResponseH\x00\x42\x07\n\x05\x65vent*R\n\x07RunMode\x12\x18\n\x14RUN_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14RUN_MODE_TELEOPERATE\x10\x01\x12\x13\n\x0fRUN_MODE_POLICY\x10\x02*\x95\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eRUN_STATE_IDLE\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x15\n\x11RUN_STATE_HOLDING\x10\x03\x12\x16\n\x12RUN_STATE_FINISHED\x10\x04\x12\x14\n\x10RUN_STATE_FAILED\x10\x05\x32\xe3\x02\n\x0c\x41\x63torService\x12X\n\tGetStatus\x12$.manyhands.actor.v1.GetStatusRequest\x1a%.manyhands.actor.v1.GetStatusResponse\x12U\n\x08StartRun\x12#.manyhands.actor.v1.StartRunRequest\x1a$.manyhands.actor.v1.StartRunResponse\x12R\n\x07StopRun\x12\".manyhands.actor.v1.StopRunRequest\x1a#.manyhands.actor.v1.StopRunResponse\x12N\n\x05Watch\x12 .manyhands.actor.v1.WatchRequest\x1a!.manyhands.actor.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'manyhands.actor.v1.actor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNMODE']._serialized_start=2112
-  _globals['_RUNMODE']._serialized_end=2194
-  _globals['_RUNSTATE']._serialized_start=2197
-  _globals['_RUNSTATE']._serialized_end=2346
+  _globals['_RUNMODE']._serialized_start=2227
+  _globals['_RUNMODE']._serialized_end=2309
+  _globals['_RUNSTATE']._serialized_start=2312
+  _globals['_RUNSTATE']._serialized_end=2461
   _globals['_RUNDEFINITION']._serialized_start=157
-  _globals['_RUNDEFINITION']._serialized_end=426
-  _globals['_GETSTATUSREQUEST']._serialized_start=428
-  _globals['_GETSTATUSREQUEST']._serialized_end=446
-  _globals['_GETSTATUSRESPONSE']._serialized_start=449
-  _globals['_GETSTATUSRESPONSE']._serialized_end=752
-  _globals['_STARTRUNREQUEST']._serialized_start=754
-  _globals['_STARTRUNREQUEST']._serialized_end=819
-  _globals['_STARTRUNRESPONSE']._serialized_start=821
-  _globals['_STARTRUNRESPONSE']._serialized_end=855
-  _globals['_STOPRUNREQUEST']._serialized_start=857
-  _globals['_STOPRUNREQUEST']._serialized_end=914
-  _globals['_STOPRUNRESPONSE']._serialized_start=916
-  _globals['_STOPRUNRESPONSE']._serialized_end=933
-  _globals['_WATCHREQUEST']._serialized_start=935
-  _globals['_WATCHREQUEST']._serialized_end=975
-  _globals['_TICK']._serialized_start=978
-  _globals['_TICK']._serialized_end=1198
-  _globals['_CHUNKEVENT']._serialized_start=1201
-  _globals['_CHUNKEVENT']._serialized_end=1622
-  _globals['_EPISODERESULT']._serialized_start=1625
-  _globals['_EPISODERESULT']._serialized_end=1881
-  _globals['_WATCHRESPONSE']._serialized_start=1884
-  _globals['_WATCHRESPONSE']._serialized_end=2110
-  _globals['_ACTORSERVICE']._serialized_start=2349
-  _globals['_ACTORSERVICE']._serialized_end=2704
+  _globals['_RUNDEFINITION']._serialized_end=456
+  _globals['_GETSTATUSREQUEST']._serialized_start=458
+  _globals['_GETSTATUSREQUEST']._serialized_end=476
+  _globals['_GETSTATUSRESPONSE']._serialized_start=479
+  _globals['_GETSTATUSRESPONSE']._serialized_end=853
+  _globals['_STARTRUNREQUEST']._serialized_start=855
+  _globals['_STARTRUNREQUEST']._serialized_end=920
+  _globals['_STARTRUNRESPONSE']._serialized_start=922
+  _globals['_STARTRUNRESPONSE']._serialized_end=956
+  _globals['_STOPRUNREQUEST']._serialized_start=958
+  _globals['_STOPRUNREQUEST']._serialized_end=1015
+  _globals['_STOPRUNRESPONSE']._serialized_start=1017
+  _globals['_STOPRUNRESPONSE']._serialized_end=1034
+  _globals['_WATCHREQUEST']._serialized_start=1036
+  _globals['_WATCHREQUEST']._serialized_end=1076
+  _globals['_TICK']._serialized_start=1079
+  _globals['_TICK']._serialized_end=1299
+  _globals['_CHUNKEVENT']._serialized_start=1302
+  _globals['_CHUNKEVENT']._serialized_end=1737
+  _globals['_EPISODERESULT']._serialized_start=1740
+  _globals['_EPISODERESULT']._serialized_end=1996
+  _globals['_WATCHRESPONSE']._serialized_start=1999
+  _globals['_WATCHRESPONSE']._serialized_end=2225
+  _globals['_ACTORSERVICE']._serialized_start=2464
+  _globals['_ACTORSERVICE']._serialized_end=2819
 # @@protoc_insertion_point(module_scope)

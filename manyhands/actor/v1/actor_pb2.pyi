@@ -85,6 +85,7 @@ class RunDefinition(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     REPLAN_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     DISCARD_FAILURES_FIELD_NUMBER: _builtins.int
+    SUBTASK_EVERY_CHUNKS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     mode: Global___RunMode.ValueType
     episode_count: _builtins.int
@@ -105,6 +106,8 @@ class RunDefinition(_message.Message):
     """Actions executed of each chunk, for POLICY."""
     discard_failures: _builtins.bool
     """Episodes without success are not kept and not counted (recording)."""
+    subtask_every_chunks: _builtins.int
+    """For POLICY: ask the model's text head for a subtask every so many chunks, and act on that. 0: act on the task."""
     def __init__(
         self,
         *,
@@ -119,10 +122,11 @@ class RunDefinition(_message.Message):
         model: _builtins.str = ...,
         replan_interval_steps: _builtins.int = ...,
         discard_failures: _builtins.bool = ...,
+        subtask_every_chunks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "discard_failures", b"discard_failures", "episode_count", b"episode_count", "first_seed", b"first_seed", "max_episode_steps", b"max_episode_steps", "mode", b"mode", "model", b"model", "replan_interval_steps", b"replan_interval_steps", "run_id", b"run_id", "task", b"task", "teleoperator", b"teleoperator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "discard_failures", b"discard_failures", "episode_count", b"episode_count", "first_seed", b"first_seed", "max_episode_steps", b"max_episode_steps", "mode", b"mode", "model", b"model", "replan_interval_steps", b"replan_interval_steps", "run_id", b"run_id", "subtask_every_chunks", b"subtask_every_chunks", "task", b"task", "teleoperator", b"teleoperator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -157,6 +161,9 @@ class GetStatusResponse(_message.Message):
     ROBOT_ADDRESS_FIELD_NUMBER: _builtins.int
     INFERENCE_ADDRESS_FIELD_NUMBER: _builtins.int
     STORE_ADDRESS_FIELD_NUMBER: _builtins.int
+    SUBTASK_FIELD_NUMBER: _builtins.int
+    SUBTASK_COUNT_FIELD_NUMBER: _builtins.int
+    REFUSED_SUBTASK_COUNT_FIELD_NUMBER: _builtins.int
     robot_id: _builtins.str
     state: Global___RunState.ValueType
     detail: _builtins.str
@@ -167,6 +174,12 @@ class GetStatusResponse(_message.Message):
     robot_address: _builtins.str
     inference_address: _builtins.str
     store_address: _builtins.str
+    subtask: _builtins.str
+    """What is acted on; empty: the task itself."""
+    subtask_count: _builtins.int
+    """Taken from the text head in this run."""
+    refused_subtask_count: _builtins.int
+    """Of this run: no instruction, or the text head failed; the last good one stayed."""
     @_builtins.property
     def run(self) -> Global___RunDefinition: ...
     def __init__(
@@ -182,10 +195,13 @@ class GetStatusResponse(_message.Message):
         robot_address: _builtins.str = ...,
         inference_address: _builtins.str = ...,
         store_address: _builtins.str = ...,
+        subtask: _builtins.str = ...,
+        subtask_count: _builtins.int = ...,
+        refused_subtask_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "finished_episode_count", b"finished_episode_count", "inference_address", b"inference_address", "robot_address", b"robot_address", "robot_id", b"robot_id", "run", b"run", "spooled_frame_count", b"spooled_frame_count", "state", b"state", "store_address", b"store_address", "success_count", b"success_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "finished_episode_count", b"finished_episode_count", "inference_address", b"inference_address", "refused_subtask_count", b"refused_subtask_count", "robot_address", b"robot_address", "robot_id", b"robot_id", "run", b"run", "spooled_frame_count", b"spooled_frame_count", "state", b"state", "store_address", b"store_address", "subtask", b"subtask", "subtask_count", b"subtask_count", "success_count", b"success_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +376,7 @@ class ChunkEvent(_message.Message):
     SERVER_COMPUTE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     requested_tick: _builtins.int
     arrived_tick: _builtins.int
@@ -369,6 +386,8 @@ class ChunkEvent(_message.Message):
     """Actions of the chunk before this one that were executed."""
     refusal: _builtins.str
     """Empty when a chunk came."""
+    task: _builtins.str
+    """What it acts on: the episode's task or a subtask of it."""
     @_builtins.property
     def latency(self) -> _duration_pb2.Duration:
         """Observation made to chunk merged, on the actor's clock."""
@@ -402,10 +421,11 @@ class ChunkEvent(_message.Message):
         server_compute: _duration_pb2.Duration | None = ...,
         version: _common_pb2.PolicyVersion | None = ...,
         refusal: _builtins.str = ...,
+        task: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capture", b"capture", "latency", b"latency", "network", b"network", "server_compute", b"server_compute", "server_queue", b"server_queue", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_tick", b"arrived_tick", "capture", b"capture", "delay_steps", b"delay_steps", "latency", b"latency", "network", b"network", "refusal", b"refusal", "request_id", b"request_id", "requested_tick", b"requested_tick", "server_compute", b"server_compute", "server_queue", b"server_queue", "used_count", b"used_count", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_tick", b"arrived_tick", "capture", b"capture", "delay_steps", b"delay_steps", "latency", b"latency", "network", b"network", "refusal", b"refusal", "request_id", b"request_id", "requested_tick", b"requested_tick", "server_compute", b"server_compute", "server_queue", b"server_queue", "task", b"task", "used_count", b"used_count", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

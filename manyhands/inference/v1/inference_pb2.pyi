@@ -251,11 +251,12 @@ class ActRequest(_message.Message):
     SENT_FIELD_NUMBER: _builtins.int
     NOISE_SEED_FIELD_NUMBER: _builtins.int
     EXECUTION_HORIZON_FIELD_NUMBER: _builtins.int
+    ASK_SUBTASK_FOR_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     request_id: _builtins.int
     """Grows; a replayed id is refused."""
     task: _builtins.str
-    """The instruction."""
+    """What the chunk acts on: the robot's own task, or the subtask in force, which the robot carries."""
     current_index: _builtins.int
     """Tick of the action executing when the observation was made."""
     delay_steps: _builtins.int
@@ -264,6 +265,8 @@ class ActRequest(_message.Message):
     """Sampling is a pure function of the request: same request, same version, same chunk."""
     execution_horizon: _builtins.int
     """For guidance: steps of the prefix that count. 0: replan interval."""
+    ask_subtask_for: _builtins.str
+    """The robot's own task: what should be done next for it, as this observation shows? Empty: nothing is asked. A different task is taken as the last subtask, and drafts the answer."""
     @_builtins.property
     def observation(self) -> _common_pb2.Observation: ...
     @_builtins.property
@@ -292,10 +295,11 @@ class ActRequest(_message.Message):
         sent: _common_pb2.Stamp | None = ...,
         noise_seed: _builtins.int = ...,
         execution_horizon: _builtins.int = ...,
+        ask_subtask_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["committed_prefix", b"committed_prefix", "deadline", b"deadline", "observation", b"observation", "sent", b"sent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_prefix", b"committed_prefix", "current_index", b"current_index", "deadline", b"deadline", "delay_steps", b"delay_steps", "execution_horizon", b"execution_horizon", "noise_seed", b"noise_seed", "observation", b"observation", "request_id", b"request_id", "sent", b"sent", "session_id", b"session_id", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_subtask_for", b"ask_subtask_for", "committed_prefix", b"committed_prefix", "current_index", b"current_index", "deadline", b"deadline", "delay_steps", b"delay_steps", "execution_horizon", b"execution_horizon", "noise_seed", b"noise_seed", "observation", b"observation", "request_id", b"request_id", "sent", b"sent", "session_id", b"session_id", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -367,6 +371,36 @@ class Chunk(_message.Message):
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
+class Subtask(_message.Message):
+    """What the text head says to do next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """An instruction on one line. Empty when not accepted."""
+    accepted: _builtins.bool
+    """False: the answer was no instruction, or there was none. Whatever was acted on stays in force."""
+    reason: _builtins.str
+    """Why not accepted, for people."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        accepted: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "reason", b"reason", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Subtask: _TypeAlias = Subtask  # noqa: Y015
+
+@_typing.final
 class StageTimes(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -428,6 +462,7 @@ class ActResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    SUBTASK_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     request_id: _builtins.int
     @_builtins.property
@@ -446,6 +481,10 @@ class ActResponse(_message.Message):
     def drain(self) -> Global___Drain:
         """request_id is 0."""
 
+    @_builtins.property
+    def subtask(self) -> Global___Subtask:
+        """To the request_id that asked; version is the text head's, times are absent."""
+
     def __init__(
         self,
         *,
@@ -457,12 +496,13 @@ class ActResponse(_message.Message):
         chunk: Global___Chunk | None = ...,
         refusal: Global___Refusal | None = ...,
         drain: Global___Drain | None = ...,
+        subtask: Global___Subtask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "drain", b"drain", "refusal", b"refusal", "request_sent", b"request_sent", "result", b"result", "times", b"times", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "drain", b"drain", "refusal", b"refusal", "request_sent", b"request_sent", "result", b"result", "subtask", b"subtask", "times", b"times", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "drain", b"drain", "refusal", b"refusal", "request_id", b"request_id", "request_sent", b"request_sent", "result", b"result", "session_id", b"session_id", "times", b"times", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "drain", b"drain", "refusal", b"refusal", "request_id", b"request_id", "request_sent", b"request_sent", "result", b"result", "session_id", b"session_id", "subtask", b"subtask", "times", b"times", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["chunk", "refusal", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["chunk", "refusal", "drain", "subtask"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -778,6 +818,9 @@ class SessionStatus(_message.Message):
     LATENCY_P99_FIELD_NUMBER: _builtins.int
     LAST_REFUSAL_FIELD_NUMBER: _builtins.int
     CONNECTED_FIELD_NUMBER: _builtins.int
+    SUBTASK_COUNT_FIELD_NUMBER: _builtins.int
+    REFUSED_SUBTASK_COUNT_FIELD_NUMBER: _builtins.int
+    LAST_SUBTASK_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     robot_id: _builtins.str
     model: _builtins.str
@@ -787,6 +830,12 @@ class SessionStatus(_message.Message):
     last_refusal: _builtins.str
     connected: _builtins.bool
     """A stream is open."""
+    subtask_count: _builtins.int
+    """Accepted."""
+    refused_subtask_count: _builtins.int
+    """No instruction, or the text head failed."""
+    last_subtask: _builtins.str
+    """Accepted. For people: what a robot acts on is in its requests."""
     @_builtins.property
     def latency_p50(self) -> _duration_pb2.Duration:
         """Received to answered, last 512 chunks."""
@@ -806,10 +855,13 @@ class SessionStatus(_message.Message):
         latency_p99: _duration_pb2.Duration | None = ...,
         last_refusal: _builtins.str = ...,
         connected: _builtins.bool = ...,
+        subtask_count: _builtins.int = ...,
+        refused_subtask_count: _builtins.int = ...,
+        last_subtask: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["latency_p50", b"latency_p50", "latency_p99", b"latency_p99"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "connected", b"connected", "last_refusal", b"last_refusal", "latency_p50", b"latency_p50", "latency_p99", b"latency_p99", "missed_deadline_count", b"missed_deadline_count", "model", b"model", "refused_count", b"refused_count", "robot_id", b"robot_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "connected", b"connected", "last_refusal", b"last_refusal", "last_subtask", b"last_subtask", "latency_p50", b"latency_p50", "latency_p99", b"latency_p99", "missed_deadline_count", b"missed_deadline_count", "model", b"model", "refused_count", b"refused_count", "refused_subtask_count", b"refused_subtask_count", "robot_id", b"robot_id", "session_id", b"session_id", "subtask_count", b"subtask_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

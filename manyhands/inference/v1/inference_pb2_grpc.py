@@ -93,7 +93,10 @@ class InferenceServiceServicer:
         that has not started, which is then answered with REFUSAL_REASON_SUPERSEDED. Answers carry the request's id and
         come in the order in which requests finish. A refused request leaves the stream open. When the stream breaks, open
         a new one with the same session; nothing is resent, the next observation simply follows. DRAIN tells the client to
-        open a session elsewhere or again; chunks already asked for are still answered.
+        open a session elsewhere or again; chunks already asked for are still answered. What a request asks the text head
+        (ask_subtask_for) is answered by a Subtask of its own when the text is there, before or after chunks of later
+        requests; no chunk waits for it. It gets no answer where the request was refused, where another question of the
+        session is still in progress, and where the stream ends first: the robot keeps the subtask it has and asks again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,7 +48,10 @@ class InferenceServiceStub:
     that has not started, which is then answered with REFUSAL_REASON_SUPERSEDED. Answers carry the request's id and
     come in the order in which requests finish. A refused request leaves the stream open. When the stream breaks, open
     a new one with the same session; nothing is resent, the next observation simply follows. DRAIN tells the client to
-    open a session elsewhere or again; chunks already asked for are still answered.
+    open a session elsewhere or again; chunks already asked for are still answered. What a request asks the text head
+    (ask_subtask_for) is answered by a Subtask of its own when the text is there, before or after chunks of later
+    requests; no chunk waits for it. It gets no answer where the request was refused, where another question of the
+    session is still in progress, and where the stream ends first: the robot keeps the subtask it has and asks again.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Text from the policy's language head, token by token. FAILED_PRECONDITION when the model has none. Greedy answers
@@ -84,7 +87,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     that has not started, which is then answered with REFUSAL_REASON_SUPERSEDED. Answers carry the request's id and
     come in the order in which requests finish. A refused request leaves the stream open. When the stream breaks, open
     a new one with the same session; nothing is resent, the next observation simply follows. DRAIN tells the client to
-    open a session elsewhere or again; chunks already asked for are still answered.
+    open a session elsewhere or again; chunks already asked for are still answered. What a request asks the text head
+    (ask_subtask_for) is answered by a Subtask of its own when the text is there, before or after chunks of later
+    requests; no chunk waits for it. It gets no answer where the request was refused, where another question of the
+    session is still in progress, and where the stream ends first: the robot keeps the subtask it has and asks again.
     """
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Text from the policy's language head, token by token. FAILED_PRECONDITION when the model has none. Greedy answers
@@ -129,7 +135,10 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         that has not started, which is then answered with REFUSAL_REASON_SUPERSEDED. Answers carry the request's id and
         come in the order in which requests finish. A refused request leaves the stream open. When the stream breaks, open
         a new one with the same session; nothing is resent, the next observation simply follows. DRAIN tells the client to
-        open a session elsewhere or again; chunks already asked for are still answered.
+        open a session elsewhere or again; chunks already asked for are still answered. What a request asks the text head
+        (ask_subtask_for) is answered by a Subtask of its own when the text is there, before or after chunks of later
+        requests; no chunk waits for it. It gets no answer where the request was refused, where another question of the
+        session is still in progress, and where the stream ends first: the robot keeps the subtask it has and asks again.
         """
 
     @_abc_1.abstractmethod

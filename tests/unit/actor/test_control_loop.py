@@ -11,14 +11,15 @@ import pytest
 
 from actor.chunk_queue import ChunkQueue
 from actor.control_loop import ControlLoop, Episode, PolicySide, RerecordWished
-from actor.inference_stream import ChunkAnswer, ChunkRequest
+from actor.inference_stream import ChunkAnswer, ChunkRequest, SubtaskHeard
 from actor.operator_events import Wish, wish_of
 from actor.robot_link import CommandRefused, RobotLost
 from actor.schedule import Schedule
+from actor.subtask_refresh import SubtaskRefresh
 from actor.telemetry import Cursor, Telemetry
 from manyhands import codec
 from manyhands.actor.v1 import actor_pb2
-from manyhands.clients.inference import Chunk, Reply
+from manyhands.clients.inference import Chunk, Reply, SubtaskAnswer
 from manyhands.common.v1 import common_pb2
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.robot.types import (
@@ -134,6 +135,9 @@ class LatePolicy:
         self.detail = ""
         self.corrupt: Callable[[Any], Any] = lambda actions: actions
         self.version = 1
+        self.think_s = 0.05
+        self.says: list[str] = []
+        self.thoughts: list[tuple[float, SubtaskHeard]] = []
 
     @property
     def ready(self) -> bool:
@@ -143,8 +147,19 @@ class LatePolicy:
     def ask(self, request: ChunkRequest) -> None:
         self.requests.append(request)
         self.pending = (self.clock.now() + self.delay_s, request)
+        if request.ask_subtask_for and self.says:
+            text = self.says.pop(0)
+            answer = SubtaskAnswer(text=text, accepted=bool(text), reason="" if text else "no instruction")
+            heard = SubtaskHeard(generation=request.generation, request_id=len(self.requests), answer=answer)
+            self.thoughts.append((self.clock.now() + self.think_s, heard))
 
-    def answers(self) -> list[ChunkAnswer]:
+    def answers(self) -> list[ChunkAnswer | SubtaskHeard]:
+        now_s = self.clock.now()
+        heard = [thought for due_s, thought in self.thoughts if now_s >= due_s]
+        self.thoughts = [(due_s, thought) for due_s, thought in self.thoughts if now_s < due_s]
+        return [*heard, *self.chunks()]
+
+    def chunks(self) -> list[ChunkAnswer]:
         if self.pending is None or self.clock.now() < self.pending[0]:
             return []
         arrived_s, request = self.pending
@@ -186,7 +201,9 @@ class Pedals:
 class Bench:
     """Everything of one loop."""
 
-    def __init__(self, *, policy: bool = True, record: bool = True, max_age_s: float = 100.0, interval: int = 4) -> None:
+    def __init__(
+        self, *, policy: bool = True, record: bool = True, max_age_s: float = 100.0, interval: int = 4, subtasks: int = 0
+    ) -> None:
         self.clock = SimulatedClock()
         self.robot = PointRobot(self.clock)
         self.policy = LatePolicy(self.clock)
@@ -200,7 +217,10 @@ class Bench:
             stream=self.policy,  # type: ignore[arg-type]
             queue=ChunkQueue(replan_interval_steps=interval, max_age_s=max_age_s),
             required_observations=("observation.state", "observation.images.front"),
+            subtasks=SubtaskRefresh(subtasks),
+            on_subtask=lambda: self.subtasks.append(side.subtasks.subtask.text),
         )
+        self.subtasks: list[str] = []
         self.loop = ControlLoop(
             robot=self.robot,  # type: ignore[arg-type]
             spec=SPEC,
@@ -424,3 +444,62 @@ def test_what_the_agent_itself_reports_is_nobodys_wish() -> None:
     assert wish_of(event(TeleopEventKind.SUCCESS, "scene")) is None
     assert wish_of(event(TeleopEventKind.STOP, "emergency stop")) is None
     assert wish_of(event(TeleopEventKind.INTERVENTION_START, "pedal")) is None
+
+
+def told(bench: Bench) -> list[tuple[str, str]]:
+    """Of each request: what its chunk acts on, and what it asks about."""
+    return [(request.task, request.ask_subtask_for) for request in bench.policy.requests]
+
+
+def test_chunks_are_asked_for_the_subtask_and_frames_keep_the_task() -> None:
+    bench = Bench(subtasks=2)
+    bench.policy.says = ["grasp", "", "lift"]
+    bench.run(steps=24)
+    assert told(bench)[:6] == [("go", "go"), ("grasp", ""), ("grasp", "go"), ("grasp", ""), ("grasp", "go"), ("lift", "")]
+    assert bench.subtasks == ["grasp", "grasp", "lift"], "told of each answer, refused ones too"
+    assert [event.task for event in bench.chunks()][:6] == [task for task, _ in told(bench)][:6]
+    assert {frame.task for frame in bench.frames.frames} == {"go"}
+
+
+def test_a_text_head_that_thinks_for_long_makes_no_tick_wait() -> None:
+    quick, slow = Bench(subtasks=1), Bench(subtasks=1)
+    slow.policy.says, slow.policy.think_s = ["grasp"], 1e9
+    assert slow.run(steps=24) == quick.run(steps=24)
+    assert slow.robot.commands == quick.robot.commands
+    assert {task for task, _ in told(slow)} == {"go"}
+
+
+def test_an_answer_from_before_a_person_took_over_is_not_acted_on() -> None:
+    bench = Bench(subtasks=100)
+    bench.loop._teleoperator = "person"
+    bench.robot.person = lambda tick: -1.0 if 2 <= tick < 6 else None
+    bench.policy.says, bench.policy.think_s = ["grasp", "lift"], 1.0
+    bench.run(steps=24)
+    after = [request for request in bench.policy.requests if request.tick >= 6]
+    assert (after[0].task, after[0].ask_subtask_for) == ("go", "go"), "asked again from where the person left the robot"
+    assert bench.subtasks == ["lift"]
+
+
+def test_a_question_that_was_lost_with_its_stream_is_asked_again() -> None:
+    bench = Bench(subtasks=100)
+    bench.policy.thoughts = [(100.9, SubtaskHeard(generation=1, request_id=1, answer=None))]
+    bench.run(steps=16)
+    assert [bool(question) for _, question in told(bench)] == [True, False, True, False], "the third is made after 100.9 s"
+
+
+def test_a_request_that_is_refused_asks_again() -> None:
+    bench = Bench(subtasks=100)
+    spoiled = iter([True])
+    bench.policy.corrupt = lambda actions: actions * np.nan if next(spoiled, False) else actions
+    bench.run(steps=8)
+    assert [bool(question) for _, question in told(bench)][:3] == [True, True, False]
+
+
+def test_an_episode_begins_with_its_task() -> None:
+    bench = Bench(subtasks=100)
+    bench.policy.says = ["grasp", "lift"]
+    bench.run(steps=8)
+    first = len(told(bench))
+    bench.run(steps=8)
+    assert told(bench)[first] == ("go", "go")
+    assert bench.subtasks == ["grasp", "lift"]
