@@ -65,7 +65,13 @@ def write(policy: Policy[Any], folder: Path, *, tensors: Mapping[str, torch.Tens
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes its name when everything in it is on disk; on an exception nothing is left."""
+    """An empty folder to fill, which takes its name when everything in it is on disk; on an exception nothing is left.
+
+    Raises:
+        InvalidInput: What stands there is neither a checkpoint nor an empty folder; it is left alone.
+    """
+    folder = folder.resolve()
+    _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
     unfinished.mkdir()
@@ -83,6 +89,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only a checkpoint is replaced: a mistyped name must not cost somebody the folder of all of them."""
+    if not folder.exists() or ((folder / CONFIG_FILE).is_file() and (folder / TENSORS_FILE).is_file()):
+        return
+    if not folder.is_dir():
+        raise InvalidInput(f"{folder} is a file; name a folder that is new, empty or a checkpoint", field="output")
+    found = next(folder.iterdir(), None)
+    if found is not None:
+        raise InvalidInput(
+            f"{folder} holds {found.name} and is no checkpoint; name a folder that is new, empty or a checkpoint",
+            field="output",
+        )
 
 
 def load(
@@ -200,7 +220,7 @@ def spec_from_json(value: Any) -> Spec:
     try:
         message = json_format.ParseDict(value, common_pb2.Spec())
     except json_format.ParseError as error:
-        raise InvalidInput(f"is not the JSON form of a spec: {error}", field="spec") from None
+        raise InvalidInput(f"is not the JSON form that a checkpoint's config.json has: {error}", field="spec") from None
     return Spec.from_proto(message)
 
 

@@ -129,6 +129,9 @@ def convert(settings: Settings) -> None:
         for note in imported.notes:
             console.print(f"note: {note}")
     else:
+        for name in ("robot", "dataset", "spec", "tokenizer", "action_tokenizer", "recipe"):
+            if getattr(settings, name):
+                raise InvalidInput(f"is for folders of lerobot's; {folder} is ours and keeps its own", field=name)
         policy = loading.load(folder)
     if settings.to == "lerobot":
         lerobot_folder.write(policy, settings.output)
@@ -139,7 +142,7 @@ def convert(settings: Settings) -> None:
 
 def _folder(settings: Settings) -> Path:
     if settings.folder is None:
-        raise InvalidInput(f"is required for {settings.action}: the checkpoint's folder", field="folder")
+        raise InvalidInput(f"is required for {settings.action}: the checkpoint", field="folder")
     return settings.folder
 
 
