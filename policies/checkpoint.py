@@ -48,7 +48,7 @@ def build(policy_type: str, config: Mapping[str, Any], spec: Spec, files: Files 
 
 
 def save(policy: Policy[Any], folder: Path) -> None:
-    """Writes the folder whole or not at all; what stood there before is replaced."""
+    """Writes the folder whole or not at all; a checkpoint that stood there is replaced, anything else refused."""
     with whole_folder(folder) as unfinished:
         write(policy, unfinished)
 

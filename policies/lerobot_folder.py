@@ -252,7 +252,7 @@ _UNITS = "the policy works in normalised units until it is trained or given some
 
 
 def write(policy: Policy[Any], folder: Path) -> None:
-    """Writes the folder whole or not at all; what stood there before is replaced.
+    """Writes the folder whole or not at all; a checkpoint that stood there is replaced, anything else refused.
 
     lerobot has one state and one action: features of a spec with several are joined.
 

@@ -45,7 +45,7 @@ class Settings(config.Settings):
     )
     folder: Annotated[Path | None, POSITIONAL] = Field(None, description="inspect, convert: the checkpoint")
     type: str = Field("flow", description=f"init: one of {', '.join(sorted(POLICIES))}")
-    output: Path | None = Field(None, description="init, convert: folder to write")
+    output: Path | None = Field(None, description="init, convert: folder to write; one with a checkpoint is replaced")
     robot: str = Field("", description="init, convert: host:port of a robot agent whose spec the policy is for")
     dataset: str = Field("", description="init, convert: a dataset of the store whose spec the policy is for")
     store: str = Field("127.0.0.1:50051", description="with --dataset: host:port of the store")
