@@ -68,13 +68,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, which takes its name when everything in it is on disk; on an exception nothing is left.
 
     Raises:
-        InvalidInput: What stands there is neither a checkpoint nor an empty folder; it is left alone.
+        InvalidInput: What stands there is neither a checkpoint nor an empty folder, and is left alone; or no folder can be
+            made beside it.
     """
     folder = folder.resolve()
     _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
-    unfinished.mkdir()
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise InvalidInput(f"{folder.parent} cannot be written to: {error.strerror}", field="output") from None
     try:
         yield unfinished
         for path in (*unfinished.rglob("*"), unfinished):
@@ -135,7 +138,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any], Spec]:
         raise NotFound(f"{folder} is not a checkpoint: it has no {CONFIG_FILE}", field="checkpoint")
     try:
         description = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"{path} is not JSON: {error}", field="checkpoint") from None
     if not isinstance(description, dict) or set(description) != {"type", "config", "spec"}:
         raise InvalidInput(f"{path} must hold exactly type, config and spec", field="checkpoint")

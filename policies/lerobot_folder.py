@@ -76,7 +76,7 @@ def is_one(folder: Path) -> bool:
     """Whether this is lerobot's folder, not ours or none."""
     try:
         values = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and "type" in values and "config" not in values
 
@@ -156,7 +156,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise NotFound(f"{folder} is not a checkpoint: it has no {CONFIG_FILE}", field="checkpoint")
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"{path} is not JSON: {error}", field="checkpoint") from None
     if not isinstance(values, dict):
         raise Corrupt(f"{path} is no object", field="checkpoint")

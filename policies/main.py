@@ -84,6 +84,8 @@ def init(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     config = {key: _value(value) for key, value in settings.policy_config.items()}
     files = policy_files.read(settings.files) if settings.files is not None else {}
+    if settings.files is not None and not files:
+        raise InvalidInput(f"{settings.files} has none of {', '.join(policy_files.NAMES)}", field="files")
     policy = checkpoint.build(settings.type, config, spec, files)
     checkpoint.save(policy, settings.output)
     Console().print(f"{settings.output}: untrained {settings.type} policy, {_num_parameters(policy):,} parameters")
@@ -207,7 +209,7 @@ def _spec_sources(settings: Settings) -> list[str]:
 def _read_json(path: Path, *, field: str) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}", field=field) from None
 
 

@@ -355,6 +355,7 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
     def shown_prompts(self, sample: Sample) -> Mapping[str, str]:
         """acting; subtask, where there is a text head; training, where the sample has actions."""
         prompter = self._prompter()
+        sample_checks.check([sample], self.spec)
         state = self._state([sample])
         numbers = self._normalised(state)[0]
         made: dict[str, Callable[[], Prompt]] = {"acting": lambda: prompter.acting(sample, numbers)}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from manyhands.errors import Corrupt, InvalidInput, NotFound
 from manyhands.spec import Feature, FeatureKind, Spec
-from policies import checkpoint
+from policies import checkpoint, lerobot_folder
 
 SPEC = Spec(
     observation=(Feature(name="observation.state", kind=FeatureKind.STATE, dtype="float32", shape=(3,)),),
@@ -162,6 +162,13 @@ def test_saving_again_replaces_the_whole_folder(folder, policy):
     checkpoint.save(policy, folder)
     assert sorted(path.name for path in folder.iterdir()) == [checkpoint.CONFIG_FILE, checkpoint.TENSORS_FILE]
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_configuration_nested_beyond_reading(folder):
+    (folder / checkpoint.CONFIG_FILE).write_text("[" * 100_000)
+    with pytest.raises(Corrupt, match="is not JSON"):
+        checkpoint.load(folder)
+    assert not lerobot_folder.is_one(folder)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, policy):

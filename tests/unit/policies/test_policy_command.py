@@ -78,7 +78,13 @@ def test_a_robots_prefix_is_as_large_as_the_keys_and_values_kept(policy_type):
 
 def test_what_is_missing_is_named(folder, tmp_path, capsys):
     (tmp_path / "rows.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "spec.json").write_text(json.dumps(checkpoint.spec_to_json(prompted_lab.SPEC)))
+    init = ["init", "--type=pi052", f"--spec={tmp_path / 'spec.json'}", f"--output={tmp_path / 'new'}"]
     for words, named in (
+        (["inspect", str(folder), f"--annotations={tmp_path / 'list.json'}"], "annotations: is of type list, must map"),
+        ([*init, f"--files={tmp_path / 'nothing'}"], "files: "),
+        (["convert", str(folder), "--output=/proc/nope/new"], "output: /proc/nope cannot be written to"),
         (["inspect"], "folder: is required"),
         (["convert", str(folder)], "output"),
         (["inspect", str(folder), f"--annotations={tmp_path / 'rows.json'}"], "rows.json cannot be read"),
