@@ -9,7 +9,7 @@
       low_level_execution: ...
 
 A component has messages, and may have bindings (names of its own for annotation rows) and route: vqa (tried before all
-others). docs/design/0013-recipes.md has the whole language.
+others). docs/design/0013-recipes-and-prompts.md has the whole language.
 """
 
 from __future__ import annotations
