@@ -89,8 +89,9 @@ def decode_tensor(
     if len(shape) > 8 or any(extent < 0 for extent in shape):
         raise InvalidInput(f"shape {shape} must have at most 8 extents, none negative", field=f"{field}.shape")
     num_bytes = math.prod(shape) * dtype.itemsize  # Python integers: no overflow.
-    if num_bytes > max_bytes:
-        raise InvalidInput(f"shape {shape} needs {num_bytes} bytes, over the limit of {max_bytes}", field=f"{field}.shape")
+    spanned = math.prod(max(extent, 1) for extent in shape) * dtype.itemsize  # NumPy has a limit for empty arrays as well.
+    if spanned > max_bytes:
+        raise InvalidInput(f"shape {shape} needs {spanned} bytes, over the limit of {max_bytes}", field=f"{field}.shape")
     data = tensor.data  # Each read of a bytes field copies it: once.
     if len(data) != num_bytes:
         raise InvalidInput(

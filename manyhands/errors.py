@@ -23,6 +23,7 @@ BadRequest (field) and RetryInfo details, so clients in any language can read it
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import grpc
@@ -56,7 +57,7 @@ class ManyhandsError(Exception):
         self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
-        if self.field and self.field not in self.message:
+        if self.field and not re.search(rf"(?<!\w){re.escape(self.field)}(?!\w)", self.message):
             return f"{self.field}: {self.message}"
         return self.message
 

@@ -28,6 +28,7 @@ class BytePrompter:
 
     eos_token = END
     special_tokens: Sequence[int] = (0, END, BEGIN, 3)
+    num_ids = VOCABULARY
 
     def __init__(self, prompt_length: int, *, with_text: bool, with_state: bool = True) -> None:
         self._length = prompt_length

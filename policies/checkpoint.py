@@ -49,7 +49,7 @@ def build(policy_type: str, config: Mapping[str, Any], spec: Spec, files: Files 
 
 
 def save(policy: Policy[Any], folder: Path) -> None:
-    """Writes the folder whole or not at all; what stood there before is replaced."""
+    """Writes the folder whole or not at all; a checkpoint that stood there is replaced, anything else refused."""
     with whole_folder(folder) as unfinished:
         write(policy, unfinished)
 
@@ -66,10 +66,19 @@ def write(policy: Policy[Any], folder: Path, *, tensors: Mapping[str, torch.Tens
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes its name when everything in it is on disk; on an exception nothing is left."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """An empty folder to fill, which takes its name when everything in it is on disk; on an exception nothing is left.
+
+    Raises:
+        InvalidInput: What stands there is neither a checkpoint nor an empty folder, and is left alone; or no folder can be
+            made beside it.
+    """
+    folder = folder.resolve()
+    _check_replaceable(folder)
     unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
-    unfinished.mkdir()
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise InvalidInput(f"{folder.parent} cannot be written to: {error.strerror}", field="output") from None
     try:
         yield unfinished
         for path in (*unfinished.rglob("*"), unfinished):
@@ -84,6 +93,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only a checkpoint is replaced: a mistyped name must not cost somebody the folder of all of them."""
+    if not folder.exists() or ((folder / CONFIG_FILE).is_file() and (folder / TENSORS_FILE).is_file()):
+        return
+    if not folder.is_dir():
+        raise InvalidInput(f"{folder} is a file; name a folder that is new, empty or a checkpoint", field="output")
+    found = next(folder.iterdir(), None)
+    if found is not None:
+        raise InvalidInput(
+            f"{folder} holds {found.name} and is no checkpoint; name a folder that is new, empty or a checkpoint",
+            field="output",
+        )
 
 
 def load(
@@ -116,7 +139,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any], Spec]:
         raise NotFound(f"{folder} is not a checkpoint: it has no {CONFIG_FILE}", field="checkpoint")
     try:
         description = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"{path} is not JSON: {error}", field="checkpoint") from None
     if not isinstance(description, dict) or set(description) != {"type", "config", "spec"}:
         raise InvalidInput(f"{path} must hold exactly type, config and spec", field="checkpoint")
@@ -207,7 +230,7 @@ def spec_from_json(value: Any) -> Spec:
     try:
         message = json_format.ParseDict(value, common_pb2.Spec())
     except json_format.ParseError as error:
-        raise InvalidInput(f"is not the JSON form of a spec: {error}", field="spec") from None
+        raise InvalidInput(f"is not the JSON form that a checkpoint's config.json has: {error}", field="spec") from None
     return Spec.from_proto(message)
 
 

@@ -85,6 +85,9 @@ def parse(adapter: TypeAdapter[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         return adapter.validate_json(json.dumps(dict(values)))
     except ValidationError as error:
         first = error.errors()[0]
+        ours = first.get("ctx", {}).get("error")
+        if isinstance(ours, InvalidInput):  # Of a __post_init__, which names the field from the top.
+            raise InvalidInput(ours.message, field=f"config.{ours.field}") from None
         name = ".".join(str(part) for part in first["loc"])
         raise InvalidInput(f"{first['msg']}; got {first['input']!r}", field=f"config.{name}") from None
     except TypeError as error:

@@ -36,6 +36,9 @@ _CONFIG_PLACES = (CONFIG_FILE, "preprocessor_config.json")
 MAX_COEFFICIENT_RANGE = 1024
 _MAX_TOKEN_LENGTH = 10_000
 _NUM_ASCII = 128
+# Beyond it stand halves of surrogate pairs, which no tokenizer takes.
+_LAST_CHARACTER = 0xD7FF
+_LARGEST = 2.0**53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +66,15 @@ class FastTokenizer:
         self._num_codes = bpe.get_vocab_size()
 
     def encode(self, actions: Floats) -> list[int]:
-        """Codes from 0 of one (T, D) chunk."""
+        """Codes from 0 of one (T, D) chunk; InvalidInput for numbers so large that a code has no character for them."""
         coefficients = self.coefficients(actions)
         characters = np.maximum(coefficients.reshape(-1) - self.config.min_token, 0)
+        if characters.max() > _LAST_CHARACTER:
+            raise InvalidInput(
+                f"reach {float(np.abs(actions).max()):.4g} once normalised, too far out for FAST; look at their statistics "
+                "(a number that never changed has a range of zero), or leave the sample out",
+                field="actions",
+            )
         codes: list[int] = self._bpe.encode("".join(map(chr, characters.tolist())), add_special_tokens=False).ids
         return codes
 
@@ -200,7 +209,8 @@ def fit(chunks: Floats, *, scale: float = 10.0, vocab_size: int = 1024) -> FastT
 def rounded_coefficients(actions: Floats, scale: float) -> npt.NDArray[np.int64]:
     """(..., T, D) int64."""
     transformed = cosine_transform(actions.shape[-2]) @ np.asarray(actions, dtype=np.float64)
-    return np.rint(transformed * scale).astype(np.int64)
+    # Beyond int64 they would come out as other numbers.
+    return np.rint(transformed * scale).clip(-_LARGEST, _LARGEST).astype(np.int64)
 
 
 def cosine_transform(num_steps: int) -> npt.NDArray[np.float64]:

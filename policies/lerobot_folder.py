@@ -76,7 +76,7 @@ def is_one(folder: Path) -> bool:
     """Whether this is lerobot's folder, not ours or none."""
     try:
         values = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and "type" in values and "config" not in values
 
@@ -156,7 +156,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise NotFound(f"{folder} is not a checkpoint: it has no {CONFIG_FILE}", field="checkpoint")
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Corrupt(f"{path} is not JSON: {error}", field="checkpoint") from None
     if not isinstance(values, dict):
         raise Corrupt(f"{path} is no object", field="checkpoint")
@@ -252,7 +252,7 @@ _UNITS = "the policy works in normalised units until it is trained or given some
 
 
 def write(policy: Policy[Any], folder: Path) -> None:
-    """Writes the folder whole or not at all; what stood there before is replaced.
+    """Writes the folder whole or not at all; a checkpoint that stood there is replaced, anything else refused.
 
     lerobot has one state and one action: features of a spec with several are joined.
 

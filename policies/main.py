@@ -45,7 +45,7 @@ class Settings(config.Settings):
     )
     folder: Annotated[Path | None, POSITIONAL] = Field(None, description="inspect, convert: the checkpoint")
     type: str = Field("flow", description=f"init: one of {', '.join(sorted(POLICIES))}")
-    output: Path | None = Field(None, description="init, convert: folder to write")
+    output: Path | None = Field(None, description="init, convert: folder to write; one with a checkpoint is replaced")
     robot: str = Field("", description="init, convert: host:port of a robot agent whose spec the policy is for")
     dataset: str = Field("", description="init, convert: a dataset of the store whose spec the policy is for")
     store: str = Field("127.0.0.1:50051", description="with --dataset: host:port of the store")
@@ -84,6 +84,8 @@ def init(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     config = {key: _value(value) for key, value in settings.policy_config.items()}
     files = policy_files.read(settings.files) if settings.files is not None else {}
+    if settings.files is not None and not files:
+        raise InvalidInput(f"{settings.files} has none of {', '.join(policy_files.NAMES)}", field="files")
     policy = checkpoint.build(settings.type, config, spec, files)
     checkpoint.save(policy, settings.output)
     Console().print(f"{settings.output}: untrained {settings.type} policy, {_num_parameters(policy):,} parameters")
@@ -129,6 +131,9 @@ def convert(settings: Settings) -> None:
         for note in imported.notes:
             console.print(f"note: {note}")
     else:
+        for name in ("robot", "dataset", "spec", "tokenizer", "action_tokenizer", "recipe"):
+            if getattr(settings, name):
+                raise InvalidInput(f"is for folders of lerobot's; {folder} is ours and keeps its own", field=name)
         policy = loading.load(folder)
     if settings.to == "lerobot":
         lerobot_folder.write(policy, settings.output)
@@ -139,7 +144,7 @@ def convert(settings: Settings) -> None:
 
 def _folder(settings: Settings) -> Path:
     if settings.folder is None:
-        raise InvalidInput(f"is required for {settings.action}: the checkpoint's folder", field="folder")
+        raise InvalidInput(f"is required for {settings.action}: the checkpoint", field="folder")
     return settings.folder
 
 
@@ -204,7 +209,7 @@ def _spec_sources(settings: Settings) -> list[str]:
 def _read_json(path: Path, *, field: str) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}", field=field) from None
 
 

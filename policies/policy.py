@@ -246,7 +246,10 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
         return 0
 
     def shown_prompts(self, sample: Sample) -> Mapping[str, str]:
-        """The texts a language tower reads of a sample, by their use, for people; empty without such a tower."""
+        """The texts a language tower reads of a sample, by their use, for people; empty without such a tower.
+
+        Where one cannot be made, what is missing for it stands in its place.
+        """
         return {}
 
     def draw_noise(self, seeds: Sequence[int]) -> torch.Tensor:

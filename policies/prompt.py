@@ -37,10 +37,11 @@ class Prompt:
 
 
 class Prompter(Protocol):
-    """Recipes, prompts and tokenizers, as a policy needs them. Numbers come normalised."""
+    """Recipes, prompts and tokenizers, as a policy needs them. Numbers come normalised; all token ids are below num_ids."""
 
     eos_token: int
     special_tokens: Sequence[int]
+    num_ids: int
 
     def training(self, sample: Sample, state: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> Prompt:
         """state (S,), actions (T, R)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -121,6 +121,13 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
     def take_files(self, files: Files) -> None:
         prompter = self._prompter_of(files)
         if prompter is not None:
+            vocabulary = self.network.config.vocabulary
+            if prompter.num_ids > vocabulary:  # On a GPU such a token would end the process.
+                raise InvalidInput(
+                    f"has ids up to {prompter.num_ids - 1}, the network's table ends at {vocabulary - 1}; "
+                    "this is another model's tokenizer",
+                    field="tokenizer",
+                )
             self.prompter, self.files = prompter, dict(files)
 
     @abc.abstractmethod
@@ -188,9 +195,16 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         return torch.from_numpy(sample_checks.states(samples, self.spec.states)).to(self._statistics_device())
 
     def _actions(self, samples: Sequence[Sample], state: torch.Tensor) -> torch.Tensor | None:
-        """(B, T, R) normalised."""
+        """(B, T, R) normalised, finite."""
         actions = sample_checks.actions(samples, self.horizon, self.robot_action_size)
-        return None if actions is None else self._to_model_space(torch.from_numpy(actions).to(state.device), state)
+        if actions is None:
+            return None
+        normalised = self._to_model_space(torch.from_numpy(actions).to(state.device), state)
+        for column, name in enumerate(vectors.element_names(self.spec.action)):
+            if not normalised[:, :, column].isfinite().all():
+                value = float(np.abs(actions[:, :, column]).max())
+                raise InvalidInput(f"reaches {value:.4g}, so far from its statistics that it overflows float32", field=name)
+        return normalised
 
     def _prompts(self, samples: Sequence[Sample], state: torch.Tensor, actions: torch.Tensor | None) -> list[Prompt]:
         """For training where there are actions, else for acting. state in the robot's units, actions normalised."""
@@ -224,6 +238,15 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         committed: CommittedPrefix | None = None,
         num_steps: int | None = None,
     ) -> torch.Tensor:
+        expected = (rows.count(inputs), self.horizon, self.model_action_size)
+        for name, given in (
+            ("noise", noise),
+            *((("committed.actions", committed.actions),) if committed is not None else ()),
+        ):
+            if tuple(given.shape) != expected:
+                raise InvalidInput(f"is {tuple(given.shape)}, must be {expected}: rows, horizon, action size", field=name)
+        if num_steps is not None and num_steps < 1:
+            raise InvalidInput(f"is {num_steps}, must be at least 1; None is the policy's own number", field="num_steps")
         # Row by row: a matrix kernel chosen for another batch size adds in another order, and a robot's chunk must be the
         # same bits whoever else is served. A server that batches takes the network's steps itself, and says how near it is.
         chunks = []
@@ -318,8 +341,14 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
     def decoding(self, request: TextRequest) -> text.Decoding:
         """Which tokens may come, and when a text ends."""
         prompter = self._prompter()
+        max_new_tokens = request.max_new_tokens or self.config.max_new_tokens
+        if request.min_new_tokens > max_new_tokens:
+            raise InvalidInput(
+                f"is {request.min_new_tokens}, over this policy's max_new_tokens ({max_new_tokens}); give both",
+                field="min_new_tokens",
+            )
         return text.Decoding(
-            max_new_tokens=request.max_new_tokens or self.config.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             min_new_tokens=request.min_new_tokens,
             end_token=prompter.eos_token,
             special_tokens=prompter.special_tokens,
@@ -341,15 +370,20 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
     def shown_prompts(self, sample: Sample) -> Mapping[str, str]:
         """acting; subtask, where there is a text head; training, where the sample has actions."""
         prompter = self._prompter()
+        sample_checks.check([sample], self.spec)
         state = self._state([sample])
-        numbers = self.state_normalizer.normalize(state).cpu().numpy()[0]
-        shown = {"acting": prompter.shown(prompter.acting(sample, numbers))}
+        numbers = self._normalised(state)[0]
+        made: dict[str, Callable[[], Prompt]] = {"acting": lambda: prompter.acting(sample, numbers)}
         if self.has_text_head:
-            asked = prompter.asking(sample, TextRequest(kind=TextKind.SUBTASK), numbers)
-            shown["subtask"] = prompter.shown(asked)
-        actions = self._actions([sample], state)
-        if actions is not None:
-            shown["training"] = prompter.shown(prompter.training(sample, numbers, actions.cpu().numpy()[0]))
+            made["subtask"] = lambda: prompter.asking(sample, TextRequest(kind=TextKind.SUBTASK), numbers)
+        if sample.actions is not None:
+            made["training"] = lambda: self._prompts([sample], state, self._actions([sample], state))[0]
+        shown = {}
+        for use, make in made.items():
+            try:
+                shown[use] = prompter.shown(make())
+            except (InvalidInput, NotOffered) as reason:
+                shown[use] = f"none: {reason}"
         return shown
 
     # -- helpers -------------------------------------------------------------------------------------------------------
@@ -374,7 +408,7 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         return self.prompter
 
     def _statistics_device(self) -> torch.device:
-        return next(iter(self.state_normalizer.buffers()), torch.empty(0)).device
+        return next(iter(self.buffers()), torch.empty(0)).device  # One of the two may have none.
 
 
 def padded(values: Sequence[npt.NDArray[Any] | None], width: int, filler: int) -> torch.Tensor:

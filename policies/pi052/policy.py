@@ -137,7 +137,8 @@ class Pi052Policy(PromptedPolicy[Pi052Inputs, Pi052Config]):
         pictures, picture_valid = self._pictures(samples, network.image_height, network.image_width, images.Padding.CENTRED)
         self._check_lengths(prompts, length)
         # In training by configuration, not by what these samples hold: see loss_terms().
-        has_labels = actions is not None and self.config.text_weight > 0
+        # Labels also with text_weight 0: what was a target attends causally, as it does when it is given in acting.
+        has_labels = actions is not None and self.has_text_head
         has_fast = actions is not None and self.config.fast_weight > 0
         has_marks = any(prompt.marks is not None for prompt in prompts)
         fast_length = max((len(p.fast_tokens) for p in prompts if p.fast_tokens is not None), default=1)

@@ -81,6 +81,7 @@ class Pi052Prompter:
         self._tokenizer = tokenizer
         self._options = options
         self._fast = fast
+        self.num_ids = tokenizer.num_ids
         self._bos = tokenizer.id_of(BOS)
         self.eos_token = tokenizer.id_of(EOS)
         self.special_tokens: Sequence[int] = tuple(tokenizer.id_of(token) for token in _SPECIAL)

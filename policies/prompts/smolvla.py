@@ -52,6 +52,7 @@ class SmolVLA2Prompter:
         self._tokenizer = tokenizer
         self._options = options
         self._length = LengthLimit(options.prompt_length)
+        self.num_ids = tokenizer.num_ids
         self.eos_token = tokenizer.id_of(END_OF_UTTERANCE)
         self.pad_token = tokenizer.id_of(PAD)
         self.special_tokens: Sequence[int] = tuple(tokenizer.id_of(token) for token in _SPECIAL)

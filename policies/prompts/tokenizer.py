@@ -32,6 +32,7 @@ class Encoded:
 class Tokenizer:
     """Attributes:
     vocabulary: Entries of the base vocabulary, V; tokens added on top do not count.
+    num_ids: All ids are below it, those of added tokens too.
     """
 
     def __init__(self, raw: RawTokenizer, added: Sequence[str] = ()) -> None:
@@ -40,6 +41,7 @@ class Tokenizer:
         if added:
             raw.add_tokens(list(added))
         self.vocabulary = raw.get_vocab_size(with_added_tokens=False)
+        self.num_ids = 1 + max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @classmethod
     def load(cls, folder: Path, added: Sequence[str] = ()) -> Tokenizer:

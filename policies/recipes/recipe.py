@@ -9,7 +9,7 @@
       low_level_execution: ...
 
 A component has messages, and may have bindings (names of its own for annotation rows) and route: vqa (tried before all
-others). docs/design/0013-recipes.md has the whole language.
+others). docs/design/0013-recipes-and-prompts.md has the whole language.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ DEFAULT_BINDINGS: Mapping[str, Binding] = {
 }
 SHIPPED = ("subtask", "subtask_mem", "subtask_mem_vqa_speech", "subtask_joint", "subtasks_vqa")
 PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
+_MISWRITTEN = re.compile(r"\$\{(?!\w+\})[^}]*\}?")
 
 _RECIPE_KEYS = {"messages", "blend", "bindings"}
 _COMPONENT_KEYS = {"messages", "bindings", "weight", "route"}
@@ -87,12 +88,15 @@ class Turn:
     if_present: str | None = None
     tool_calls_from: str | None = None
 
+    def texts(self) -> Iterator[str]:
+        """As written, pictures left out."""
+        blocks = (TextBlock(text=self.content),) if isinstance(self.content, str) else self.content or ()
+        yield from (block.text for block in blocks if isinstance(block, TextBlock))
+
     def names(self) -> Iterator[str]:
         """Bindings it refers to."""
-        blocks = (TextBlock(text=self.content),) if isinstance(self.content, str) else self.content or ()
-        for block in blocks:
-            if isinstance(block, TextBlock):
-                yield from PLACEHOLDER.findall(block.text)
+        for text in self.texts():
+            yield from PLACEHOLDER.findall(text)
         yield from (name for name in (self.if_present, self.tool_calls_from) if name is not None)
 
 
@@ -146,7 +150,9 @@ def parse_yaml(content: bytes, *, name: str, source: str) -> Recipe:
         text = content.decode("utf-8")
         value = yaml.safe_load(text)
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), source)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except InvalidInput:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # Also no date, number or text where it looks like one.
         raise InvalidInput(f"{source} is not YAML: {error}", field="recipe_path") from None
     except RecursionError:
         raise InvalidInput(f"{source} is nested too deeply", field="recipe_path") from None
@@ -215,6 +221,10 @@ def _component(value: Mapping[str, Any], name: str, place: _Place) -> Component:
     known = {**DEFAULT_BINDINGS, **_bindings(value.get("bindings"), place)}
     used: dict[str, Binding] = {}
     for index, turn in enumerate(turns):
+        for miswritten in filter(None, map(_MISWRITTEN.search, turn.texts())):
+            place.fail(
+                f"messages[{index}].content", f"holds {miswritten[0]!r}, which is no ${{name}}; it would be learnt as it is"
+            )
         for binding in turn.names():
             if binding != TASK and binding not in known:
                 names = ", ".join((*sorted(known), TASK))

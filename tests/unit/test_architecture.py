@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -150,3 +151,14 @@ def test_the_check_itself_sees(line: str) -> None:
 def test_registries_are_still_there() -> None:
     """An exception for a file that has gone would wait for another one of its name."""
     assert [name for name in sorted(REGISTRIES) if not (ROOT / name).exists()] == []
+
+
+def test_pages_that_are_named_exist():
+    sources = [*SOURCES, ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    named = {
+        (path.relative_to(ROOT).as_posix(), page)
+        for path in sources
+        for page in re.findall(r"docs/[\w/-]+\.md", path.read_text())
+    }
+    assert len(named) > 10
+    assert not {(source, page) for source, page in named if not (ROOT / page).is_file()}

@@ -73,8 +73,9 @@ def test_any_tensor_message_decodes_or_is_refused(dtype: int, shape: list[int], 
         ((3,), b"12345678", "arm.data"),
         ((1,), b"12345", "arm.data"),
         ((codec.MAX_VALUE_BYTES,), b"", "arm.shape"),
+        ((0, 306, 306, 12_312_801_749_401), b"", "arm.shape"),
     ],
-    ids=["overflows", "negative", "nine extents", "short", "long", "over the limit"],
+    ids=["overflows", "negative", "nine extents", "short", "long", "over the limit", "empty, over NumPy's"],
 )
 def test_hostile_tensor_is_refused_by_field_without_memory_for_it(shape: tuple[int, ...], data: bytes, field: str) -> None:
     message = common_pb2.Tensor(dtype=common_pb2.DATA_TYPE_FLOAT32, shape=shape, data=data)

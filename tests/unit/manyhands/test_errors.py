@@ -115,3 +115,8 @@ def test_an_unknown_status_is_still_an_error_of_the_tree() -> None:
     status = errors.to_status(Overloaded("busy", retry_after_s=2))
     status.code = 77
     assert type(errors.from_status(status)) is ManyhandsError
+
+
+def test_the_field_is_named_unless_the_message_does() -> None:
+    assert str(errors.InvalidInput("robot is required", field="robot")) == "robot is required"
+    assert str(errors.InvalidInput("is for lerobot's folders", field="robot")) == "robot: is for lerobot's folders"

@@ -17,7 +17,7 @@ from manyhands.errors import InvalidInput, NotOffered
 from manyhands.spec import Feature, FeatureKind, Spec
 from policies import checkpoint, files, images, samples
 from policies.losses import IGNORED_LABEL
-from policies.policy import Policy, Sample, TextKind, TextRequest
+from policies.policy import CommittedPrefix, Policy, Sample, TextKind, TextRequest
 from policies.recipes import recipe as recipes
 from policies.recipes.annotations import Annotations
 from policies.recipes.render import Frame, survey
@@ -202,6 +202,22 @@ def test_what_is_no_chunk(policy: Policy[Any], actions: Any, says: str) -> None:
     with pytest.raises(InvalidInput, match=says) as refused:
         policy.preprocess([replace(sample(train=True), actions=actions)], CPU)
     assert refused.value.field == "actions"
+
+
+def test_actions_beyond_float32(policy: Policy[Any]) -> None:
+    """Finite as they come, infinite as multiples of a range of zero."""
+    constant = prompted_lab.policy(policy.type_name)
+    narrow = {"q01": np.zeros(2), "q99": np.zeros(2), "mean": np.zeros(2), "std": np.zeros(2)}
+    constant.set_statistics({STATE: narrow, "action": narrow})
+    still = seen(state=np.zeros(2, dtype=np.float32))
+    with pytest.raises(InvalidInput, match=r"reaches 3e\+38, so far from its statistics"):
+        constant.preprocess([replace(still, actions=np.full_like(ACTIONS, 3e38))], CPU)
+
+
+def test_actions_are_normalised_where_their_statistics_are() -> None:
+    """A state that is not normalised has no statistics to say where the policy is."""
+    policy = prompted_lab.policy("pi05", state_normalization="identity").to("meta")
+    assert policy._to_model_space(policy._state([sample()])[:, None], policy._state([sample()])).is_meta
 
 
 def test_samples_come_with_actions_all_or_none(policy: Policy[Any]) -> None:
@@ -390,3 +406,55 @@ def test_text_is_asked_for_with_a_whole_sample(speaking: Policy[Any], request_: 
 def test_without_a_text_head_there_is_no_answer(policy_type: str) -> None:
     with pytest.raises(NotOffered, match=f"'{policy_type}' has no text head"):
         next(iter(prompted_lab.policy(policy_type).generate([sample()], TextRequest(kind=TextKind.SUBTASK), CPU)))
+
+
+def test_a_least_length_over_the_usual_most_is_refused(speaking: Policy[Any]) -> None:
+    most = speaking.config.max_new_tokens
+    request = TextRequest(kind=TextKind.SUBTASK, min_new_tokens=most + 1)
+    with pytest.raises(InvalidInput, match=f"is {most + 1}, over this policy's max_new_tokens \\({most}\\); give both"):
+        next(iter(speaking.generate([sample()], request, CPU)))
+
+
+# -- acting on prepared inputs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, HORIZON, 3), (2, HORIZON, 8), (1, HORIZON - 1, 8)])
+def test_noise_and_prefix_have_the_shape_of_a_chunk(policy: Policy[Any], shape: tuple[int, ...]) -> None:
+    inputs = policy.preprocess([sample()], CPU)
+    with pytest.raises(InvalidInput, match=rf"is {re.escape(str(shape))}, must be \(1, 6, 8\)") as refused:
+        policy.act(inputs, torch.zeros(shape))
+    assert refused.value.field == "noise"
+    one = torch.ones(1, dtype=torch.int64)
+    committed = CommittedPrefix(actions=torch.zeros(shape), length=one, delay_steps=one, execution_horizon=one)
+    with pytest.raises(InvalidInput) as refused:
+        policy.act(inputs, policy.draw_noise([0]), committed)
+    assert refused.value.field == "committed.actions"
+
+
+def test_a_chunk_takes_a_step(policy: Policy[Any]) -> None:
+    for steps in (0, -1):
+        with pytest.raises(InvalidInput, match=f"num_steps: is {steps}, must be at least 1"):
+            policy.act(policy.preprocess([sample()], CPU), policy.draw_noise([0]), num_steps=steps)
+
+
+def test_a_tokenizer_that_is_larger_than_the_networks_table(policy: Policy[Any]) -> None:
+    config = policy.config_dict()
+    short = config["network"]["vocabulary"] - 1
+    small = {**config, "network": {**config["network"], "vocabulary": short}}
+    with pytest.raises(InvalidInput, match=f"has ids up to {short}, the network's table ends at {short - 1}") as refused:
+        checkpoint.build(policy.type_name, small, SPEC, policy.files)
+    assert refused.value.field == "tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "says"),
+    [
+        ({"chunk_mode": "trained"}, "config.chunk_mode", "'trained' needs trained_prefix_max_delay > 0; use 'guided'"),
+        ({"prompts": {"recipe": "nope"}}, "config.prompts.recipe", "is 'nope', must be empty, "),
+    ],
+)
+def test_settings_that_do_not_go_together(change: dict[str, Any], field: str, says: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        prompted_lab.policy("pi052", **change)
+    assert refused.value.field == field
+    assert refused.value.message.startswith(says)

@@ -66,6 +66,13 @@ def test_codes_of_no_chunk_give_zeros(tokenizer, codes):
     assert tokenizer.decode(codes).shape == (HORIZON, SIZE)
 
 
+@pytest.mark.parametrize("value", [3e3, 1e9, 1e30])
+def test_what_no_character_stands_for_is_refused(tokenizer, value):
+    """A number with a range of zero is normalised to anything."""
+    with pytest.raises(InvalidInput, match=f"reach {value:.4g} once normalised.*statistics".replace("+", r"\+")):
+        tokenizer.encode(np.full((tokenizer.config.time_horizon, tokenizer.config.action_dim), value))
+
+
 def test_half_a_character_gives_zeros_not_a_huge_action():
     """Coefficients from 128 on take two bytes; generated codes may hold one of them alone."""
     wide = np.zeros((40, 1, 1))

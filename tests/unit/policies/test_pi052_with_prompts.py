@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from policies.policy import Sample, TextKind, TextRequest
 from policies.prompt import Prompter
 from policies.prompts.pi052 import Pi052Prompter, Pi052PromptOptions
 from policies.recipes import recipe as recipes
+from tests.support import prompted_lab
 from tests.support.text_lab import pi_tokenizer
 
 CAMERA, HORIZON = "observation.images.front", 6
@@ -70,6 +73,15 @@ def test_annotated_samples_train_every_term(policy):
     assert {name: bool(torch.isfinite(term).all()) for name, term in losses.terms.items()} == dict.fromkeys(
         ("flow", "text", "fast"), True
     )
+
+
+def test_a_given_subtask_attends_alike_in_learning_and_acting_whatever_text_weighs():
+    made = prompted_lab.policy("pi052", text_weight=0.0, prompts={"recipe": "subtask_joint", "joint": True})
+    learnt = made.preprocess([prompted_lab.sample(train=True)], CPU)
+    acted = made.preprocess([replace(prompted_lab.sample(), annotations={"subtask": "grasp the cup"})], CPU)
+    assert torch.equal(learnt.tokens, acted.tokens)
+    assert torch.equal(made.embed_prefix(learnt, fast=False).marks, made.embed_prefix(acted, fast=False).marks)
+    assert "text" not in made.loss(learnt, torch.Generator().manual_seed(0)).terms
 
 
 def test_it_acts_and_speaks(policy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from manyhands.errors import Corrupt, InvalidInput, NotFound
 from manyhands.spec import Feature, FeatureKind, Spec
-from policies import checkpoint
+from policies import checkpoint, lerobot_folder
 
 SPEC = Spec(
     observation=(Feature(name="observation.state", kind=FeatureKind.STATE, dtype="float32", shape=(3,)),),
@@ -161,6 +162,31 @@ def test_saving_again_replaces_the_whole_folder(folder, policy):
     checkpoint.save(policy, folder)
     assert sorted(path.name for path in folder.iterdir()) == [checkpoint.CONFIG_FILE, checkpoint.TENSORS_FILE]
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_configuration_nested_beyond_reading(folder):
+    (folder / checkpoint.CONFIG_FILE).write_text("[" * 100_000)
+    with pytest.raises(Corrupt, match="is not JSON"):
+        checkpoint.load(folder)
+    assert not lerobot_folder.is_one(folder)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, policy):
+    """--output with the folder of all checkpoints, or a home, must not cost it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
+        with pytest.raises(InvalidInput, match="name a folder that is new, empty or a checkpoint") as refused:
+            checkpoint.save(policy, place)
+        assert refused.value.field == "output"
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+
+
+def test_an_empty_folder_is_filled_also_the_present_one(tmp_path, policy, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    checkpoint.save(policy, Path())
+    assert checkpoint.load(tmp_path / "here").horizon == policy.horizon
 
 
 def test_bfloat16_travels_as_its_bits():

@@ -78,13 +78,35 @@ def test_a_robots_prefix_is_as_large_as_the_keys_and_values_kept(policy_type):
 
 def test_what_is_missing_is_named(folder, tmp_path, capsys):
     (tmp_path / "rows.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "spec.json").write_text(json.dumps(checkpoint.spec_to_json(prompted_lab.SPEC)))
+    init = ["init", "--type=pi052", f"--spec={tmp_path / 'spec.json'}", f"--output={tmp_path / 'new'}"]
     for words, named in (
-        (["inspect"], "folder"),
+        (["inspect", str(folder), f"--annotations={tmp_path / 'list.json'}"], "annotations: is of type list, must map"),
+        ([*init, f"--files={tmp_path / 'nothing'}"], "files: "),
+        (["convert", str(folder), "--output=/proc/nope/new"], "output: /proc/nope cannot be written to"),
+        (["inspect"], "folder: is required"),
         (["convert", str(folder)], "output"),
         (["inspect", str(folder), f"--annotations={tmp_path / 'rows.json'}"], "rows.json cannot be read"),
     ):
         assert cli.main(["policy", *words]) != 0
         assert named in capsys.readouterr().err
+
+
+def test_inspect_shows_the_prompts_there_are_and_what_the_others_miss(tmp_path, capsys):
+    """pi052 without a FAST tokenizer acts and speaks; only training wants one."""
+    checkpoint.save(prompted_lab.policy("pi052", with_fast=False), tmp_path / "saved")
+    shown = run("inspect", str(tmp_path / "saved"), "--task=tidy up", capsys=capsys)
+    assert "<bos>User: tidy up, State: 128 128;" in shown
+    assert "prompt, training: none: action_tokenizer" in shown
+
+
+def test_convert_refuses_what_a_folder_of_ours_has_no_use_for(folder, tmp_path, capsys):
+    for flag in ("spec", "tokenizer", "recipe", "robot"):
+        words = ["convert", str(folder), f"--{flag}={tmp_path / 'x'}", f"--output={tmp_path / 'new'}"]
+        assert cli.main(["policy", *words]) != 0
+        assert f"{flag}: is for folders of lerobot's" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("policy_type", ["pi052", "pi05"])
