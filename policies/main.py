@@ -2,7 +2,7 @@
 
 manyhands policy init --type flow --robot 127.0.0.1:50061 --output untrained
 manyhands policy inspect untrained
-manyhands policy convert pi05_base mine --tokenizer paligemma --robot 127.0.0.1:50061
+manyhands policy convert pi05_base --tokenizer paligemma --robot 127.0.0.1:50061 --output mine
 """
 
 from __future__ import annotations
