@@ -95,13 +95,14 @@ def tensor_bytes(dtype: int, shape: Sequence[int], *, field: str) -> int:
     extents = tuple(shape)
     if len(extents) > 8 or any(extent < 0 for extent in extents):
         raise InvalidInput(f"shape {extents[:9]} must have at most 8 extents, none negative", field=f"{field}.shape")
-    num_bytes = math.prod(extents) * item  # Python integers: no overflow.
-    if num_bytes > MAX_TENSOR_BYTES:
+    # Python integers: no overflow. NumPy has a limit for empty arrays as well.
+    spanned = math.prod(max(extent, 1) for extent in extents) * item
+    if spanned > MAX_TENSOR_BYTES:
         raise InvalidInput(
-            f"shape {extents} needs {num_bytes} bytes, over the limit of {MAX_TENSOR_BYTES} for one tensor",
+            f"shape {extents} spans {spanned} bytes, over the limit of {MAX_TENSOR_BYTES} for one tensor",
             field=f"{field}.shape",
         )
-    return num_bytes
+    return math.prod(extents) * item
 
 
 def entry_bytes(entry: weights_pb2.TensorEntry) -> int:

@@ -25,6 +25,7 @@ from torch.nn import functional
 from ..attention import KeysValues, appended
 from ..configuration import Precision
 from ..flow_matching import embed_time
+from ..precise import PreciseLinear
 from ..siglip import Siglip
 from . import masks
 from .config import NetworkConfig
@@ -90,11 +91,11 @@ class Pi052Network(nn.Module):
         nn.init.normal_(self.token_table.weight, std=language.width**-0.5)
         self.language = GemmaTower(language, gradient_checkpointing=checkpointing)
         self.text_head = nn.Linear(language.width, config.vocabulary, bias=False)
-        self.action_in = nn.Linear(config.action_size, expert.width)
-        self.time_in = nn.Linear(expert.width, expert.width)
-        self.time_out = nn.Linear(expert.width, expert.width)
+        self.action_in = PreciseLinear(config.action_size, expert.width)
+        self.time_in = PreciseLinear(expert.width, expert.width)
+        self.time_out = PreciseLinear(expert.width, expert.width)
         self.expert = GemmaTower(expert, condition_width=expert.width, gradient_checkpointing=checkpointing)
-        self.action_out = nn.Linear(expert.width, config.action_size)
+        self.action_out = PreciseLinear(expert.width, config.action_size)
         # Computes nothing. It is in every checkpoint, and lerobot misses it in one without.
         self.unused_expert_head = nn.Linear(expert.width, config.vocabulary, bias=False).requires_grad_(False)
         if config.precision is Precision.BFLOAT16:

@@ -24,6 +24,7 @@ from .. import attention
 from ..attention import KeysValues
 from ..configuration import Precision
 from ..flow_matching import embed_time
+from ..precise import PreciseLinear
 from ..siglip import Siglip
 from . import masks
 from .config import NetworkConfig
@@ -94,15 +95,15 @@ class SmolVLA2Network(nn.Module):
         self.connector = Connector(config.vision.width, language.width, config.patches, config.shuffle)
         self.token_table = nn.Embedding(config.vocabulary, language.width)
         nn.init.normal_(self.token_table.weight, std=language.width**-0.5)
-        self.state_in = nn.Linear(config.state_size, language.width)
+        self.state_in = PreciseLinear(config.state_size, language.width)
         self.language = LlamaTower(language, config.rms_eps, gradient_checkpointing=checkpointing)
         self.text_head = nn.Linear(language.width, config.vocabulary, bias=False)
-        self.action_in = nn.Linear(config.action_size, expert.width)
-        self.action_time_in = nn.Linear(2 * expert.width, expert.width)
-        self.action_time_out = nn.Linear(expert.width, expert.width)
+        self.action_in = PreciseLinear(config.action_size, expert.width)
+        self.action_time_in = PreciseLinear(2 * expert.width, expert.width)
+        self.action_time_out = PreciseLinear(expert.width, expert.width)
         is_self = [config.is_self_layer(index) for index in range(expert.depth)]
         self.expert = ExpertTower(expert, config.rms_eps, is_self, gradient_checkpointing=checkpointing)
-        self.action_out = nn.Linear(expert.width, config.action_size)
+        self.action_out = PreciseLinear(expert.width, config.action_size)
         if config.precision is Precision.BFLOAT16:
             self._to_bfloat16()
 

@@ -458,3 +458,12 @@ def test_a_character_of_two_tokens_comes_whole() -> None:
     policy.prompter = Halves()
     request = TextRequest(kind=TextKind.SUBTASK, max_new_tokens=4, min_new_tokens=4)
     assert list(policy.generate([_sample(0)], request, CPU)) == ["ä", "ä"]
+
+
+@pytest.mark.parametrize("name", ["action_in", "action_out", "time_in", "time_out"])
+def test_actions_and_times_stay_float32_in_mixed_precision(name: str) -> None:
+    layer = getattr(_policy().network, name)
+    x = torch.randn(3, layer.in_features)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)

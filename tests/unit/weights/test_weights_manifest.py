@@ -118,6 +118,7 @@ def entry(name: str = "w", **changes: object) -> weights_pb2.TensorEntry:
         ([entry("alpha"), entry("alpha")], "alpha: comes twice"),
         ([entry(sha256=b"short")], r"w\.sha256: a sha256 has 32 bytes, not 5"),
         ([entry(shape=[2**40, 2**40, 2**40])], r"w\.shape: .*over the limit"),
+        ([entry(shape=[0, 2**40, 2**40])], r"w\.shape: .*over the limit"),  # NumPy refuses these too, in words of its own.
         ([entry(shape=[-1])], r"w\.shape: .*none negative"),
         ([entry(shape=[1] * 9)], r"w\.shape: .*at most 8 extents"),
         ([entry(dtype=99)], r"w\.dtype: data type 99"),
