@@ -7,7 +7,7 @@ from torch import nn
 
 
 class PreciseLinear(nn.Linear):
-    """A linear layer that autocast leaves alone: actions, states and flow times are few numbers, and a chunk hangs on all."""
+    """A linear layer that autocast leaves alone: actions, states and flow times are few numbers, a chunk hangs on each."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):
