@@ -15,6 +15,7 @@ import torch
 from policies import rtc
 from policies.configuration import TowerSize
 
+
 # Kernels read whole blocks of keys; what is behind the last key must at least exist.
 KEYS_READ_AT_A_TIME = 64
 
