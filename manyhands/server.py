@@ -130,6 +130,7 @@ class GrpcServer:
         print(f"READY {self.address}", flush=True)
         await stopping.wait()
         logger.info("draining")
+        await self._health.enter_graceful_shutdown()  # Who chooses a server by its health goes elsewhere from now on.
         if drain is not None:
             await drain()
         await self.stop(grace_s)

@@ -101,7 +101,8 @@ class Lab:
         """actions are those of ask(seed)."""
         expected = self.expected(seed)
         assert actions.shape == expected.shape
-        assert np.linalg.norm(actions - expected) <= TOLERANCE[self.path] * np.linalg.norm(expected)
+        error = float(np.linalg.norm(actions - expected) / np.linalg.norm(expected))
+        assert error <= TOLERANCE[self.path], f"the chunk of seed {seed} is off by {error:.1e}"
 
     def expected(self, seed: int) -> npt.NDArray[np.float32]:
         """(H, R): what the policy answers to ask(seed) when it is called directly."""
