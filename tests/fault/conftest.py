@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=fault_lab.PATHS)
-def lab(request: pytest.FixtureRequest, checkpoints: Path) -> Iterator[Lab]:
-    with Topology(checkpoints / f"logs-{request.param}", environment=ENVIRONMENT) as topology:
-        yield fault_lab.serve(topology, checkpoints, request.param, "--engine-restarts", "100")
+@pytest.fixture(scope="session")
+def labs(checkpoints: Path) -> Iterator[Callable[[str], Lab]]:
+    """A running server by its path, started when it is first asked for."""
+    with Topology(checkpoints / "logs", environment=ENVIRONMENT) as topology:
+        yield functools.cache(lambda path: fault_lab.serve(topology, checkpoints, path, "--engine-restarts", "100"))
+
+
+@pytest.fixture(params=fault_lab.PATHS)
+def lab(request: pytest.FixtureRequest, labs: Callable[[str], Lab]) -> Lab:
+    return labs(request.param)
+
+
+@pytest.fixture
+def plain_lab(labs: Callable[[str], Lab]) -> Lab:
+    """For what is the same on every path, since the front end decides it."""
+    return labs("plain")

@@ -41,7 +41,9 @@ PATHS = ("plain", "fused")
 CHUNK_MODEL, TEXT_MODEL = "tiny", "talker"
 # The fused path adds in another order than the plain module.
 TOLERANCE = {"plain": 0.0, "fused": 1e-5}
-MAX_NEW_TOKENS = 300
+MAX_NEW_TOKENS = 1024
+# Of an answer that is waited for.
+NUM_TOKENS = 300
 TASK = "reach"
 
 
@@ -137,7 +139,7 @@ def talk(client: InferenceClient, session: Session, seed: int, **fields: Any) ->
         kind=inference_pb2.TEXT_KIND_SUBTASK,
         observation=picture_and_state(seed),
         task=f"tidy up {seed}",
-        **{"deadline_s": 30.0, **fields},
+        **{"deadline_s": 30.0, "max_new_tokens": NUM_TOKENS, **fields},
     )
 
 
@@ -145,7 +147,8 @@ def talk(client: InferenceClient, session: Session, seed: int, **fields: Any) ->
 def text(seed: int) -> str:
     sample = Sample(observation=picture_and_state(seed), task=f"tidy up {seed}")
     with torch.inference_mode():
-        return "".join(text_policy().generate([sample], TextRequest(kind=TextKind.SUBTASK), torch.device("cpu")))
+        request = TextRequest(kind=TextKind.SUBTASK, max_new_tokens=NUM_TOKENS)
+        return "".join(text_policy().generate([sample], request, torch.device("cpu")))
 
 
 def picture_and_state(seed: int) -> Arrays:
