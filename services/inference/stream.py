@@ -120,7 +120,8 @@ class RobotStream:
             reading.cancel()
             preparing.cancel()
             await asyncio.gather(reading, preparing, return_exceptions=True)
-            if self._session is not None:
+            # A stream that another one took over from may end much later, on a dead link: what is asked is the other's then.
+            if self._session is not None and self._session.stream is self:
                 self._desk.sessions.detach(self._session, self, self._clock())
                 self._desk.engine.withdraw(self._session.session_id)
 

@@ -87,6 +87,21 @@ def test_nobody_works_for_a_killed_client(lab: Lab) -> None:
         assert used_s(engine) - before < 0.5
 
 
+def test_a_robot_that_leaves_its_stream_in_the_middle_is_answered_on_the_next_one(lab: Lab) -> None:
+    """What the old stream gives up and what the new one asks go to the engine by different ways."""
+    with InferenceClient(lab.address) as client:
+        session = lab.open_session(client, "hasty")
+        for seed in range(100):
+            with client.act_stream(session.session_id) as left:
+                lab.ask(left, seed)
+                left.receive(0.0005 * (seed % 20))  # Closed at any moment of its chunk's way.
+            with client.act_stream(session.session_id) as stream:
+                lab.ask(stream, seed)
+                result = next_reply(stream, 5.0).result
+                assert isinstance(result, Chunk)
+        lab.check_chunk(result.actions, seed)
+
+
 def used_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return times.user + times.system

@@ -179,6 +179,21 @@ async def test_an_engine_that_misbehaves_is_replaced_and_costs_only_what_was_in_
         assert len(children()) == 1
 
 
+async def test_an_engine_is_not_judged_by_what_its_robot_gave_up() -> None:
+    """A client that was killed in the middle of a request leaves an engine that has nothing to do: it does not hang."""
+    async with running(hung_s=0.3) as supervisor:
+        await chunk(supervisor, 1)
+        pid = supervisor.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        submit(supervisor, 2, deadline_s=0.01)
+        supervisor.withdraw("left")
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(0.3 + 2 * engine_client.HUNG_CHECK_S)
+        assert supervisor.pid == pid
+        await chunk(supervisor, 3)
+
+
 async def test_answers_that_nobody_asked_for_or_that_come_twice_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MANNERS, "twice")
     async with running() as supervisor:
