@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import psutil
+import pytest
 from grpc import RpcError
 
 from manyhands.clients.inference import Chunk, InferenceClient
@@ -151,11 +152,7 @@ def test_of_robots_that_open_the_same_name_at_once_one_is_served_and_the_others_
                 assert isinstance(result, Chunk)
                 lab.check_chunk(result.actions, seed)
             # A stream is what makes it a robot that moves: the second hears that it must stop the first.
-            try:
+            with pytest.raises(AlreadyExists, match="stream is open"):
                 lab.open_session(clients[(winner + 1) % num_clients], "twin")
-            except AlreadyExists as error:
-                assert "stream is open" in str(error)
-            else:
-                raise AssertionError("a robot that moves was given to somebody else")
             lab.ask(stream, 7)
             assert isinstance(next_reply(stream).result, Chunk)

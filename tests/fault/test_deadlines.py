@@ -22,11 +22,11 @@ NUM_ASKED = 12
 def test_a_text_that_is_not_finished_in_time_ends_so_and_leaves_the_engine(lab: Lab) -> None:
     with InferenceClient(lab.address) as client:
         session = lab.open_talk(client, "asks")
-        pieces, began_s = 0, time.monotonic()
-        with pytest.raises(TooLate, match=r"not finished"):
-            for _ in talk(client, session, 1, max_new_tokens=LONG, deadline_s=0.25):
-                pieces += 1
-        assert 0 < pieces < LONG
+        pieces: list[object] = []
+        began_s = time.monotonic()
+        with pytest.raises(TooLate, match="not finished"):
+            pieces.extend(talk(client, session, 1, max_new_tokens=LONG, deadline_s=0.25))
+        assert len(pieces) < LONG
         assert time.monotonic() - began_s < 1.2  # The client itself waits for a second more.
         *_, last = talk(client, session, 2)
         assert last.full_text == text(2)
@@ -40,7 +40,7 @@ def test_a_hanging_engine_holds_no_question_beyond_its_deadline(lab: Lab) -> Non
         engine.suspend()
         try:
             began_s = time.monotonic()
-            with pytest.raises(TooLate, match="the text was not finished within 0.4 s"):
+            with pytest.raises(TooLate, match=r"the text was not finished within 0\.4 s"):
                 list(talk(client, session, 1, deadline_s=0.4))
             assert time.monotonic() - began_s < 1.3
         finally:
@@ -53,6 +53,7 @@ def test_a_robot_has_few_questions_at_once_and_is_told_so(lab: Lab) -> None:
     with InferenceClient(lab.address) as client, ThreadPoolExecutor(NUM_ASKED) as pool:
         session, other = lab.open_talk(client, "asks-much"), lab.open_talk(client, "asks-little")
         together = threading.Barrier(NUM_ASKED)
+        refusals: list[Overloaded] = []
 
         def is_taken(seed: int) -> bool:
             together.wait(20.0)
@@ -60,8 +61,7 @@ def test_a_robot_has_few_questions_at_once_and_is_told_so(lab: Lab) -> None:
                 for _ in talk(client, session, seed, max_new_tokens=LONG, deadline_s=1.0):
                     pass
             except Overloaded as error:
-                assert error.retry_after_s
-                assert "8 questions of this session" in str(error)
+                refusals.append(error)
                 return False
             except TooLate:
                 pass
@@ -69,6 +69,7 @@ def test_a_robot_has_few_questions_at_once_and_is_told_so(lab: Lab) -> None:
 
         taken = list(pool.map(is_taken, range(NUM_ASKED)))
         assert 1 <= taken.count(True) <= NUM_ASKED - 4
+        assert all(error.retry_after_s and "8 questions of this session" in str(error) for error in refusals)
         *_, last = talk(client, other, 3)
         assert last.full_text == text(3)
         *_, last = talk(client, session, 4)

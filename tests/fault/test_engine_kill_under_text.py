@@ -46,11 +46,10 @@ class Questioner:
             while not self._stop.is_set():
                 seed = len(self.endings) % 3
                 try:
-                    answer = None
                     for answer in talk(self._client, self._session, seed):
                         self.num_pieces += 1
-                    assert answer is not None
-                    self.endings.append((seed, answer))
+                        if answer.finished:
+                            self.endings.append((seed, answer))
                 except ManyhandsError as error:
                     self.endings.append((seed, error))
                     self._stop.wait(error.retry_after_s or 0.1)

@@ -18,7 +18,7 @@ import pytest
 from deploy.local import Topology
 from manyhands.clients.inference import Chunk, InferenceClient, Refusal, Reply
 from manyhands.clients.weights import WeightsClient
-from manyhands.errors import Cancelled, Refused, Unreachable
+from manyhands.errors import Refused, Unreachable
 from policies import checkpoint
 from policies.flow import FlowPolicy
 from tests.support.fault_lab import NOT_SERVING, SERVING, HealthWatch, engine_of, kill_engine, new_engine
@@ -238,40 +238,3 @@ def test_no_engine_outlives_its_front_end(topology: Topology, tmp_path: Path, po
     service.process.wait()
     wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout_s=2.0)
     assert time.monotonic() - killed_s < 2.0
-
-
-def test_a_swap_during_shutdown_ends_cleanly(topology: Topology, tmp_path: Path) -> None:
-    weights = start_weights(topology, tmp_path)
-    service = serve(topology, tmp_path / "start", make_policy(0), "--weights", weights)
-    outcomes: list[object] = []
-    with WeightsClient(weights) as learner, InferenceClient(service.address) as client:
-        publish(learner, make_policy(1), 1)
-        # The swap waits for a weights service that says nothing.
-        topology.services["weights"].process.send_signal(signal.SIGSTOP)
-
-        def swap() -> None:
-            try:
-                outcomes.append(client.swap_weights("tiny", 1))
-            except Exception as error:
-                outcomes.append(error)
-
-        swapping = threading.Thread(target=swap)
-        swapping.start()
-        robot = Robot(client, "left")
-        wait_until(lambda: robot.chunks_since(0) > 5)
-        assert outcomes == []
-        engine = engine_of(service)
-        service.process.send_signal(signal.SIGTERM)
-        told_s = time.monotonic()
-        assert service.process.wait(10.0) == 0
-        assert time.monotonic() - told_s < 5.0
-        assert engine is not None
-        wait_until(lambda: not engine.is_running(), timeout_s=2.0)
-        swapping.join(10.0)
-        topology.services["weights"].process.send_signal(signal.SIGCONT)
-        robot._stop.set()
-        robot._thread.join(10.0)
-    (outcome,) = outcomes
-    assert isinstance(outcome, Cancelled), outcome
-    assert "nothing was changed" in str(outcome)
-    assert "Traceback" not in service.log_path.read_text()

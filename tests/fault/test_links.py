@@ -13,7 +13,7 @@ from tests.support.inference_lab import next_reply
 from tests.support.proxy import CuttableLink
 from tests.support.waiting import wait_until
 
-# A ping after 10 s without a word, 5 s for its answer (manyhands/server.py); earlier when gRPC had a ping of its own under way.
+# A ping after 10 s without a word, 5 s for its answer (manyhands/server.py); earlier when one of gRPC's own is under way.
 KEEPALIVE_S = 15.0
 IDLE_TIMEOUT_S = 4.0
 

@@ -1,4 +1,4 @@
-"""python -m tests.support.robot_program ADDRESS MODEL ROBOT: a robot to be killed. Asks for chunks and long texts until then.
+"""python -m tests.support.robot_program ADDRESS MODEL ROBOT: a robot to be killed, which asks until then.
 
 Says GOING when a chunk and a piece of text have come. Knows the spec by asking the server, so that it starts without torch.
 """

@@ -49,7 +49,9 @@ async def running(**options: Any) -> AsyncIterator[EngineSupervisor]:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    """Engine processes of the tests here."""
+    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if "tests.support.fake_engine" in child.cmdline()]
 
 
 def row(seed: int) -> Row:
