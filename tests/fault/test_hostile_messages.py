@@ -24,10 +24,12 @@ from tests.support.inference_lab import RAW, next_reply
 
 SERVICE = "/manyhands.inference.v1.InferenceService"
 UNARY = ("OpenSession", "CloseSession", "ListModels", "SwapWeights", "GetStatus")
-# Of 10,000 messages: less than 1.7 kB of each, or what an allocator keeps.
-MAX_GROWTH_BYTES = 16 * 1024 * 1024
+# Of 10,000 messages: less than 2.5 kB of each in the front end, where they end, and none of them in the engine.
+MAX_GROWTH_BYTES = {"front end": 24 * 1024 * 1024, "engine": 4 * 1024 * 1024}
 
 WRONG_DTYPES = [*(set(common_pb2.DataType.values()) - {common_pb2.DATA_TYPE_FLOAT32}), 39, 1 << 20]
+
+REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 Bend = Callable[[inference_pb2.ActRequest, random.Random], None]
 
@@ -194,9 +196,7 @@ class Attacker:
                     list(self._raw.unary_stream(f"{SERVICE}/Generate")(payload, timeout=10.0))
                 answered += 1
             except grpc.RpcError as error:
-                self._check_code(
-                    error, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INTERNAL
-                )
+                self._check_code(error, *REFUSED, grpc.StatusCode.UNKNOWN)
         assert answered <= num / 50
         self.counts["random bytes"] += num
 
@@ -216,7 +216,7 @@ class Attacker:
             try:
                 assert len(list(stream(iter([bytes(content)]), timeout=10.0))) <= 1
             except grpc.RpcError as error:
-                self._check_code(error, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+                self._check_code(error, *REFUSED)
         self._client.close_session(session.session_id)
         self.counts["flipped bits"] += num
 
@@ -245,7 +245,7 @@ class Attacker:
                 request.observation.values[1].tensor.CopyFrom(codec.encode_tensor(np.full(2, np.nan, dtype=np.float32)))
             with pytest.raises(grpc.RpcError) as refused:
                 list(generate(request, timeout=10.0))
-            assert refused.value.code() in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}, refused.value
+            assert refused.value.code() in REFUSED, refused.value
         self._client.close_session(session.session_id)
         self.counts["questions"] += num
 
@@ -273,7 +273,7 @@ class Attacker:
                     request.spec.observation.add().CopyFrom(request.spec.observation[0])
             with pytest.raises(grpc.RpcError) as refused:
                 open_session(request, timeout=10.0)
-            assert refused.value.code() in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}, refused.value
+            assert refused.value.code() in REFUSED, refused.value
         self.counts["handshakes"] += num
 
     def too_large(self, num: int) -> None:
@@ -313,14 +313,14 @@ def test_ten_thousand_hostile_messages_leave_the_server_alive_and_its_memory_fla
             client.act_stream(lab.open_session(client, "honest").session_id) as honest,
         ):
             attacker = Attacker(lab, client, unlimited, seed=11)
-            attacker.everything(12)  # Whatever an allocator keeps of the first ones.
+            attacker.everything(60)  # Whatever an allocator keeps of the first ones.
             before = {name: process.memory_info().rss for name, process in processes.items()}
             attacker.counts.clear()
             attacker.everything(102)
             assert attacker.counts.total() >= 10_000
             assert min(attacker.counts[bend.__name__] for bend in BENDS) > 400
             grown = {name: process.memory_info().rss - before[name] for name, process in processes.items()}
-            assert max(grown.values()) < MAX_GROWTH_BYTES, f"bytes that they grew by: {grown}"
+            assert all(grown[name] < most for name, most in MAX_GROWTH_BYTES.items()), f"bytes that they grew by: {grown}"
             lab.ask(honest, 2)
             result = next_reply(honest).result
             assert isinstance(result, Chunk)
@@ -333,4 +333,3 @@ def test_ten_thousand_hostile_messages_leave_the_server_alive_and_its_memory_fla
     survivor = engine_of(lab.service)
     assert survivor is not None
     assert survivor.pid == engine.pid, "the engine was replaced"
-    print(f"{lab.path}: {grown}")

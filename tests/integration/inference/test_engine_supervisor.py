@@ -146,8 +146,10 @@ async def test_a_stopped_engine_makes_nobody_wait_and_the_newest_row_of_a_robot_
         assert isinstance(await asyncio.wait_for(older, 1.0), Superseded)
         await asyncio.sleep(0.02)
         os.kill(supervisor.pid, signal.SIGCONT)
-        outcomes = await asyncio.wait_for(asyncio.gather(*robots, newest), 10.0)
+        withdrawn, *others = robots
+        outcomes = await asyncio.wait_for(asyncio.gather(*others, newest), 10.0)
         assert all(isinstance(outcome, Answer) for outcome in outcomes)
+        assert not withdrawn.done()
         assert isinstance(await asyncio.wait_for(late, 1.0), TooLate)
 
 
