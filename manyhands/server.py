@@ -31,6 +31,9 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # gRPC measures bandwidth with pings too, and while such a ping is unanswered, which it waits a minute for, none of
+    # keepalive's is sent: a link that was cut under load would be noticed only then.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # gRPC's own waits between attempts to connect grow to two minutes; a robot that holds must not wait that long.
@@ -130,6 +133,7 @@ class GrpcServer:
         print(f"READY {self.address}", flush=True)
         await stopping.wait()
         logger.info("draining")
+        await self._health.enter_graceful_shutdown()  # Who chooses a server by its health goes elsewhere from now on.
         if drain is not None:
             await drain()
         await self.stop(grace_s)

@@ -65,6 +65,7 @@ class _Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class _InFlight:
+    owner: str
     deadline_s: float
     done: Callable[[Outcome], None]
 
@@ -150,7 +151,12 @@ class EngineClient:
 
     def withdraw(self, owner: str) -> None:
         self._waiting.pop(owner, None)
-        self._send(withdraw=engine_pb2.Withdraw(owner=owner))
+        # The engine tells nobody of them: kept here, they would be waited for until it seemed to hang.
+        withdrawn = [token for token, asked in self._in_flight.items() if asked.owner == owner]
+        for token in withdrawn:
+            del self._in_flight[token]
+        if withdrawn:
+            self._send(withdraw=engine_pb2.Withdraw(owner=owner, last_token=max(withdrawn)))
 
     def chunks_per_s(self, model: str) -> float | None:
         return self._capacity.get(model) or None
@@ -213,7 +219,7 @@ class EngineClient:
             logger.exception("request %d of session %s cannot be handed to the engine", request.request_id, request.owner)
             done(error)
             return
-        self._in_flight[request.token] = _InFlight(deadline_s=request.deadline_s, done=done)
+        self._in_flight[request.token] = _InFlight(owner=request.owner, deadline_s=request.deadline_s, done=done)
         try:
             self._requests.publish()
         except RingBroken as error:
@@ -242,7 +248,7 @@ class EngineClient:
                 token, outcome = self._layout.read_answer(body)
                 asked = self._in_flight.pop(token, None)
                 if asked is None:
-                    logger.warning("an answer that nobody waits for is dropped")
+                    logger.debug("an answer that nobody waits for is dropped")
                     continue
                 asked.done(outcome)
             if self._answers.num_passed_over:

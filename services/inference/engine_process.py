@@ -60,6 +60,8 @@ class EngineHost:
         self._engine: LocalEngine | None = None
         self._texts: dict[int, Callable[[], None] | None] = {}
         self._capacity: dict[str, float] = {}
+        self._newest: dict[str, int] = {}  # Token of each owner's newest row, while it is not answered.
+        self._newest_lock = threading.Lock()
         self._progressed_s = 0.0
 
     def run(self) -> int:
@@ -201,8 +203,13 @@ class EngineHost:
 
     def _take(self, engine: LocalEngine, answers: Answers, request: Request) -> None:
         def done(outcome: Outcome) -> None:
+            with self._newest_lock:
+                if self._newest.get(request.owner) == request.token:
+                    del self._newest[request.owner]
             answers.put(request.token, request.model, outcome)
 
+        with self._newest_lock:
+            self._newest[request.owner] = request.token
         engine.submit(
             owner=request.owner,
             request_id=request.request_id,
@@ -214,7 +221,7 @@ class EngineHost:
     def _obey(self, engine: LocalEngine, message: engine_pb2.ToEngine) -> None:
         which = message.WhichOneof("message")
         if which == "withdraw":
-            engine.withdraw(message.withdraw.owner)
+            self._withdraw(engine, message.withdraw)
         elif which == "ask":
             self._ask(engine, message.ask)
         elif which == "cancel_text":
@@ -225,6 +232,13 @@ class EngineHost:
             self._swap(engine, message.swap)
         elif which == "end_swaps":
             engine.end_swaps()
+
+    def _withdraw(self, engine: LocalEngine, withdrawn: engine_pb2.Withdraw) -> None:
+        with self._newest_lock:
+            if self._newest.get(withdrawn.owner, 0) > withdrawn.last_token:
+                return
+            self._newest.pop(withdrawn.owner, None)
+        engine.withdraw(withdrawn.owner)
 
     def _ask(self, engine: LocalEngine, asked: engine_pb2.Ask) -> None:
         number = asked.question_id

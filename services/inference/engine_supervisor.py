@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 SWAPS_KEPT = 100
 STOP_S = 1.0
-# Robots that are told to come back much later would hold longer than they must.
-LONGEST_RETRY_S = 5.0
+# How long a start takes is a guess: a robot that waited for all of it could hold for seconds beside an engine that is ready.
+LONGEST_RETRY_S = 1.0
 # Beyond it robots are better served with the checkpoint than not at all; the version follows when it can be had.
 RESUME_CATCH_UP_S = 10.0
 

@@ -67,6 +67,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._started_s = clock()
         self._streams: set[RobotStream] = set()
         self._no_stream = asyncio.Event()
+        self._no_stream.set()
+        self._questions = text.Questions()
         self._draining = False
         self._expiry: asyncio.Task[None] | None = None
 
@@ -84,10 +86,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self.engine.end_swaps()
         for stream in self._streams:
             stream.drain(RECONNECT_AFTER_S, "the server goes away")
-        if self._streams:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_S):
-                    await self._no_stream.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await self._no_stream.wait()
+                await self._questions.all_answered()
+        self._questions.end_all(_goes_away())
         await asyncio.gather(*(stream.finish(DRAIN_S) for stream in tuple(self._streams)))
         if self._expiry is not None:
             self._expiry.cancel()
@@ -100,7 +103,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.OpenSessionRequest, context: Any
     ) -> inference_pb2.OpenSessionResponse:
         if self._draining:
-            raise Unreachable("the server goes away; open a session again", retry_after_s=RECONNECT_AFTER_S)
+            raise _goes_away()
         served = self._served(request.model)
         robot_spec = Spec.from_proto(request.spec)
         horizon = served.horizon
@@ -163,6 +166,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        if self._draining:
+            raise _goes_away()
         session = self.sessions.get(request.session_id)
         self.sessions.touch(session, self._clock())
         if request.ByteSize() > self.max_request_bytes(session):
@@ -170,7 +175,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 f"has {request.ByteSize()} bytes, this session's limit is {self.max_request_bytes(session)}",
                 field="observation",
             )
-        async for response in text.generate(request, self._served(session.model), session, self.engine):
+        async for response in text.generate(request, self._served(session.model), session, self.engine, self._questions):
             self.sessions.touch(session, self._clock())
             yield response
 
@@ -312,3 +317,7 @@ def _session_status(session: Session) -> inference_pb2.SessionStatus:
         refused_subtask_count=session.refused_subtask_count,
         last_subtask=session.last_subtask,
     )
+
+
+def _goes_away() -> Unreachable:
+    return Unreachable("the server goes away; open a session again and ask there", retry_after_s=RECONNECT_AFTER_S)

@@ -177,6 +177,7 @@ class Session:
     asked_interval_steps: int
     control_rate_hz: float
     last_request_id: int = 0
+    num_questions: int = 0
     stream: object | None = None
     idle_since_s: float = 0.0
     chunk_count: int = 0

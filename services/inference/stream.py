@@ -123,7 +123,8 @@ class RobotStream:
             preparing.cancel()
             await asyncio.gather(reading, preparing, return_exceptions=True)
             self._subtask.stop()
-            if self._session is not None:
+            # A stream that another one took over from may end much later, on a dead link: what is asked is the other's then.
+            if self._session is not None and self._session.stream is self:
                 self._desk.sessions.detach(self._session, self, self._clock())
                 self._desk.engine.withdraw(self._session.session_id)
 
@@ -134,12 +135,15 @@ class RobotStream:
         self._outbox.put_nowait(inference_pb2.ActResponse(session_id=session_id, drain=drain))
 
     async def finish(self, timeout_s: float) -> None:
-        """Ends the stream when nothing is in flight, or after timeout_s."""
+        """Ends the stream when nothing is in flight; what still is after timeout_s is refused."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            pass
+            for asked in tuple(self._in_flight.values()):
+                self._settle(
+                    asked, Unreachable("the server goes away before this chunk was made; open a session again"), 0.0
+                )
         self._outbox.put_nowait(None)
 
     def end(self, error: ManyhandsError | None) -> None:

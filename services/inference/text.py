@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 
 from manyhands import stamps
-from manyhands.errors import InvalidInput, Refused
+from manyhands.errors import InvalidInput, ManyhandsError, Overloaded, Refused, TooLate
 from manyhands.inference.v1 import inference_pb2
 
 from .engine_port import EnginePort, Model, Question, TextEnd
@@ -16,7 +16,11 @@ from .sessions import Session
 
 MAX_TEXT_CHARACTERS = 8192
 MAX_NEW_TOKENS = 1024
+# Of one robot at once, each with its pictures.
+MAX_QUESTIONS = 8
 DEFAULT_DEADLINE_S = 10.0
+# The engine says by itself that a text is late; one that hangs says nothing.
+ENGINE_SLACK_S = 0.25
 
 _KINDS = {
     kind: inference_pb2.TextKind.Name(kind).removeprefix("TEXT_KIND_").lower()
@@ -63,17 +67,49 @@ def question_of(request: inference_pb2.GenerateRequest, model: Model, session: S
     )
 
 
+class Questions:
+    """Questions that are being answered, so that a server that goes away can end them all with the same words."""
+
+    def __init__(self) -> None:
+        self._listening: set[asyncio.Queue[str | TextEnd]] = set()
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self, heard: asyncio.Queue[str | TextEnd]) -> None:
+        self._listening.add(heard)
+        self._none.clear()
+
+    def end(self, heard: asyncio.Queue[str | TextEnd]) -> None:
+        self._listening.discard(heard)
+        if not self._listening:
+            self._none.set()
+
+    async def all_answered(self) -> None:
+        await self._none.wait()
+
+    def end_all(self, error: ManyhandsError) -> None:
+        for heard in self._listening:
+            heard.put_nowait(TextEnd(error=error))
+
+
 async def generate(
-    request: inference_pb2.GenerateRequest, model: Model, session: Session, engine: EnginePort
+    request: inference_pb2.GenerateRequest, model: Model, session: Session, engine: EnginePort, questions: Questions
 ) -> AsyncIterator[inference_pb2.GenerateResponse]:
     """Tokens as they come; the engine stops when nobody listens any more.
 
     Raises:
+        Overloaded: The session has too many unanswered questions.
         Refused: The model has no text head.
         InvalidInput: Names the field.
         TooLate: The request's deadline passed before the text was finished.
         Unreachable: The engine is away for a moment.
     """
+    if session.num_questions >= MAX_QUESTIONS:
+        raise Overloaded(
+            f"{session.num_questions} questions of this session wait for their answers, which is the limit; wait for one",
+            field="session_id",
+            retry_after_s=1.0,
+        )
     question = question_of(request, model, session)
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[str | TextEnd] = asyncio.Queue()
@@ -84,10 +120,12 @@ async def generate(
         except RuntimeError:  # The loop is closed: nobody listens any more.
             pass
 
+    session.num_questions += 1
+    questions.begin(heard)
     stop_listening = engine.ask(question, hear)
     text, count = "", 0
     try:
-        while isinstance(piece := await heard.get(), str):
+        while isinstance(piece := await _next_piece(heard, question), str):
             text, count = text + piece, count + 1
             yield inference_pb2.GenerateResponse(request_id=request.request_id, text=piece, token_count=count)
         if piece.error is not None:
@@ -96,4 +134,16 @@ async def generate(
             request_id=request.request_id, token_count=count, finished=True, full_text=text, version=piece.version
         )
     finally:
+        session.num_questions -= 1
+        questions.end(heard)
         stop_listening()
+
+
+async def _next_piece(heard: asyncio.Queue[str | TextEnd], question: Question) -> str | TextEnd:
+    if not heard.empty():
+        return heard.get_nowait()
+    left_s = question.until_s + ENGINE_SLACK_S - time.monotonic()
+    try:
+        return await asyncio.wait_for(heard.get(), max(0.0, left_s))
+    except TimeoutError:
+        raise TooLate(f"the text was not finished within {question.allowed_s:g} s", field="deadline") from None

@@ -59,6 +59,8 @@ class TextWriter:
         heard(end)
 
     def _answer(self, question: Question, heard: Heard, nobody_listens: threading.Event) -> TextEnd:
+        if nobody_listens.is_set() or time.monotonic() > question.until_s:  # It waited for the ones before it.
+            return TextEnd(error=_too_late(question))
         request = text_request(question)
         sample = Sample(observation=question.sample.observation, task=question.sample.task)
         with self._models[question.model].borrow() as (policy, version), torch.inference_mode():
@@ -67,9 +69,13 @@ class TextWriter:
                 if nobody_listens.is_set():
                     return TextEnd(error=Cancelled("nobody listens any more"))
                 if time.monotonic() > question.until_s:
-                    raise TooLate(f"the text was not finished within {question.allowed_s:g} s", field="deadline")
+                    raise _too_late(question)
                 heard(piece)
         return TextEnd(version=version)
+
+
+def _too_late(question: Question) -> TooLate:
+    return TooLate(f"the text was not finished within {question.allowed_s:g} s", field="deadline")
 
 
 def text_request(question: Question) -> TextRequest:

@@ -11,19 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.local import Service, Topology
+from deploy.local import Topology
 from manyhands.clients.inference import Chunk, InferenceClient, Refusal, Reply
 from manyhands.clients.weights import WeightsClient
-from manyhands.errors import Cancelled, Refused, Unreachable
+from manyhands.errors import Refused, Unreachable
 from policies import checkpoint
 from policies.flow import FlowPolicy
-from services.inference.service import SERVICE_NAME
+from tests.support.fault_lab import NOT_SERVING, SERVING, HealthWatch, engine_of, kill_engine, new_engine
 from tests.support.inference_lab import (
     ENVIRONMENT,
     ask,
@@ -37,8 +35,6 @@ from tests.support.inference_lab import (
 from tests.support.waiting import wait_until
 from tests.support.weights_lab import publish, start_weights
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 DEADLINE_S = 5.0
 
 
@@ -51,37 +47,6 @@ def topology(tmp_path: Path) -> Iterator[Topology]:
 @pytest.fixture
 def policy() -> FlowPolicy:
     return make_policy(0)
-
-
-def engine_of(service: Service) -> psutil.Process | None:
-    """The one engine process of a front end, if it lives."""
-    found = []
-    for child in psutil.Process(service.process.pid).children():
-        try:
-            if child.status() != psutil.STATUS_ZOMBIE and "services.inference.engine_process" in child.cmdline():
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    assert len(found) <= 1, "two engines at once"
-    return found[0] if found else None
-
-
-def kill_engine(service: Service) -> int:
-    """kill -9; its process id."""
-    engine = engine_of(service)
-    assert engine is not None
-    engine.kill()
-    return engine.pid
-
-
-def new_engine(service: Service, *killed: int) -> int:
-    """Waits for an engine that is not one of those; its process id."""
-
-    def found() -> int:
-        engine = engine_of(service)
-        return engine.pid if engine is not None and engine.pid not in killed else 0
-
-    return wait_until(found)
 
 
 @dataclass
@@ -136,29 +101,6 @@ class Robot:
                 np.testing.assert_array_equal(reply.result.actions, expected)
 
 
-class HealthWatch:
-    """What health said of the service, one after the other."""
-
-    def __init__(self, address: str) -> None:
-        self.statuses: list[int] = []
-        self._channel = grpc.insecure_channel(address)
-        self._call = health_pb2_grpc.HealthStub(self._channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            for answer in self._call:
-                self.statuses.append(answer.status)
-        except grpc.RpcError:
-            pass
-
-    def close(self) -> None:
-        self._call.cancel()
-        self._thread.join(5.0)
-        self._channel.close()
-
-
 def test_robots_of_a_killed_engine_go_on_in_their_sessions_with_the_version_they_had(
     topology: Topology, tmp_path: Path
 ) -> None:
@@ -191,9 +133,9 @@ def test_robots_of_a_killed_engine_go_on_in_their_sessions_with_the_version_they
         robot.check(policies)
         assert {reply.version.number for reply in robot.replies} == {1}
         refusals = robot.refusals
-        assert 1 <= len(refusals) <= 60, "robots are told once or twice, and wait"
+        assert 1 <= len(refusals) <= 60, "robots are told, and wait"
         assert {refusal.reason for refusal in refusals} == {"unavailable"}
-        assert all(0.0 < refusal.retry_after_s <= 5.0 for refusal in refusals)
+        assert all(0.0 < refusal.retry_after_s <= 1.0 for refusal in refusals)
         assert "started again" in refusals[0].message
     assert sorted(sessions) == sorted(robot.name for robot in robots), "a session was opened again"
     assert health.statuses == [SERVING, NOT_SERVING, SERVING, NOT_SERVING, SERVING]
@@ -308,40 +250,3 @@ def test_no_engine_outlives_its_front_end(topology: Topology, tmp_path: Path, po
     service.process.wait()
     wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout_s=2.0)
     assert time.monotonic() - killed_s < 2.0
-
-
-def test_a_swap_during_shutdown_ends_cleanly(topology: Topology, tmp_path: Path) -> None:
-    weights = start_weights(topology, tmp_path)
-    service = serve(topology, tmp_path / "start", make_policy(0), "--weights", weights)
-    outcomes: list[object] = []
-    with WeightsClient(weights) as learner, InferenceClient(service.address) as client:
-        publish(learner, make_policy(1), 1)
-        # The swap waits for a weights service that says nothing.
-        topology.services["weights"].process.send_signal(signal.SIGSTOP)
-
-        def swap() -> None:
-            try:
-                outcomes.append(client.swap_weights("tiny", 1))
-            except Exception as error:
-                outcomes.append(error)
-
-        swapping = threading.Thread(target=swap)
-        swapping.start()
-        robot = Robot(client, "left")
-        wait_until(lambda: robot.chunks_since(0) > 5)
-        assert outcomes == []
-        engine = engine_of(service)
-        service.process.send_signal(signal.SIGTERM)
-        told_s = time.monotonic()
-        assert service.process.wait(10.0) == 0
-        assert time.monotonic() - told_s < 5.0
-        assert engine is not None
-        wait_until(lambda: not engine.is_running(), timeout_s=2.0)
-        swapping.join(10.0)
-        topology.services["weights"].process.send_signal(signal.SIGCONT)
-        robot._stop.set()
-        robot._thread.join(10.0)
-    (outcome,) = outcomes
-    assert isinstance(outcome, Cancelled), outcome
-    assert "nothing was changed" in str(outcome)
-    assert "Traceback" not in service.log_path.read_text()

@@ -524,18 +524,24 @@ Global___VersionServed: _TypeAlias = VersionServed  # noqa: Y015
 
 @_typing.final
 class Withdraw(_message.Message):
+    """Rows come another way than this message: one that is newer stays, whichever arrives first."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OWNER_FIELD_NUMBER: _builtins.int
+    LAST_TOKEN_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
+    last_token: _builtins.int
+    """Of the rows that are withdrawn."""
     def __init__(
         self,
         *,
         owner: _builtins.str = ...,
+        last_token: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_token", b"last_token", "owner", b"owner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,7 +49,9 @@ async def running(**options: Any) -> AsyncIterator[EngineSupervisor]:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    """Engine processes of the tests here."""
+    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if "tests.support.fake_engine" in child.cmdline()]
 
 
 def row(seed: int) -> Row:
@@ -154,8 +156,10 @@ async def test_a_stopped_engine_makes_nobody_wait_and_the_newest_row_of_a_robot_
         assert isinstance(await asyncio.wait_for(older, 1.0), Superseded)
         await asyncio.sleep(0.02)
         os.kill(supervisor.pid, signal.SIGCONT)
-        outcomes = await asyncio.wait_for(asyncio.gather(*robots, newest), 10.0)
+        withdrawn, *others = robots
+        outcomes = await asyncio.wait_for(asyncio.gather(*others, newest), 10.0)
         assert all(isinstance(outcome, Answer) for outcome in outcomes)
+        assert not withdrawn.done()
         assert isinstance(await asyncio.wait_for(late, 1.0), TooLate)
 
 
@@ -187,6 +191,21 @@ async def test_an_engine_that_misbehaves_is_replaced_and_costs_only_what_was_in_
         await chunk(supervisor, 53)
         assert serving == [True, False, True]
         assert len(children()) == 1
+
+
+async def test_an_engine_is_not_judged_by_what_its_robot_gave_up() -> None:
+    """A client that was killed in the middle of a request leaves an engine that has nothing to do: it does not hang."""
+    async with running(hung_s=0.3) as supervisor:
+        await chunk(supervisor, 1)
+        pid = supervisor.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        submit(supervisor, 2, deadline_s=0.01)
+        supervisor.withdraw("left")
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(0.3 + 2 * engine_client.HUNG_CHECK_S)
+        assert supervisor.pid == pid
+        await chunk(supervisor, 3)
 
 
 async def test_answers_that_nobody_asked_for_or_that_come_twice_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
