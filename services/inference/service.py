@@ -84,6 +84,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def start(self) -> None:
         """On the server's loop."""
         operator_metrics.show((model.name, model.has_text_head) for model in self.models.values())
+        self._show()
         self._expiry = asyncio.get_running_loop().create_task(self._expire())
 
     async def drain(self) -> None:
