@@ -1,5 +1,7 @@
 // Small helpers: elements, numbers for people, colours that mean the same everywhere on the page.
 
+import { nowS } from "./live.js";
+
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -78,4 +80,20 @@ export function table(caption, heads, rows, { numeric = [] } = {}) {
       const { cells, ...attributes } = Array.isArray(row) ? { cells: row } : row;
       return h("tr", attributes, cells.map((cell, i) => h("td", { class: align(i) }, cell ?? "–")));
     }))));
+}
+
+// An age that goes on growing without its surroundings being drawn again.
+export const age = (t) => h("time", { "data-t": t }, `${ago(nowS() - t)} ago`);
+
+export function tellAges() {
+  document.querySelectorAll("time[data-t]").forEach((element) => write(element, `${ago(nowS() - Number(element.dataset.t))} ago`));
+}
+
+// Draws parts() into body only when key (anything that JSON holds) differs from the last time: what a person is about to
+// press, has selected or listens to stays where it is.
+export function drawIfChanged(body, key, parts) {
+  const text = JSON.stringify(key);
+  if (body.dataset.drawn === text) return;
+  body.replaceChildren(...parts());
+  body.dataset.drawn = text;
 }
