@@ -195,6 +195,9 @@ def test_it_fits_a_phone_in_light_and_dark(browser: Browser, served: ServedLab, 
     number = 1 if served.served_number() != 1 else 2
     swap = button(page, f"Swap tiny to v{number}")
     swap.scroll_into_view_if_needed()
+    reachable = swap.bounding_box()
+    assert reachable is not None
+    assert reachable["x"] + reachable["width"] <= 390, "without scrolling its table sideways"
     swap.tap()
     dialog = page.locator("#confirm")
     expect(dialog).to_contain_text(f"to v{number}?")

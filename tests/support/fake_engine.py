@@ -110,7 +110,7 @@ class FakeEngine:
         return None
 
     def load(self) -> EngineLoad:
-        return EngineLoad(waiting_count=0, device="cpu")
+        return EngineLoad(waiting_count=2, device="fake", memory_used_bytes=3 << 30, memory_total_bytes=4 << 30)
 
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
         for word in question.user_text.split():

@@ -39,7 +39,11 @@ export function num(value, digits = 4) {
   return String(Number(value.toPrecision(digits)));
 }
 
-export const ms = (value) => (value === null || value === undefined ? "–" : `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`);
+export function ms(value) {
+  if (value === null || value === undefined) return "–";
+  if (value > 0 && value < 0.05) return "<0.1 ms";
+  return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+}
 
 export function ago(seconds) {
   const s = Math.max(0, seconds);
@@ -83,10 +87,11 @@ export function table(caption, heads, rows, { numeric = [] } = {}) {
 }
 
 // An age that goes on growing without its surroundings being drawn again.
-export const age = (t) => h("time", { "data-t": t }, `${ago(nowS() - t)} ago`);
+const since = (t) => (nowS() - t < 1 ? "just now" : `${ago(nowS() - t)} ago`);
+export const age = (t) => h("time", { "data-t": t }, since(t));
 
 export function tellAges() {
-  document.querySelectorAll("time[data-t]").forEach((element) => write(element, `${ago(nowS() - Number(element.dataset.t))} ago`));
+  document.querySelectorAll("time[data-t]").forEach((element) => write(element, since(Number(element.dataset.t))));
 }
 
 // Draws parts() into body only when key (anything that JSON holds) differs from the last time: what a person is about to

@@ -59,7 +59,7 @@ function room(model, load) {
   const each = load.session_count ? load.asked_per_s / load.session_count : 0;
   const more = each ? Math.max(0, Math.floor((load.usable_per_s - load.asked_per_s) / each)) : null;
   const left = share > 1 ? "nothing left: robots are asked to replan less often"
-    : more === null ? `${num(load.usable_per_s, 3)} chunks/s left` : `room for ${more} more like these`;
+    : more === null ? `${num(load.usable_per_s, 3)} chunks/s left` : `the model could serve ${more} more like these`;
   const text = `${num(load.asked_per_s, 3)} of ${num(load.usable_per_s, 3)} chunks/s asked for, ${left}`;
   return h("div", { class: "room", "data-room": model, "data-state": share > 1 ? "full" : "free" },
     h("div", { class: "row spread" }, h("strong", {}, model), h("span", {}, text)),

@@ -36,10 +36,10 @@ export function renderVersions() {
       cells: [versionMark(swap.version), age(swap.t), swap.accepted ? ms(swap.pause_ms) : "–", swap.accepted ? "served" : `refused: ${swap.reason}`],
     })), { numeric: [2] })] : []),
     h("h4", {}, "Published"),
-    shownPublished.length ? table(`Newest first, ${published.length} in all`, ["Version", "Digest", "When", "Step", "Loss", ""], shownPublished.map((one) => ({
+    shownPublished.length ? table(`Newest first, ${published.length} in all`, ["Version", "", "When", "Step", "Loss", "Digest"], shownPublished.map((one) => ({
       "data-published": one.version.number,
       "data-model": one.version.model,
-      cells: [versionMark(one.version), one.version.digest, age(one.t), metricOf(one, "train/step"), metricOf(one, "train/loss"), use(one, models, served)],
+      cells: [versionMark(one.version), use(one, models, served), age(one.t), metricOf(one, "train/step"), metricOf(one, "train/loss"), one.version.digest],
     })), { numeric: [3, 4] })
       : configured.weights ? empty("Nothing is published yet: a learner publishes while it trains.") : empty("No weights service is named: ", code("--weights HOST:PORT"), "."),
   ]);
@@ -53,12 +53,12 @@ function servedPart(models, configured) {
   const rows = models.map((model) => ({
     "data-served": model.name,
     cells: [h("span", { class: "row" }, versionMark(model.version ?? { model: model.name, number: 0, digest: "" }), model.pinned && h("span", { class: "badge warn", title: "newer versions do not replace it" }, "held")),
-      model.policy_type, `${model.chunk_horizon} actions`, num(model.parameter_count, 3), model.version?.digest ?? "–",
       h("span", { class: "row" },
-        model.back && swapButton(model, model.back, `Roll back to v${model.back}`, true),
-        model.pinned && swapButton(model, 0, "Go on with the newest", false))],
+        model.back ? swapButton(model, model.back, `Roll back to v${model.back}`, true) : null,
+        model.pinned && swapButton(model, 0, "Go on with the newest", false)),
+      model.policy_type, `${model.chunk_horizon} actions`, num(model.parameter_count, 3), model.version?.digest ?? "–"],
   }));
-  return [head, table("What acts on robots now", ["Version", "Type", "Horizon", "Parameters", "Digest", ""], rows, { numeric: [2, 3] }),
+  return [head, table("What acts on robots now", ["Version", "", "Type", "Horizon", "Parameters", "Digest"], rows, { numeric: [3, 4] }),
     !rights.swap && rights.why_not && h("p", { class: "soft", "data-field": "no-swaps" }, `Swapping from this page: ${rights.why_not}.`)].filter(Boolean);
 }
 
