@@ -33,6 +33,7 @@ class SwappingService(inference_pb2_grpc.InferenceServiceServicer):
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.was_asked = asyncio.Event()
+        self.tokens_shown: list[int] = []
 
     async def GetStatus(self, request: Any, context: Any) -> inference_pb2.GetStatusResponse:  # noqa: N802
         version = common_pb2.PolicyVersion(model="arm", number=self.number, digest=bytes(32))
@@ -40,6 +41,7 @@ class SwappingService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def SwapWeights(self, request: Any, context: Any) -> inference_pb2.SwapWeightsResponse:  # noqa: N802
         self.asked.append((request.model, request.number, str(roles.caller())))
+        self.tokens_shown.append(sum(key == "authorization" for key, _ in context.invocation_metadata()))
         self.was_asked.set()
         await self.may_answer.wait()
         if request.number == 9:
@@ -165,7 +167,7 @@ async def test_one_swap_at_a_time(topology: Topology) -> None:
         servicer.may_answer.clear()
         first = asyncio.create_task(page.swap(GOOD))
         await asyncio.wait_for(servicer.was_asked.wait(), 5)
-        status, text = await page.swap(GOOD)
+        status, text = await asyncio.wait_for(page.swap(GOOD), 5)
         assert (status, "runs already" in text) == (409, True)
         servicer.may_answer.set()
         assert (await first)[0] == 200
@@ -197,7 +199,9 @@ async def test_elsewhere_than_loopback_the_token_s_role_decides_and_the_service_
         assert (status, "needs the role operator" in text) == (403, True)
         assert (await Page(session, url).swap(GOOD))[0] == 401, "a stranger"
         assert servicer.asked == []
+        assert "viewer/main asks" not in topology.services["dashboard"].log_path.read_text(), "not even tried"
         assert (await operator.rights())["swap"]
         assert (await operator.swap(GOOD, origin="https://evil.example"))[0] == 403
         status, text = await operator.swap(GOOD)
         assert (status, servicer.asked) == (200, [("arm", 5, "operator/main")]), text
+        assert servicer.tokens_shown == [1], "the person's, without the dashboard's own beside it"
