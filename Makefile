@@ -49,7 +49,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) install -c constraints.txt -e '.[robot,serve,learn,sim,dev]'
+	$(PIP) install -c constraints.txt -e '.[robot,serve,learn,sim,trace,dev]'
 	@touch $@
 
 lint: setup-dev

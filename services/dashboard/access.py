@@ -1,5 +1,6 @@
 """Who may open the page: anybody on this machine over loopback; elsewhere, over TLS, whoever shows a token.
 
+What somebody with a token may do beyond looking is what its role may do at the services (manyhands/roles.py).
 A page of another site that runs in the same browser is nobody: requests must name this host, and what is not a plain GET
 must come from this page.
 """
@@ -13,7 +14,8 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from manyhands.errors import Refused
+from manyhands.errors import NotAllowed, Refused
+from manyhands.roles import LOOPBACK_IDENTITY, Identity
 from manyhands.security import SecuritySettings, TokenTable, check_address, is_loopback
 
 COOKIE = "manyhands_viewer"
@@ -26,7 +28,7 @@ _CONTENT_SECURITY_POLICY = (
 )
 _LOGIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>manyhands: sign in</title>
 <link rel="stylesheet" href="/static/style.css"><body class="login"><main><h1>manyhands</h1>
-<form method="post" action="/login"><label for="token">Viewer token</label>
+<form method="post" action="/login"><label for="token">Token</label>
 <input id="token" name="token" type="password" autocomplete="current-password" required autofocus>
 <button>Open the dashboard</button></form><p role="alert">{note}</p></main></body></html>"""
 
@@ -65,7 +67,7 @@ class Access:
         @web.middleware
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             self._check_origin(request)
-            if not self._is_known(request) and request.path != LOGIN_PATH and not request.path.startswith("/static/"):
+            if self.identity(request) is None and request.path != LOGIN_PATH and not request.path.startswith("/static/"):
                 if request.path == "/":
                     raise web.HTTPSeeOther(LOGIN_PATH)
                 raise web.HTTPUnauthorized(
@@ -87,12 +89,24 @@ class Access:
         answer.set_cookie(COOKIE, token, max_age=_COOKIE_AGE_S, httponly=True, secure=True, samesite="Strict")
         return answer
 
-    def _is_known(self, request: web.Request) -> bool:
+    def identity(self, request: web.Request) -> Identity | None:
+        """Who asks: whoever the token says, an operator on loopback without tokens, None for a stranger."""
         if self._tokens is None:
-            return True
+            return LOOPBACK_IDENTITY
+        return self._tokens.find(self.token(request) or "")
+
+    def token(self, request: web.Request) -> str | None:
+        """The token that is shown; None where none is asked for."""
+        if self._tokens is None:
+            return None
         scheme, _, shown = request.headers.get("Authorization", "").partition(" ")
-        token = shown.strip() if scheme.lower() == "bearer" else request.cookies.get(COOKIE, "")
-        return self._tokens.find(token) is not None
+        return shown.strip() if scheme.lower() == "bearer" else request.cookies.get(COOKIE, "")
+
+    def check_own_page(self, request: web.Request) -> None:
+        """Raises NotAllowed unless a browser says that this very page sends the request; every browser says so of a POST."""
+        origin = request.headers.get("Origin", "")
+        if not origin or urlsplit(origin).netloc != request.host:
+            raise NotAllowed("this is done from the dashboard's own page; programs call the service itself")
 
     def _check_origin(self, request: web.Request) -> None:
         """Refuses names that a foreign site made point here, and requests that a foreign page sends."""

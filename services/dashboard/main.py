@@ -19,6 +19,7 @@ from .access import Access
 from .feed import Feed
 from .robots import Fleet
 from .sources import DatasetReader, watch_inference, watch_learner, watch_weights
+from .swaps import WeightSwapper
 from .upstream import Target, Upstream
 from .web import Pages
 
@@ -30,6 +31,7 @@ class Settings(config.Settings):
 
     examples: ClassVar[tuple[str, ...]] = (
         "--robot left=127.0.0.1:50061 --inference 127.0.0.1:50053 --weights 127.0.0.1:50052",
+        "--inference 127.0.0.1:50053 --weights 127.0.0.1:50052 --allow-swaps",
         "--actor 127.0.0.1:50071 --store 127.0.0.1:50051 --learner 127.0.0.1:50054",
     )
 
@@ -43,6 +45,7 @@ class Settings(config.Settings):
     observe_rate_hz: float = Field(
         5.0, gt=0, le=30, description="pictures and states a second asked of each robot, however many look at the page"
     )
+    allow_swaps: bool = Field(False, description="operators may swap a served model to another version from the page")
     security: SecuritySettings = SecuritySettings()
 
 
@@ -61,8 +64,10 @@ async def serve(settings: Settings) -> None:
     upstream = Upstream(feed, settings.security)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(upstream.close)
-        pages = Pages(feed, *_watch(settings, upstream))
-        runner = web.AppRunner(pages.application(access), access_log=None, shutdown_timeout=2.0)
+        fleet, datasets = _watch(settings, upstream)
+        swapper = WeightSwapper(upstream, settings.inference) if settings.allow_swaps and settings.inference else None
+        pages = Pages(feed, access, fleet, datasets, swapper)
+        runner = web.AppRunner(pages.application(), access_log=None, shutdown_timeout=2.0)
         await runner.setup()
         cleanup.push_async_callback(runner.cleanup)
         address = await _listen(runner, settings.address, access)

@@ -179,6 +179,21 @@ def inference_status(status: inference_pb2.GetStatusResponse, *, now_s: float) -
         "uptime_s": round(stamps.to_seconds(status.uptime)),
         "chunk_count": status.chunk_count,
         "refused_count": status.refused_count,
+        "missed_deadline_count": status.missed_deadline_count,
+        "waiting_count": status.waiting_count,
+        "engine_restart_count": status.engine_restart_count,
+        "memory_used_bytes": status.device_memory_used_bytes,
+        "memory_total_bytes": status.device_memory_total_bytes,
+        "loads": {
+            load.model: {
+                "possible_per_s": number(load.possible_chunks_per_s),
+                "usable_per_s": number(load.usable_chunks_per_s),
+                "asked_per_s": number(load.asked_chunks_per_s),
+                "session_count": load.session_count,
+                "pinned": load.pinned,
+            }
+            for load in status.loads
+        },
         "models": [
             {
                 "name": model.name,
@@ -189,20 +204,7 @@ def inference_status(status: inference_pb2.GetStatusResponse, *, now_s: float) -
             }
             for model in status.models
         ],
-        "sessions": [
-            {
-                "robot_id": session.robot_id,
-                "model": session.model,
-                "connected": session.connected,
-                "chunk_count": session.chunk_count,
-                "refused_count": session.refused_count,
-                "missed_deadline_count": session.missed_deadline_count,
-                "p50_ms": milliseconds(session.latency_p50),
-                "p99_ms": milliseconds(session.latency_p99),
-                "last_refusal": session.last_refusal,
-            }
-            for session in status.sessions
-        ],
+        "sessions": [_session(session, now_s) for session in status.sessions],
         "stages": [
             {"stage": stage.stage, "p50_ms": milliseconds(stage.p50), "p99_ms": milliseconds(stage.p99)}
             for stage in status.stages
@@ -216,6 +218,29 @@ def inference_status(status: inference_pb2.GetStatusResponse, *, now_s: float) -
                 "t": round(now_s - stamps.to_seconds(swap.ago), 1),
             }
             for swap in status.swaps
+        ],
+    }
+
+
+def _session(session: inference_pb2.SessionStatus, now_s: float) -> Json:
+    return {
+        "robot_id": session.robot_id,
+        "model": session.model,
+        "connected": session.connected,
+        "chunk_count": session.chunk_count,
+        "refused_count": session.refused_count,
+        "missed_deadline_count": session.missed_deadline_count,
+        "p50_ms": milliseconds(session.latency_p50),
+        "p99_ms": milliseconds(session.latency_p99),
+        "refusals": [
+            {
+                "reason": label(inference_pb2.RefusalReason, "REFUSAL_REASON_", one.reason),
+                "message": one.message,
+                "count": one.count,
+                "t": round(now_s - stamps.to_seconds(one.last_ago), 1),
+                "request_id": one.last_request_id,
+            }
+            for one in session.refusals
         ],
     }
 

@@ -36,14 +36,24 @@ class Upstream:
     def __init__(self, feed: Feed, security_settings: SecuritySettings) -> None:
         self.feed = feed
         self._security_settings = security_settings
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[tuple[str, bool], grpc.aio.Channel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._health: dict[str, Json] = {}
 
-    def channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = channel.connect_aio(address, security_settings=self._security_settings)
-        return self._channels[address]
+    @property
+    def has_tls(self) -> bool:
+        """Services are talked to over TLS."""
+        return self._security_settings.authority is not None
+
+    def channel(self, address: str, *, without_token: bool = False) -> grpc.aio.Channel:
+        """without_token: calls show another token than the dashboard's own."""
+        key = (address, without_token)
+        if key not in self._channels:
+            settings = self._security_settings
+            if without_token:
+                settings = settings.model_copy(update={"token_file": None})
+            self._channels[key] = channel.connect_aio(address, security_settings=settings)
+        return self._channels[key]
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

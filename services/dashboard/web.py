@@ -1,4 +1,4 @@
-"""The page over HTTP: static files, one live WebSocket a tab, pictures, episodes, and the two ways to stop a robot."""
+"""The page over HTTP: static files, one live WebSocket a tab, pictures, episodes, the two ways to stop a robot, swaps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.typedefs import Handler
 
-from manyhands import errors
+from manyhands import errors, roles
 
 from .access import LOGIN_PATH, Access, add_headers
 from .feed import Feed
 from .robots import Fleet, RobotWatch
 from .sources import DatasetReader
+from .swaps import METHOD, WeightSwapper, wanted_swap
 
 STATIC = Path(__file__).parent / "static"
 LIVE_INTERVAL_S = 0.1
@@ -27,7 +28,9 @@ _HTTP_STATUS: dict[type[errors.ManyhandsError], int] = {
     errors.InvalidInput: 400,
     errors.NotFound: 404,
     errors.NotAllowed: 403,
+    errors.Unauthenticated: 403,
     errors.Refused: 409,
+    errors.Conflict: 409,
     errors.Unreachable: 503,
     errors.TooLate: 504,
 }
@@ -36,16 +39,23 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 class Pages:
     """Args:
+    access: Who asks.
     datasets: None when no store was named.
+    swapper: None where this page may not swap weights.
     """
 
-    def __init__(self, feed: Feed, fleet: Fleet, datasets: DatasetReader | None) -> None:
+    def __init__(
+        self, feed: Feed, access: Access, fleet: Fleet, datasets: DatasetReader | None, swapper: WeightSwapper | None
+    ) -> None:
         self._feed = feed
+        self._access = access
+        self._swapper = swapper
         self._fleet = fleet
         self._datasets = datasets
         self._live: set[web.WebSocketResponse] = set()
 
-    def application(self, access: Access) -> web.Application:
+    def application(self) -> web.Application:
+        access = self._access
         application = web.Application(middlewares=[access.middleware, _answer_errors], client_max_size=64 * 1024)
         application.on_response_prepare.append(add_headers)
         application.on_shutdown.append(self._end_live)
@@ -58,6 +68,8 @@ class Pages:
                 web.get("/api/robots/{robot}/cameras/{camera}", self.picture),
                 web.post("/api/robots/{robot}/hold", self.hold),
                 web.post("/api/robots/{robot}/emergency-stop", self.emergency_stop),
+                web.get("/api/rights", self.rights),
+                web.post("/api/models/{model}/swap", self.swap),
                 web.get("/api/datasets/{dataset}/episodes", self.episodes),
                 web.get("/api/datasets/{dataset}/files/{path:.+}", self.file),
                 web.static("/static", STATIC),
@@ -98,6 +110,29 @@ class Pages:
     async def emergency_stop(self, request: web.Request) -> web.Response:
         robot = await self._confirmed_robot(request)
         return web.json_response(await robot.emergency_stop("emergency stop asked for on the dashboard"))
+
+    async def rights(self, request: web.Request) -> web.Response:
+        """What whoever looks may do beyond looking and stopping."""
+        why = ""
+        if self._swapper is None:
+            why = "off: start the dashboard with --allow-swaps and --inference HOST:PORT"
+        else:
+            try:
+                roles.check_allowed(self._identity(request), METHOD)
+            except errors.NotAllowed:
+                why = "it needs an operator's token"
+        return web.json_response({"swap": not why, "why_not": why})
+
+    async def swap(self, request: web.Request) -> web.Response:
+        """Swaps a model to another version. Refused unless switched on, by an operator, from this page, twice named."""
+        if self._swapper is None:
+            raise errors.NotAllowed("this dashboard swaps nothing; start it with --allow-swaps and --inference HOST:PORT")
+        self._access.check_own_page(request)
+        identity = self._identity(request)
+        roles.check_allowed(identity, METHOD)
+        model = request.match_info["model"]
+        wanted = wanted_swap(model, await _json(request), self._feed.latest("inference"))
+        return web.json_response(await self._swapper.swap(wanted, by=identity, token=self._access.token(request)))
 
     async def episodes(self, request: web.Request) -> web.Response:
         from_index = _whole_number(request, "from", default=0)
@@ -148,15 +183,15 @@ class Pages:
     async def _confirmed_robot(self, request: web.Request) -> RobotWatch:
         """The robot, when the request names it a second time: no link, form or mistyped command stops one by accident."""
         robot = self._robot(request)
-        if request.content_type != "application/json":
-            raise errors.InvalidInput("must be application/json", field="content-type")
-        try:
-            body = await request.json()
-        except ValueError:
-            raise errors.InvalidInput("is not JSON", field="body") from None
+        body = await _json(request)
         if not isinstance(body, dict) or body.get("confirm") != robot.name:
             raise errors.InvalidInput(f"must repeat the robot's name, {robot.name!r}", field="confirm")
         return robot
+
+    def _identity(self, request: web.Request) -> roles.Identity:
+        identity = self._access.identity(request)
+        assert identity is not None, "strangers are turned away before"
+        return identity
 
     def _store(self) -> DatasetReader:
         if self._datasets is None:
@@ -180,6 +215,16 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
     begin = int(first)
     end = min(int(last) + 1, size) if last else size
     return (begin, end) if begin < end else None
+
+
+async def _json(request: web.Request) -> object:
+    """The body, which no form of another site can send."""
+    if request.content_type != "application/json":
+        raise errors.InvalidInput("must be application/json", field="content-type")
+    try:
+        return await request.json()
+    except ValueError:
+        raise errors.InvalidInput("is not JSON", field="body") from None
 
 
 def _whole_number(request: web.Request, name: str, *, default: int) -> int:

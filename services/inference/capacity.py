@@ -75,8 +75,12 @@ def stretch(demands: Sequence[Demand], chunks_per_s: float | None, text_share: f
     """Factor, at least 1, by which everyone's interval must grow; 1 where nothing was measured."""
     if not chunks_per_s:
         return 1.0
-    asked_per_s = sum(demand.rate_hz / demand.interval_steps for demand in demands)
-    return max(1.0, asked_per_s / _usable_per_s(chunks_per_s, text_share))
+    return max(1.0, asked_per_s(demands) / usable_per_s(chunks_per_s, text_share))
+
+
+def asked_per_s(demands: Sequence[Demand]) -> float:
+    """Chunks a second that robots ask for, at the intervals they want."""
+    return sum((demand.rate_hz / demand.interval_steps for demand in demands), 0.0)
 
 
 def interval_steps(demand: Demand, factor: float) -> int:
@@ -90,7 +94,7 @@ def fits(demands: Sequence[Demand], chunks_per_s: float | None, text_share: floa
     if not chunks_per_s:
         return True
     least_per_s = sum(demand.rate_hz / demand.longest_interval_steps for demand in demands)
-    return least_per_s <= _usable_per_s(chunks_per_s, text_share)
+    return least_per_s <= usable_per_s(chunks_per_s, text_share)
 
 
 def admit(
@@ -121,5 +125,6 @@ def admit(
     return stretch(everyone, chunks_per_s, text_share)
 
 
-def _usable_per_s(chunks_per_s: float, text_share: float) -> float:
+def usable_per_s(chunks_per_s: float, text_share: float = 0.0) -> float:
+    """What may be promised of what can be made."""
     return USABLE_SHARE * chunks_per_s * (1.0 - text_share)

@@ -21,7 +21,7 @@ from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate, Unreachable
 
 from . import engine_messages
-from .engine_port import Job, ModelDescription, Outcome, Question, Superseded, Swap, SwapResult, TextEnd
+from .engine_port import EngineLoad, Job, ModelDescription, Outcome, Question, Superseded, Swap, SwapResult, TextEnd
 from .engine_program import EngineProgram
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
 from .slot_layout import Request, SlotLayout
@@ -73,11 +73,12 @@ class _InFlight:
 class EngineClient:
     """One engine process. Made by start(), on the loop, in a thread that lives as long as the front end."""
 
-    def __init__(self, listeners: Listeners, generation: int, hung_s: float) -> None:
+    def __init__(self, listeners: Listeners, start: engine_pb2.Start, hung_s: float) -> None:
         self.models: dict[str, ModelDescription] = {}
         self.ready: asyncio.Future[engine_pb2.Ready] = asyncio.get_running_loop().create_future()
         self._listeners = listeners
-        self._generation = generation
+        self._generation = start.generation
+        self._load = EngineLoad(waiting_count=0, device=start.device)
         self._hung_s = hung_s
         self._loop = asyncio.get_running_loop()
         self._memory_fd = make_memory()
@@ -105,7 +106,7 @@ class EngineClient:
         Args:
             hung_s: An engine that answers nothing for so long after a deadline is ended.
         """
-        client = cls(listeners, start.generation, hung_s)
+        client = cls(listeners, start, hung_s)
         ours, theirs = socket.socketpair()
         bells = (client._request_bell, client._answer_bell)
         files = [theirs.fileno(), client._memory_fd, *(fd for bell in bells for fd in (bell.filled_fd, bell.free_fd))]
@@ -160,6 +161,9 @@ class EngineClient:
 
     def chunks_per_s(self, model: str) -> float | None:
         return self._capacity.get(model) or None
+
+    def load(self) -> EngineLoad:
+        return self._load
 
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
         number = next(self._numbers)
@@ -296,6 +300,8 @@ class EngineClient:
                 heard(engine_messages.from_text_end(message.text_end))
         elif which == "capacity":
             self._capacity[message.capacity.model] = max(0.0, message.capacity.chunks_per_s)
+        elif which == "load":
+            self._load = engine_messages.from_load(message.load, self._load.device)
         elif which == "version_served":
             self._serve_version(message.version_served)
         elif which == "swap_event":

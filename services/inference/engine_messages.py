@@ -16,7 +16,7 @@ from manyhands.errors import InternalError, ManyhandsError
 from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec
 
-from .engine_port import Model, ModelDescription, Observed, Question, Swap, SwapResult, TextEnd
+from .engine_port import EngineLoad, Model, ModelDescription, Observed, Question, Swap, SwapResult, TextEnd
 
 MessageT = TypeVar("MessageT", engine_pb2.ToEngine, engine_pb2.FromEngine)
 
@@ -198,6 +198,23 @@ def from_swap_event(message: engine_pb2.SwapEvent) -> Swap:
         reason=message.reason,
         pause_s=stamps.to_seconds(message.pause),
         at_s=message.at_s,
+    )
+
+
+def to_load(load: EngineLoad) -> engine_pb2.Load:
+    return engine_pb2.Load(
+        waiting_count=load.waiting_count,
+        memory_used_bytes=load.memory_used_bytes,
+        memory_total_bytes=load.memory_total_bytes,
+    )
+
+
+def from_load(message: engine_pb2.Load, device: str) -> EngineLoad:
+    return EngineLoad(
+        waiting_count=max(0, message.waiting_count),
+        device=device,
+        memory_used_bytes=max(0, message.memory_used_bytes),
+        memory_total_bytes=max(0, message.memory_total_bytes),
     )
 
 

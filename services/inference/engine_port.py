@@ -175,6 +175,23 @@ class SwapResult:
     pause_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """How full an engine is.
+
+    Attributes:
+        waiting_count: Rows in line.
+        device: torch's name.
+        memory_used_bytes: Of the device, by all its processes.
+        memory_total_bytes: 0 where the device has no memory of its own.
+    """
+
+    waiting_count: int
+    device: str
+    memory_used_bytes: int = 0
+    memory_total_bytes: int = 0
+
+
 class EnginePort(Protocol):
     """An engine, here or elsewhere. Nothing here blocks."""
 
@@ -191,6 +208,19 @@ class EnginePort(Protocol):
 
     def chunks_per_s(self, model: str) -> float | None:
         """Capacity as passes of the last seconds showed it; None when none ran."""
+
+    def load(self) -> EngineLoad | None:
+        """As it was a moment ago; None while the engine is away."""
+        ...
+
+    def is_pinned(self, model: str) -> bool:
+        """Whether an operator went back to the version that serves: newer ones do not replace it."""
+        ...
+
+    @property
+    def restart_count(self) -> int:
+        """Engine processes that took the place of one that ended."""
+        ...
 
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
         """Text from a model's language head: heard is called with pieces and at last a TextEnd, on any thread, and must not

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.001
 # How often the front end hears what the model can do.
 CAPACITY_PERIOD_S = 0.25
+# Asking a driver for its memory is not free.
+LOAD_PERIOD_S = 1.0
 # Of a progress bar that people see; messages between are left out.
 PROGRESS_PERIOD_S = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -62,6 +64,7 @@ class EngineHost:
         self._capacity: dict[str, float] = {}
         self._newest: dict[str, int] = {}  # Token of each owner's newest row, while it is not answered.
         self._newest_lock = threading.Lock()
+        self._load_told = engine_pb2.Load()
         self._progressed_s = 0.0
 
     def run(self) -> int:
@@ -112,6 +115,7 @@ class EngineHost:
             models,
             max_batch=self._start.max_batch,
             torch_threads=self._start.torch_threads,
+            device=self._start.device or "cpu",
             on_fatal=self._device_failed,
             on_swap=self._tell_swap,
         )
@@ -162,6 +166,7 @@ class EngineHost:
 
     def _post_ready(self, engine: LocalEngine, notes: list[str]) -> None:
         self._post_capacity(engine)
+        self._post_load(engine)
         versions = [
             engine_pb2.VersionServed(version=model.version, pinned=engine.is_pinned(name))
             for name, model in engine.models.items()
@@ -175,7 +180,7 @@ class EngineHost:
             for fd in (line.wake_fd, answers.wake_fd, self._request_bell.filled_fd):
                 selector.register(fd, selectors.EVENT_READ)
             waits_for_slots = False
-            capacity_at_s = 0.0
+            capacity_at_s = load_at_s = 0.0
             while True:
                 selector.select(CAPACITY_PERIOD_S)
                 for body in reader.take():
@@ -200,6 +205,9 @@ class EngineHost:
                 if time.monotonic() - capacity_at_s > CAPACITY_PERIOD_S:
                     capacity_at_s = time.monotonic()
                     self._post_capacity(engine)
+                if time.monotonic() - load_at_s > LOAD_PERIOD_S:
+                    load_at_s = time.monotonic()
+                    self._post_load(engine)
 
     def _take(self, engine: LocalEngine, answers: Answers, request: Request) -> None:
         def done(outcome: Outcome) -> None:
@@ -296,6 +304,12 @@ class EngineHost:
             if self._capacity.get(name) != now:
                 self._capacity[name] = now
                 self._line.post(capacity=engine_pb2.Capacity(model=name, chunks_per_s=now))
+
+    def _post_load(self, engine: LocalEngine) -> None:
+        load = engine_messages.to_load(engine.load())
+        if load != self._load_told:
+            self._load_told = load
+            self._line.post(load=load)
 
     def _progress(self, phase: str, done: int, total: int, /) -> None:
         now_s = time.monotonic()

@@ -17,9 +17,10 @@ from manyhands import metrics
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Refused, Unreachable
 
+from . import operator_metrics
 from .engine_client import HUNG_S, EngineClient, Listeners
 from .engine_messages import same_model
-from .engine_port import Job, ModelDescription, Question, Swap, SwapResult, TextEnd
+from .engine_port import EngineLoad, Job, ModelDescription, Question, Swap, SwapResult, TextEnd
 from .restarts import WITHIN_S, RestartPolicy
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class EngineSupervisor:
     ) -> None:
         self.given_up = asyncio.Event()
         self.failure: Exception | None = None
+        self.restart_count = 0
         self.on_serving = on_serving
         self._start = start
         self._restarts = RestartPolicy(limit=restart_limit)
@@ -110,6 +112,13 @@ class EngineSupervisor:
     def chunks_per_s(self, model: str) -> float | None:
         return self._client.chunks_per_s(model) if self._client is not None else None
 
+    def load(self) -> EngineLoad | None:
+        return self._client.load() if self._client is not None else None
+
+    def is_pinned(self, model: str) -> bool:
+        told = self._served.get(model)
+        return told is not None and told.pinned
+
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
         if self._client is None:
             heard(TextEnd(error=self._away()))
@@ -141,9 +150,7 @@ class EngineSupervisor:
                 engine_pb2.Resume(version=told.version, pinned=told.pinned) for told in self._served.values()
             )
             start.catch_up.FromSeconds(int(RESUME_CATCH_UP_S))
-        listeners = Listeners(
-            progress=progress, swap=self._swaps.append, version=self._version_served, end=self._engine_ended
-        )
+        listeners = Listeners(progress=progress, swap=self._swap_told, version=self._version_served, end=self._engine_ended)
         client = self._starting = await EngineClient.start(start, listeners, hung_s=self._hung_s)
         try:
             ready = await client.ready
@@ -162,6 +169,9 @@ class EngineSupervisor:
         self._start_took_s = self._clock() - began_s
         self._models = client.models
         self._client = client
+        if self._generation > 1:
+            self.restart_count += 1
+            operator_metrics.engine_restarted()
         self.on_serving(True)
 
     def _check_same(self, models: Mapping[str, ModelDescription]) -> None:
@@ -173,6 +183,10 @@ class EngineSupervisor:
                     "anew",
                     field="model",
                 )
+
+    def _swap_told(self, swap: Swap) -> None:
+        self._swaps.append(swap)
+        operator_metrics.of_model(swap.version.model).swap(swap)
 
     def _version_served(self, told: engine_pb2.VersionServed) -> None:
         if told.version.number > 0:

@@ -12,8 +12,9 @@ from concurrent.futures import Future
 from manyhands.errors import ManyhandsError, NotFound, Refused
 from manyhands.security import SecuritySettings
 
+from .device_memory import device_memory
 from .engine import Engine, Progress
-from .engine_port import Job, Question, Swap, SwapResult, TextEnd
+from .engine_port import EngineLoad, Job, Question, Swap, SwapResult, TextEnd
 from .fused_model import MAX_TEXTS, FusedModel
 from .models import ServedModel
 from .text_writer import TextWriter
@@ -27,6 +28,7 @@ class LocalEngine:
     Args:
         models: By name.
         max_batch, torch_threads, on_fatal: As Engine's.
+        device: torch's name of what the models run on, for load().
         on_swap: Told what became of each version, on any thread.
     """
 
@@ -36,6 +38,7 @@ class LocalEngine:
         *,
         max_batch: int = 1,
         torch_threads: int = 0,
+        device: str = "cpu",
         on_fatal: Callable[[Exception], None] | None = None,
         on_swap: Callable[[Swap], None] | None = None,
     ) -> None:
@@ -48,6 +51,8 @@ class LocalEngine:
         self._writer = TextWriter(plain)
         self._follower: WeightsFollower | None = None
         self._on_swap = on_swap
+        self._device = device
+        self.restart_count = 0
 
     def engine_of(self, model: str) -> Engine | UnitEngine:
         if self._units is not None and model in self._units.models:
@@ -100,6 +105,12 @@ class LocalEngine:
     def pending(self) -> int:
         """Rows in line."""
         return sum(engine.pending() for engine in self._engines)
+
+    def load(self) -> EngineLoad:
+        used, total = device_memory(self._device)
+        return EngineLoad(
+            waiting_count=self.pending(), device=self._device, memory_used_bytes=used, memory_total_bytes=total
+        )
 
     def chunks_per_s(self, model: str) -> float | None:
         return self.engine_of(model).chunks_per_s(model)

@@ -3,6 +3,7 @@ its own (engine_process.py), so that its Python never makes a stream wait, and n
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from manyhands.server import GrpcServer
 from .engine_supervisor import EngineSupervisor
 from .service import SERVICE_NAME, InferenceServicer
 from .start_progress import StartProgress
+from .tracing import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,12 @@ class Settings(config.Settings):
         default=20.0, gt=0, description="an engine process that answers nothing for so long after a deadline is ended"
     )
     metrics_port: int = Field(default=0, ge=0, le=65535, description="port of the Prometheus page; 0 means none")
+    otlp_endpoint: str = Field(
+        default="", description="host:port of an OpenTelemetry collector (OTLP over gRPC) that requests are traced to"
+    )
+    trace_share: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests that are traced, with --otlp-endpoint"
+    )
     security: SecuritySettings = SecuritySettings()
 
 
@@ -83,12 +91,16 @@ def main(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> None:
+    # Before the engine, which takes long: a package that lacks is told at once.
+    traces = _traces(settings)
     engine = EngineSupervisor(start_message(settings), restart_limit=settings.engine_restarts, hung_s=settings.engine_hung_s)
     try:
         with StartProgress() as progress:
             await engine.start(progress.show)
         server = GrpcServer(settings.address, security_settings=settings.security)
-        servicer = InferenceServicer(engine, max_sessions=settings.max_sessions, idle_timeout_s=settings.idle_timeout_s)
+        servicer = InferenceServicer(
+            engine, max_sessions=settings.max_sessions, idle_timeout_s=settings.idle_timeout_s, traces=traces
+        )
         engine.on_serving = server.set_serving
         server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)
         servicer.start()
@@ -96,8 +108,16 @@ async def _serve(settings: Settings) -> None:
         servicer.close()
     finally:
         await engine.stop()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
     if engine.failure is not None:
         raise engine.failure
+
+
+def _traces(settings: Settings) -> Traces | None:
+    if not settings.otlp_endpoint:
+        return None
+    return Traces(settings.otlp_endpoint, share=settings.trace_share, security_settings=settings.security)
 
 
 def start_message(settings: Settings) -> engine_pb2.Start:

@@ -17,12 +17,16 @@ from manyhands.errors import InvalidInput, NotFound, Unreachable
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import FeatureKind, Spec
 
-from . import capacity, text
+from . import capacity, operator_metrics, text
 from .engine_port import EnginePort, Model
+from .operator_notes import OperatorNotes
 from .prepare import MAX_TASK_CHARACTERS
+from .service_status import ModelUse, status
 from .sessions import AdaptationKind, Session, Sessions, fit
-from .stats import StageStats, p50_p99
+from .stats import ServiceStats
 from .stream import RobotStream
+from .text_watch import watching_text
+from .tracing import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         engine: Started.
         max_sessions: Robots at once.
         idle_timeout_s: A session without a stream for this long is closed.
+        traces: Where requests are traced to, if anywhere.
     """
 
     def __init__(
@@ -57,11 +62,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         *,
         max_sessions: int = 64,
         idle_timeout_s: float = 4.0,
+        traces: Traces | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.sessions = Sessions(max_sessions=max_sessions, idle_timeout_s=idle_timeout_s)
-        self.stats = StageStats()
+        self.stats = ServiceStats()
+        self.notes = OperatorNotes(self.stats, traces)
         self.decoders = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1), thread_name_prefix="decode")
         self._clock = clock
         self._started_s = clock()
@@ -78,6 +85,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def start(self) -> None:
         """On the server's loop."""
+        operator_metrics.show((model.name, model.has_text_head) for model in self.models.values())
+        self._show()
         self._expiry = asyncio.get_running_loop().create_task(self._expire())
 
     async def drain(self) -> None:
@@ -175,9 +184,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 f"has {request.ByteSize()} bytes, this session's limit is {self.max_request_bytes(session)}",
                 field="observation",
             )
-        async for response in text.generate(request, self._served(session.model), session, self.engine, self._questions):
-            self.sessions.touch(session, self._clock())
-            yield response
+        with watching_text(request, session, self.notes.traces) as watch:
+            async for response in text.generate(request, self._served(session.model), session, self.engine, self._questions):
+                self.sessions.touch(session, self._clock())
+                watch.heard(response)
+                yield response
 
     async def CloseSession(  # noqa: N802
         self, request: inference_pb2.CloseSessionRequest, context: Any
@@ -206,27 +217,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GetStatus(  # noqa: N802
         self, request: inference_pb2.GetStatusRequest, context: Any
     ) -> inference_pb2.GetStatusResponse:
-        now_s = self._clock()
-        return inference_pb2.GetStatusResponse(
-            sessions=[_session_status(session) for session in self.sessions],
-            stages=[
-                inference_pb2.StageLatency(stage=stage, p50=stamps.to_duration(p50), p99=stamps.to_duration(p99))
-                for stage, (p50, p99) in self.stats.percentiles().items()
-            ],
-            swaps=[
-                inference_pb2.SwapRecord(
-                    version=swap.version,
-                    accepted=swap.accepted,
-                    reason=swap.reason,
-                    pause=stamps.to_duration(swap.pause_s),
-                    ago=stamps.to_duration(max(0.0, now_s - swap.at_s)),
-                )
-                for swap in self.engine.swaps()
-            ],
+        return status(
+            sessions=tuple(self.sessions),
+            stats=self.stats,
+            engine=self.engine,
+            uses=self._uses(),
             models=self._models(),
-            uptime=stamps.to_duration(now_s - self._started_s),
-            chunk_count=self.stats.chunk_count,
-            refused_count=self.stats.refused_count,
+            now_s=self._clock(),
+            started_s=self._started_s,
         )
 
     def max_request_bytes(self, session: Session) -> int:
@@ -268,6 +266,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             retry_after_s=self.sessions.idle_timeout_s,
         )
 
+    def _uses(self) -> list[ModelUse]:
+        uses = []
+        for name in self.models:
+            demands = [self._demand(session) for session in self.sessions if session.model == name]
+            uses.append(
+                ModelUse(
+                    model=name,
+                    possible_per_s=self.engine.chunks_per_s(name),
+                    asked_per_s=capacity.asked_per_s(demands),
+                    session_count=len(demands),
+                )
+            )
+        return uses
+
     def _served(self, name: str) -> Model:
         if name not in self.models:
             raise NotFound(f"{name!r} is not served; there are {', '.join(self.models)}", field="model")
@@ -298,25 +310,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             for session in self.sessions.expire(self._clock()):
                 logger.info("session %s of %s expired", session.session_id[:8], session.robot_id)
                 self.engine.withdraw(session.session_id)
+            self._show()
 
-
-def _session_status(session: Session) -> inference_pb2.SessionStatus:
-    p50_s, p99_s = p50_p99(session.latencies_s)
-    return inference_pb2.SessionStatus(
-        session_id=session.session_id,
-        robot_id=session.robot_id,
-        model=session.model,
-        chunk_count=session.chunk_count,
-        refused_count=session.refused_count,
-        missed_deadline_count=session.missed_deadline_count,
-        latency_p50=stamps.to_duration(p50_s),
-        latency_p99=stamps.to_duration(p99_s),
-        last_refusal=session.last_refusal,
-        connected=session.stream is not None,
-        subtask_count=session.subtask_count,
-        refused_subtask_count=session.refused_subtask_count,
-        last_subtask=session.last_subtask,
-    )
+    def _show(self) -> None:
+        """What is so now, for whoever scrapes."""
+        for use in self._uses():
+            operator_metrics.of_model(use.model).now(
+                sessions=use.session_count,
+                version=self.models[use.model].version.number,
+                possible_per_s=use.possible_per_s,
+                asked_per_s=use.asked_per_s,
+            )
+        in_flight = sum(stream.num_in_flight for stream in self._streams)
+        operator_metrics.now(in_flight=in_flight, load=self.engine.load())
 
 
 def _goes_away() -> Unreachable:

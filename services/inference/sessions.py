@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from manyhands.errors import AlreadyExists, InvalidInput, NotFound, Overloaded
 from manyhands.spec import Feature, FeatureKind, Spec
 
+from .refusals import RefusalLog
+
 MAX_NAME_CHARACTERS = 128
 LATENCIES_KEPT = 512
 
@@ -187,6 +189,7 @@ class Session:
     subtask_count: int = 0
     refused_subtask_count: int = 0
     last_subtask: str = ""
+    refusals: RefusalLog = field(default_factory=RefusalLog)
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
 
 

@@ -29,9 +29,9 @@ from manyhands.errors import (
 from manyhands.inference.v1 import inference_pb2
 
 from .engine_port import Answer, EnginePort, Job, Model, Outcome, Row, Superseded
+from .operator_notes import OperatorNotes
 from .prepare import deadline_s, prepare_row
 from .sessions import Session, Sessions
-from .stats import StageStats
 from .subtask_question import SubtaskQuestion
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Desk(Protocol):
 
     sessions: Sessions
     engine: EnginePort
-    stats: StageStats
+    notes: OperatorNotes
 
     @property
     def models(self) -> Mapping[str, Model]: ...
@@ -104,9 +104,9 @@ class RobotStream:
                 pass  # The first request is answered with it, by its id.
 
     @property
-    def idle(self) -> bool:
-        """No request waits for its answer."""
-        return not self._in_flight
+    def num_in_flight(self) -> int:
+        """Requests that wait for their answer."""
+        return len(self._in_flight)
 
     async def responses(self, requests: AsyncIterator[inference_pb2.ActRequest]) -> AsyncIterator[inference_pb2.ActResponse]:
         """Answers until the client has ended its side and nothing is in flight, or finish() or end() says so."""
@@ -161,7 +161,7 @@ class RobotStream:
                 try:
                     asked = self._take(request, received_s)
                 except ManyhandsError as error:
-                    self._refuse(request, error)
+                    self._refuse(request, error, {"total": self._clock() - received_s})
                     continue
                 if self._next is not None:
                     self._settle(self._next, Superseded(), 0.0)
@@ -276,7 +276,7 @@ class RobotStream:
         if isinstance(outcome, Answer):
             self._answer(asked, outcome, decode_s)
         else:
-            self._refuse(asked.request, outcome)
+            self._refuse(asked.request, outcome, {"decode": decode_s, "total": self._clock() - asked.received_s})
         if not self._in_flight:
             self._idle.set()
 
@@ -291,12 +291,8 @@ class RobotStream:
             "postprocess": answer.postprocess_s,
             "total": now_s - asked.received_s,
         }
-        self._desk.stats.chunk(stage_s)
-        session.chunk_count += 1
-        session.latencies_s.append(stage_s["total"])
-        if now_s > asked.deadline_s:
-            # Sent all the same: it costs nothing any more, and the robot judges its age.
-            session.missed_deadline_count += 1
+        # Sent also when late: it costs nothing any more, and the robot judges its age.
+        self._desk.notes.answered(session, asked.request, answer, stage_s, is_late=now_s > asked.deadline_s)
         times = {stage: stamps.to_duration(seconds) for stage, seconds in stage_s.items()}
         chunk = inference_pb2.Chunk(
             actions=codec.encode_tensor(answer.actions[:, : session.fit.action_size]),
@@ -314,7 +310,9 @@ class RobotStream:
             )
         )
 
-    def _refuse(self, request: inference_pb2.ActRequest, why: ManyhandsError | Superseded) -> None:
+    def _refuse(
+        self, request: inference_pb2.ActRequest, why: ManyhandsError | Superseded, stage_s: Mapping[str, float]
+    ) -> None:
         if isinstance(why, Superseded):
             refusal = inference_pb2.Refusal(
                 reason=inference_pb2.REFUSAL_REASON_SUPERSEDED, message="a newer observation of this robot came first"
@@ -326,17 +324,11 @@ class RobotStream:
                 message=str(why),
                 retry_after=stamps.to_duration(why.retry_after_s) if why.retry_after_s is not None else None,
             )
-        self._desk.stats.refusal()
-        version: common_pb2.PolicyVersion | None = None
         session = self._session
+        self._desk.notes.refused(session, request, refusal, stage_s, self._clock())
+        version: common_pb2.PolicyVersion | None = None
         if session is not None:
             version = self._desk.models[session.model].version
-            session.refused_count += 1
-            if isinstance(why, TooLate):
-                session.missed_deadline_count += 1
-            if not isinstance(why, Superseded):
-                session.last_refusal = str(why)
-                logger.info("request %d of %s is refused: %s", request.request_id, session.robot_id, why)
         self._outbox.put_nowait(
             inference_pb2.ActResponse(
                 session_id=request.session_id,

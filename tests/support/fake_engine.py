@@ -21,7 +21,17 @@ from manyhands.errors import InternalError, NotOffered
 from manyhands.spec import Feature, FeatureKind, Spec
 from services.inference import engine_lines, engine_process, slot_layout
 from services.inference.engine_lines import Answers
-from services.inference.engine_port import Answer, Job, ModelDescription, Outcome, Question, Swap, SwapResult, TextEnd
+from services.inference.engine_port import (
+    Answer,
+    EngineLoad,
+    Job,
+    ModelDescription,
+    Outcome,
+    Question,
+    Swap,
+    SwapResult,
+    TextEnd,
+)
 from services.inference.engine_process import EngineHost, exit_at_once
 from services.inference.shared_ring import Doorbell
 
@@ -98,6 +108,9 @@ class FakeEngine:
 
     def chunks_per_s(self, model: str) -> float | None:
         return None
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(waiting_count=2, device="fake", memory_used_bytes=3 << 30, memory_total_bytes=4 << 30)
 
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
         for word in question.user_text.split():

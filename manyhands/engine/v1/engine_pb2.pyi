@@ -119,6 +119,7 @@ class FromEngine(_message.Message):
     TEXT_END_FIELD_NUMBER: _builtins.int
     SWAP_END_FIELD_NUMBER: _builtins.int
     SWAP_EVENT_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___Progress: ...
     @_builtins.property
@@ -145,6 +146,8 @@ class FromEngine(_message.Message):
     def swap_end(self) -> Global___SwapEnd: ...
     @_builtins.property
     def swap_event(self) -> Global___SwapEvent: ...
+    @_builtins.property
+    def load(self) -> Global___Load: ...
     def __init__(
         self,
         *,
@@ -158,12 +161,13 @@ class FromEngine(_message.Message):
         text_end: Global___TextEnd | None = ...,
         swap_end: Global___SwapEnd | None = ...,
         swap_event: Global___SwapEvent | None = ...,
+        load: Global___Load | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "described", b"described", "failed", b"failed", "message", b"message", "progress", b"progress", "ready", b"ready", "swap_end", b"swap_end", "swap_event", b"swap_event", "text_end", b"text_end", "text_piece", b"text_piece", "version_served", b"version_served"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "described", b"described", "failed", b"failed", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready", "swap_end", b"swap_end", "swap_event", b"swap_event", "text_end", b"text_end", "text_piece", b"text_piece", "version_served", b"version_served"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "described", b"described", "failed", b"failed", "message", b"message", "progress", b"progress", "ready", b"ready", "swap_end", b"swap_end", "swap_event", b"swap_event", "text_end", b"text_end", "text_piece", b"text_piece", "version_served", b"version_served"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "described", b"described", "failed", b"failed", "load", b"load", "message", b"message", "progress", b"progress", "ready", b"ready", "swap_end", b"swap_end", "swap_event", b"swap_event", "text_end", b"text_end", "text_piece", b"text_piece", "version_served", b"version_served"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["progress", "described", "ready", "failed", "capacity", "version_served", "text_piece", "text_end", "swap_end", "swap_event"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["progress", "described", "ready", "failed", "capacity", "version_served", "text_piece", "text_end", "swap_end", "swap_event", "load"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -496,6 +500,36 @@ class Capacity(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Capacity: _TypeAlias = Capacity  # noqa: Y015
+
+@_typing.final
+class Load(_message.Message):
+    """Of the whole device, when it changed, a few times a second at most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITING_COUNT_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    waiting_count: _builtins.int
+    """Rows in line."""
+    memory_used_bytes: _builtins.int
+    """Of the device, by all its processes."""
+    memory_total_bytes: _builtins.int
+    """0: the device has no memory of its own."""
+    def __init__(
+        self,
+        *,
+        waiting_count: _builtins.int = ...,
+        memory_used_bytes: _builtins.int = ...,
+        memory_total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "waiting_count", b"waiting_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
 class VersionServed(_message.Message):

@@ -821,6 +821,7 @@ class SessionStatus(_message.Message):
     SUBTASK_COUNT_FIELD_NUMBER: _builtins.int
     REFUSED_SUBTASK_COUNT_FIELD_NUMBER: _builtins.int
     LAST_SUBTASK_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     robot_id: _builtins.str
     model: _builtins.str
@@ -842,6 +843,10 @@ class SessionStatus(_message.Message):
 
     @_builtins.property
     def latency_p99(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusalRecord]:
+        """Newest last, at most 16."""
+
     def __init__(
         self,
         *,
@@ -858,14 +863,99 @@ class SessionStatus(_message.Message):
         subtask_count: _builtins.int = ...,
         refused_subtask_count: _builtins.int = ...,
         last_subtask: _builtins.str = ...,
+        refusals: _abc.Iterable[Global___RefusalRecord] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["latency_p50", b"latency_p50", "latency_p99", b"latency_p99"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "connected", b"connected", "last_refusal", b"last_refusal", "last_subtask", b"last_subtask", "latency_p50", b"latency_p50", "latency_p99", b"latency_p99", "missed_deadline_count", b"missed_deadline_count", "model", b"model", "refused_count", b"refused_count", "refused_subtask_count", b"refused_subtask_count", "robot_id", b"robot_id", "session_id", b"session_id", "subtask_count", b"subtask_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "connected", b"connected", "last_refusal", b"last_refusal", "last_subtask", b"last_subtask", "latency_p50", b"latency_p50", "latency_p99", b"latency_p99", "missed_deadline_count", b"missed_deadline_count", "model", b"model", "refusals", b"refusals", "refused_count", b"refused_count", "refused_subtask_count", b"refused_subtask_count", "robot_id", b"robot_id", "session_id", b"session_id", "subtask_count", b"subtask_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionStatus: _TypeAlias = SessionStatus  # noqa: Y015
+
+@_typing.final
+class RefusalRecord(_message.Message):
+    """Refusals of one kind that came close together. Superseded requests are none: they are how a busy server works."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_AGO_FIELD_NUMBER: _builtins.int
+    LAST_AGO_FIELD_NUMBER: _builtins.int
+    LAST_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    reason: Global___RefusalReason.ValueType
+    field: _builtins.str
+    message: _builtins.str
+    """Of the last one."""
+    count: _builtins.int
+    last_request_id: _builtins.int
+    @_builtins.property
+    def first_ago(self) -> _duration_pb2.Duration:
+        """Before this answer."""
+
+    @_builtins.property
+    def last_ago(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        reason: Global___RefusalReason.ValueType = ...,
+        field: _builtins.str = ...,
+        message: _builtins.str = ...,
+        count: _builtins.int = ...,
+        first_ago: _duration_pb2.Duration | None = ...,
+        last_ago: _duration_pb2.Duration | None = ...,
+        last_request_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_ago", b"first_ago", "last_ago", b"last_ago"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "field", b"field", "first_ago", b"first_ago", "last_ago", b"last_ago", "last_request_id", b"last_request_id", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusalRecord: _TypeAlias = RefusalRecord  # noqa: Y015
+
+@_typing.final
+class ModelLoad(_message.Message):
+    """How much of a model's capacity is asked for, and whether it follows new versions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    POSSIBLE_CHUNKS_PER_S_FIELD_NUMBER: _builtins.int
+    USABLE_CHUNKS_PER_S_FIELD_NUMBER: _builtins.int
+    ASKED_CHUNKS_PER_S_FIELD_NUMBER: _builtins.int
+    SESSION_COUNT_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    possible_chunks_per_s: _builtins.float
+    """As the last seconds showed; 0: nothing ran."""
+    usable_chunks_per_s: _builtins.float
+    """What is promised of it; the rest is for jitter."""
+    asked_chunks_per_s: _builtins.float
+    """By all sessions, at the intervals that they asked for."""
+    session_count: _builtins.int
+    pinned: _builtins.bool
+    """An operator went back to an older version: newer ones do not replace it until SwapWeights with 0."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        possible_chunks_per_s: _builtins.float = ...,
+        usable_chunks_per_s: _builtins.float = ...,
+        asked_chunks_per_s: _builtins.float = ...,
+        session_count: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_chunks_per_s", b"asked_chunks_per_s", "model", b"model", "pinned", b"pinned", "possible_chunks_per_s", b"possible_chunks_per_s", "session_count", b"session_count", "usable_chunks_per_s", b"usable_chunks_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelLoad: _TypeAlias = ModelLoad  # noqa: Y015
 
 @_typing.final
 class StageLatency(_message.Message):
@@ -942,8 +1032,21 @@ class GetStatusResponse(_message.Message):
     UPTIME_FIELD_NUMBER: _builtins.int
     CHUNK_COUNT_FIELD_NUMBER: _builtins.int
     REFUSED_COUNT_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    WAITING_COUNT_FIELD_NUMBER: _builtins.int
+    DEVICE_MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    ENGINE_RESTART_COUNT_FIELD_NUMBER: _builtins.int
+    MISSED_DEADLINE_COUNT_FIELD_NUMBER: _builtins.int
     chunk_count: _builtins.int
     refused_count: _builtins.int
+    waiting_count: _builtins.int
+    """Rows in line for the model."""
+    device_memory_used_bytes: _builtins.int
+    device_memory_total_bytes: _builtins.int
+    """0: the device has no memory of its own."""
+    engine_restart_count: _builtins.int
+    missed_deadline_count: _builtins.int
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]: ...
     @_builtins.property
@@ -958,6 +1061,8 @@ class GetStatusResponse(_message.Message):
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]: ...
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelLoad]: ...
     def __init__(
         self,
         *,
@@ -968,10 +1073,16 @@ class GetStatusResponse(_message.Message):
         uptime: _duration_pb2.Duration | None = ...,
         chunk_count: _builtins.int = ...,
         refused_count: _builtins.int = ...,
+        loads: _abc.Iterable[Global___ModelLoad] | None = ...,
+        waiting_count: _builtins.int = ...,
+        device_memory_used_bytes: _builtins.int = ...,
+        device_memory_total_bytes: _builtins.int = ...,
+        engine_restart_count: _builtins.int = ...,
+        missed_deadline_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "models", b"models", "refused_count", b"refused_count", "sessions", b"sessions", "stages", b"stages", "swaps", b"swaps", "uptime", b"uptime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "device_memory_total_bytes", b"device_memory_total_bytes", "device_memory_used_bytes", b"device_memory_used_bytes", "engine_restart_count", b"engine_restart_count", "loads", b"loads", "missed_deadline_count", b"missed_deadline_count", "models", b"models", "refused_count", b"refused_count", "sessions", b"sessions", "stages", b"stages", "swaps", b"swaps", "uptime", b"uptime", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

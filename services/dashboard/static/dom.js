@@ -1,5 +1,7 @@
 // Small helpers: elements, numbers for people, colours that mean the same everywhere on the page.
 
+import { nowS } from "./live.js";
+
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -37,7 +39,11 @@ export function num(value, digits = 4) {
   return String(Number(value.toPrecision(digits)));
 }
 
-export const ms = (value) => (value === null || value === undefined ? "–" : `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`);
+export function ms(value) {
+  if (value === null || value === undefined) return "–";
+  if (value > 0 && value < 0.05) return "<0.1 ms";
+  return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+}
 
 export function ago(seconds) {
   const s = Math.max(0, seconds);
@@ -78,4 +84,21 @@ export function table(caption, heads, rows, { numeric = [] } = {}) {
       const { cells, ...attributes } = Array.isArray(row) ? { cells: row } : row;
       return h("tr", attributes, cells.map((cell, i) => h("td", { class: align(i) }, cell ?? "–")));
     }))));
+}
+
+// An age that goes on growing without its surroundings being drawn again.
+const since = (t) => (nowS() - t < 1 ? "just now" : `${ago(nowS() - t)} ago`);
+export const age = (t) => h("time", { "data-t": t }, since(t));
+
+export function tellAges() {
+  document.querySelectorAll("time[data-t]").forEach((element) => write(element, since(Number(element.dataset.t))));
+}
+
+// Draws parts() into body only when key (anything that JSON holds) differs from the last time: what a person is about to
+// press, has selected or listens to stays where it is.
+export function drawIfChanged(body, key, parts) {
+  const text = JSON.stringify(key);
+  if (body.dataset.drawn === text) return;
+  body.replaceChildren(...parts());
+  body.dataset.drawn = text;
 }

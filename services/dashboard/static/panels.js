@@ -1,7 +1,7 @@
-// Services, latency, versions and learning: what the whole fleet shares.
+// Services, latency and learning: what the whole fleet shares.
 
 import { lineChart, ticks } from "./charts.js";
-import { ago, code, empty, h, ms, num, table, versionColour, versionMark, versionText, write } from "./dom.js";
+import { ago, code, empty, h, ms, num, table, versionColour, versionText, write } from "./dom.js";
 import { latest, nowS, values } from "./live.js";
 
 const STAGES = [["capture", "capture"], ["network", "network"], ["queue", "server queue"], ["compute", "server compute"]];
@@ -34,16 +34,14 @@ export function renderServices() {
 export function renderLatency() {
   const body = document.getElementById("latency-body");
   const robots = (latest("robots") ?? []).map((name) => [name, latest(`robot:${name}:latency`)]).filter(([, one]) => one?.count);
-  const server = latest("inference");
-  if (!robots.length && !server?.stages.length) {
+  if (!robots.length) {
     body.replaceChildren(empty("No chunk was asked for yet. Run a served policy on an actor that is named here (", code("--actor HOST:PORT"), ")."));
     return;
   }
-  const parts = [];
-  if (robots.length) {
-    const longest = Math.max(...robots.map(([, one]) => STAGES.reduce((sum, [stage]) => sum + one.stages[stage].p50_ms, 0)), 1e-6);
-    parts.push(h("ul", { class: "keys" }, STAGES.map(([stage, name]) => h("li", {}, h("i", { class: stage, "aria-hidden": "true" }), name))));
-    parts.push(table("Last 512 chunks of each robot: median / 99th percentile", ["Robot", "Median by stage", "All", ...STAGES.map(([, name]) => name), "Chunks"],
+  const longest = Math.max(...robots.map(([, one]) => STAGES.reduce((sum, [stage]) => sum + one.stages[stage].p50_ms, 0)), 1e-6);
+  body.replaceChildren(
+    h("ul", { class: "keys" }, STAGES.map(([stage, name]) => h("li", {}, h("i", { class: stage, "aria-hidden": "true" }), name))),
+    table("Last 512 chunks of each robot: median / 99th percentile", ["Robot", "Median by stage", "All", ...STAGES.map(([, name]) => name), "Chunks"],
       robots.map(([name, one]) => ({
         "data-latency": name,
         cells: [name,
@@ -51,63 +49,9 @@ export function renderLatency() {
             STAGES.map(([stage]) => h("span", { class: stage, "width%": (100 * one.stages[stage].p50_ms) / longest }))),
           pair(one.total), ...STAGES.map(([stage]) => pair(one.stages[stage])), String(one.count)],
       })), { numeric: [2, 3, 4, 5, 6, 7] }));
-  }
-  if (server?.stages.length) {
-    parts.push(h("h4", {}, "Inside the inference service"));
-    parts.push(table("All robots, last 4096 chunks", ["Stage", "Median", "99th percentile"],
-      server.stages.map((stage) => [stage.stage, ms(stage.p50_ms), ms(stage.p99_ms)]), { numeric: [1, 2] }));
-  }
-  if (server?.sessions.length) {
-    parts.push(h("h4", {}, "Sessions"));
-    parts.push(table("One a robot", ["Robot", "Model", "Stream", "Chunks", "Refused", "Too late", "Median", "99th", "Last refusal"],
-      server.sessions.map((one) => [one.robot_id, one.model, one.connected ? "open" : "closed", String(one.chunk_count), String(one.refused_count),
-        String(one.missed_deadline_count), ms(one.p50_ms), ms(one.p99_ms), one.last_refusal]), { numeric: [3, 4, 5, 6, 7] }));
-  }
-  body.replaceChildren(...parts);
 }
 
 const pair = (one) => `${ms(one.p50_ms).replace(" ms", "")} / ${ms(one.p99_ms)}`;
-const same = (a, b) => a && b && a.model === b.model && a.number === b.number && a.digest === b.digest;
-
-export function renderVersions() {
-  const body = document.getElementById("versions-body");
-  const configured = latest("configured") ?? {};
-  const server = latest("inference");
-  const published = values("versions").at(-1) ?? [];
-  const parts = [h("h4", {}, "Served")];
-  if (server?.models.length) {
-    parts.push(table("What acts on robots now", ["Version", "Type", "Horizon", "Parameters", "Digest"], server.models.map((model) => ({
-      "data-served": model.name,
-      cells: [versionMark(model.version ?? { model: model.name, number: 0, digest: "" }), model.policy_type, `${model.chunk_horizon} actions`,
-        num(model.parameter_count, 3), model.version?.digest ?? "–"],
-    })), { numeric: [2, 3] }));
-  } else {
-    parts.push(configured.inference ? empty("The inference service serves nothing, or is not there yet.") : empty("No inference service is named: ", code("--inference HOST:PORT"), "."));
-  }
-  if (server?.swaps.length) {
-    parts.push(h("h4", {}, "Swaps"));
-    parts.push(table("Newest first", ["Version", "When", "Pause", "Result"], server.swaps.slice(-8).reverse().map((swap) => ({
-      class: swap.accepted ? null : "bad",
-      "data-swap": swap.version?.number ?? 0,
-      cells: [versionMark(swap.version), `${ago(nowS() - swap.t)} ago`, ms(swap.pause_ms), swap.accepted ? "served" : `refused: ${swap.reason}`],
-    })), { numeric: [2] }));
-  }
-  parts.push(h("h4", {}, "Published"));
-  if (published.length) {
-    const served = server?.models.map((model) => model.version) ?? [];
-    parts.push(table(`Newest first, ${published.length} in all`, ["Version", "Digest", "When", "Step", "Loss", ""], published.slice(-10).reverse().map((one) => ({
-      "data-published": one.version.number,
-      cells: [versionMark(one.version), one.version.digest, `${ago(nowS() - one.t)} ago`, stepOf(one), lossOf(one), served.some((other) => same(other, one.version)) ? "served" : ""],
-    })), { numeric: [3, 4] }));
-  } else {
-    parts.push(configured.weights ? empty("Nothing is published yet: a learner publishes while it trains.") : empty("No weights service is named: ", code("--weights HOST:PORT"), "."));
-  }
-  body.replaceChildren(...parts);
-}
-
-const metricOf = (one, name) => (one.metrics[name] === undefined ? "–" : num(one.metrics[name]));
-const stepOf = (one) => metricOf(one, "train/step");
-const lossOf = (one) => metricOf(one, "train/loss");
 
 const CURVES = [["train/loss", "Loss", true], ["train/lr", "Learning rate", false]];
 const charts = new Map();

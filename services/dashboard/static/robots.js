@@ -2,6 +2,7 @@
 
 import { chunkTimeline, covers, lineChart } from "./charts.js";
 import { ago, code, empty, h, ms, num, seriesColour, svg, table, versionMark, versionText, write } from "./dom.js";
+import { confirmed } from "./dialog.js";
 import { latest, nowS, values } from "./live.js";
 
 const WINDOW_S = 20;
@@ -262,18 +263,6 @@ class RobotCard {
       write(this.answer, `Not done: the dashboard could not be reached (${error.message}). Use the stop at the robot.`);
     }
   }
-}
-
-function confirmed({ title, text, yes }) {
-  const dialog = document.getElementById("confirm");
-  write(document.getElementById("confirm-title"), title);
-  write(document.getElementById("confirm-text"), text);
-  const button = document.getElementById("confirm-yes");
-  write(button, yes);
-  button.className = "danger";
-  dialog.returnValue = "no";
-  dialog.showModal();
-  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }));
 }
 
 // Draws the newest picture; while one is on its way, newer ones only replace the wish for the next.

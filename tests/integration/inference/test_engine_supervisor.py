@@ -116,6 +116,22 @@ async def test_chunks_that_the_front_end_does_not_take_wait_in_the_engine() -> N
         assert [chunk.actions[0, 0] for chunk in chunks if isinstance(chunk, Answer)] == list(range(3 * ANSWER_SLOTS))
 
 
+async def test_what_the_engine_says_of_its_load_is_known_while_it_is_there() -> None:
+    serving: asyncio.Queue[bool] = asyncio.Queue()
+    async with running(on_serving=serving.put_nowait) as supervisor:
+        for restart_count in range(2):
+            assert await asyncio.wait_for(serving.get(), RESTARTED)
+            load = supervisor.load()
+            assert load is not None
+            assert (load.waiting_count, load.memory_used_bytes, load.memory_total_bytes) == (2, 3 << 30, 4 << 30)
+            assert (supervisor.restart_count, supervisor.is_pinned("fake")) == (restart_count, False)
+            assert supervisor.pid is not None
+            if not restart_count:
+                os.kill(supervisor.pid, signal.SIGKILL)
+                assert not await asyncio.wait_for(serving.get(), RESTARTED)
+                assert supervisor.load() is None
+
+
 async def test_text_comes_in_pieces_and_a_swap_is_answered() -> None:
     async with running() as supervisor:
         heard: asyncio.Queue[str | TextEnd] = asyncio.Queue()

@@ -11,10 +11,11 @@ import pytest
 from manyhands import codec, stamps
 from manyhands.actor.v1 import actor_pb2
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import Refused
+from manyhands.errors import Conflict, InvalidInput, NotFound, Refused
+from manyhands.inference.v1 import inference_pb2
 from manyhands.robot.v1 import robot_pb2
 from manyhands.security import SecuritySettings
-from services.dashboard import shapes
+from services.dashboard import shapes, swaps
 from services.dashboard.access import Access
 from services.dashboard.web import byte_range
 
@@ -70,6 +71,67 @@ def test_latency_leaves_refusals_out_and_takes_nearest_ranks() -> None:
     assert summary["stages"]["compute"] == {"p50_ms": 50.0, "p99_ms": 99.0}
     assert summary["stages"]["queue"] == {"p50_ms": 0.0, "p99_ms": 0.0}
     assert shapes.latency([event(1, refusal="late")]) == {"count": 0, "total": None, "stages": {}}
+
+
+def test_an_inference_service_that_has_nothing_to_say_yet_is_shown_too() -> None:
+    shown = shapes.inference_status(inference_pb2.GetStatusResponse(), now_s=10.0)
+    assert (shown["loads"], shown["sessions"], shown["memory_total_bytes"]) == ({}, [], 0)
+    json.dumps(shown, allow_nan=False)
+
+
+def test_capacity_and_refusals_of_a_service_as_the_page_shows_them() -> None:
+    refusal = inference_pb2.RefusalRecord(
+        reason=inference_pb2.REFUSAL_REASON_UNKNOWN_SESSION,
+        message="is from before a restart",
+        count=7,
+        last_ago=stamps.to_duration(4.0),
+        last_request_id=31,
+    )
+    session = inference_pb2.SessionStatus(robot_id="left", refusals=[refusal])
+    load = inference_pb2.ModelLoad(
+        model="arm", possible_chunks_per_s=math.inf, usable_chunks_per_s=8.0, asked_chunks_per_s=2.5, pinned=True
+    )
+    status = inference_pb2.GetStatusResponse(sessions=[session], loads=[load], device_memory_used_bytes=5)
+    shown = shapes.inference_status(status, now_s=10.0)
+    assert shown["sessions"][0]["refusals"] == [
+        {"reason": "unknown session", "message": "is from before a restart", "count": 7, "t": 6.0, "request_id": 31}
+    ]
+    assert shown["loads"]["arm"] == {
+        "possible_per_s": None, "usable_per_s": 8.0, "asked_per_s": 2.5, "session_count": 0, "pinned": True,
+    }  # fmt: skip
+    assert shown["memory_used_bytes"] == 5
+    json.dumps(shown, allow_nan=False)
+
+
+REFUSED_BODIES = [
+    (None, "confirm"),
+    ({"from": 3, "to": 5}, "confirm"),
+    ({"confirm": "leg", "from": 3, "to": 5}, "confirm"),
+    ({"confirm": "arm", "to": 5}, "from"),
+    ({"confirm": "arm", "from": 3, "to": True}, "to"),
+    ({"confirm": "arm", "from": 3, "to": 2**63}, "to"),
+]
+
+
+@pytest.mark.parametrize(("body", "field"), REFUSED_BODIES)
+def test_a_swap_that_is_not_spelled_out_is_refused_by_field(body: object, field: str) -> None:
+    status = {"models": [{"name": "arm", "version": {"number": 3}}]}
+    with pytest.raises(InvalidInput) as caught:
+        swaps.wanted_swap("arm", body, status)
+    assert caught.value.field == field
+
+
+def test_a_swap_must_be_from_what_serves_now() -> None:
+    def wanted(status: object, number: int = 3) -> swaps.WantedSwap:
+        return swaps.wanted_swap("arm", {"confirm": "arm", "from": number, "to": 0}, status)
+
+    assert wanted({"models": [{"name": "arm", "version": {"number": 3}}]}).to_number == 0
+    assert wanted({"models": [{"name": "arm", "version": None}]}, 0).from_number == 0, "a checkpoint"
+    with pytest.raises(Conflict, match="serves v4 now, not v3"):
+        wanted({"models": [{"name": "arm", "version": {"number": 4}}]})
+    for nothing in (None, {"models": []}, {"models": [{"name": "leg", "version": {"number": 3}}]}):
+        with pytest.raises(NotFound, match="is not served"):
+            wanted(nothing)
 
 
 def test_anything_but_loopback_needs_tls_and_tokens() -> None:
