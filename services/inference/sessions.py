@@ -185,7 +185,6 @@ class Session:
     chunk_count: int = 0
     refused_count: int = 0
     missed_deadline_count: int = 0
-    last_refusal: str = ""
     subtask_count: int = 0
     refused_subtask_count: int = 0
     last_subtask: str = ""
