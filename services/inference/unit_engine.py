@@ -15,25 +15,23 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from manyhands.errors import InternalError, InvalidInput, ManyhandsError, TooLate, Unreachable
 
+from . import unit_warm_up
 from .engine import Progress, is_fatal
 from .engine_port import Answer, Job, Outcome, Question, Superseded, TextEnd
 from .fused_model import ChunkRow, FusedModel, TextRowInWork
 from .text_writer import Heard, text_request
 from .unit_scheduler import UnitScheduler
-from .units import ChunkWork, TextWork, Unit, UnitKind, group
+from .units import ChunkWork, TextWork, Unit, UnitKind
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_RUNS = 5
 # Units that the device may have before it: one that runs and one behind it.
 MAX_AHEAD = 1
-RowT = TypeVar("RowT", ChunkRow, TextRowInWork)
 
 
 @dataclass(kw_only=True)
@@ -364,71 +362,10 @@ class UnitEngine:
             model.fused.prepare(functools.partial(self._tell, name))
             if not np.isfinite(model.canary()).all():
                 raise InternalError(f"model {name!r} fails on a plain observation: its chunk is not finite")
-            self._measure(name, model)
+            self._chunks_per_s[name] = unit_warm_up.measure(name, model, self._scheduler.times, self._clock())
 
     def _tell(self, name: str, done: int, total: int, what: str) -> None:
         self._progress(f"preparing {name}: {what}", done, total)
-
-    def _measure(self, name: str, model: FusedModel) -> None:
-        """Every prepared unit a few times, so that the first robots are promised what can be kept."""
-        settings, times = model.fused.settings, self._scheduler.times
-        for bucket in settings.prompt_lengths:
-            for size in settings.prefix_rows:
-                if size <= settings.expert_rows[-1]:
-                    prefix_s = self._fastest_s(model, [model.example_row(bucket) for _ in range(size)], model.run_prefix)
-                    times.observe(group(UnitKind.PREFIX, name, bucket), size, prefix_s, self._clock())
-        for size in settings.expert_rows:
-            rows = [model.example_row(settings.prompt_lengths[0]) for _ in range(size)]
-            for row in rows:
-                model.run_prefix([row])
-            step_s = self._fastest_s(model, [], lambda _, rows=rows: model.run_expert([(row, 0) for row in rows]))  # type: ignore[misc]
-            for row in rows:
-                model.release(row)
-            for bucket in settings.prompt_lengths:
-                times.observe(group(UnitKind.EXPERT, name, bucket), size, step_s, self._clock())
-        self._chunks_per_s[name] = self._best_rate(name, model)
-        if model.policy.has_text_head:
-            self._measure_text(name, model)
-
-    def _best_rate(self, name: str, model: FusedModel) -> float:
-        """Chunks a second with full batches of the longest prompts."""
-        settings, times = model.fused.settings, self._scheduler.times
-        bucket, rows = settings.prompt_lengths[-1], settings.expert_rows[-1]
-        size = max(size for size in settings.prefix_rows if size <= rows)
-        prefix_s = times.mean_s(group(UnitKind.PREFIX, name, bucket), size)
-        step_s = times.mean_s(group(UnitKind.EXPERT, name, bucket), rows)
-        assert prefix_s is not None
-        assert step_s is not None
-        return 1.0 / (prefix_s / size + model.num_steps * step_s / rows)
-
-    def _measure_text(self, name: str, model: FusedModel) -> None:
-        settings, times = model.fused.settings, self._scheduler.times
-        for bucket in settings.prompt_lengths:
-            prefix_s = self._fastest_s(model, [model.example_question(bucket)], lambda rows: model.run_text_prefix(rows[0]))
-            times.observe(group(UnitKind.TEXT_PREFIX, name, bucket), 1, prefix_s, self._clock())
-        for size in settings.text_rows:
-            rows = [model.example_question(settings.prompt_lengths[0]) for _ in range(size)]
-            for row in rows:
-                model.run_text_prefix(row)
-            step_s = self._fastest_s(model, [], lambda _, rows=rows: model.run_text(rows))  # type: ignore[misc]
-            for row in rows:
-                model.release(row)
-            for bucket in settings.prompt_lengths:
-                times.observe(group(UnitKind.TEXT, name, bucket), size, step_s, self._clock())
-                times.observe(group(UnitKind.DRAFT_CHECK, name, bucket), 1, 2 * step_s, self._clock())
-
-    def _fastest_s(self, model: FusedModel, rows: Sequence[RowT], run: Callable[[Sequence[RowT]], None]) -> float:
-        """Of a few runs; rows' slots are given back after each."""
-        fastest_s = float("inf")
-        for _ in range(WARM_UP_RUNS):
-            model.wait()
-            started_s = time.perf_counter()
-            run(rows)
-            model.wait()
-            fastest_s = min(fastest_s, time.perf_counter() - started_s)
-            for row in rows:
-                model.release(row)
-        return fastest_s
 
 
 def _too_late(work: ChunkWork[_Chunk], now_s: float) -> TooLate:

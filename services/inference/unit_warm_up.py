@@ -1,0 +1,91 @@
+"""How long a model's prepared units take, measured before the first robot comes, so that what it is promised can be kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from .fused_model import ChunkRow, FusedModel, TextRowInWork
+from .service_times import ServiceTimes
+from .units import UnitKind, group
+
+RUNS = 5
+RowT = TypeVar("RowT", ChunkRow, TextRowInWork)
+
+
+def measure(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> float:
+    """Runs every unit a few times and tells times of them; answers chunks a second with full batches of long prompts."""
+    settings = model.fused.settings
+    for bucket in settings.prompt_lengths:
+        for size in settings.prefix_rows:
+            if size <= settings.expert_rows[-1]:
+                prefix_s = _fastest_s(model, [model.example_row(bucket) for _ in range(size)], model.run_prefix)
+                times.observe(group(UnitKind.PREFIX, name, bucket), size, prefix_s, now_s)
+    for size in settings.expert_rows:
+        step_s = _step_s(model, size)
+        for bucket in settings.prompt_lengths:
+            times.observe(group(UnitKind.EXPERT, name, bucket), size, step_s, now_s)
+    if model.policy.has_text_head:
+        _measure_text(name, model, times, now_s)
+    return _best_rate(name, model, times)
+
+
+def _measure_text(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> None:
+    settings = model.fused.settings
+    for bucket in settings.prompt_lengths:
+        prefix_s = _fastest_s(model, [model.example_question(bucket)], lambda rows: model.run_text_prefix(rows[0]))
+        times.observe(group(UnitKind.TEXT_PREFIX, name, bucket), 1, prefix_s, now_s)
+    for size in settings.text_rows:
+        token_s = _token_s(model, size)
+        for bucket in settings.prompt_lengths:
+            times.observe(group(UnitKind.TEXT, name, bucket), size, token_s, now_s)
+            # Some tokens in one pass: as long as two steps, until one has been seen.
+            times.observe(group(UnitKind.DRAFT_CHECK, name, bucket), 1, 2 * token_s, now_s)
+
+
+def _best_rate(name: str, model: FusedModel, times: ServiceTimes) -> float:
+    settings = model.fused.settings
+    bucket, rows = settings.prompt_lengths[-1], settings.expert_rows[-1]
+    size = max(size for size in settings.prefix_rows if size <= rows)
+    prefix_s = times.mean_s(group(UnitKind.PREFIX, name, bucket), size)
+    step_s = times.mean_s(group(UnitKind.EXPERT, name, bucket), rows)
+    assert prefix_s is not None
+    assert step_s is not None
+    return 1.0 / (prefix_s / size + model.num_steps * step_s / rows)
+
+
+def _step_s(model: FusedModel, size: int) -> float:
+    """Of an Euler step of so many rows."""
+    rows = [model.example_row(model.fused.settings.prompt_lengths[0]) for _ in range(size)]
+    for row in rows:
+        model.run_prefix([row])
+    step_s = _fastest_s(model, rows[:0], lambda _: model.run_expert([(row, 0) for row in rows]))
+    for row in rows:
+        model.release(row)
+    return step_s
+
+
+def _token_s(model: FusedModel, size: int) -> float:
+    """Of a token of so many texts."""
+    rows = [model.example_question(model.fused.settings.prompt_lengths[0]) for _ in range(size)]
+    for row in rows:
+        model.run_text_prefix(row)
+    token_s = _fastest_s(model, rows[:0], lambda _: model.run_text(rows))
+    for row in rows:
+        model.release(row)
+    return token_s
+
+
+def _fastest_s(model: FusedModel, rows: Sequence[RowT], run: Callable[[Sequence[RowT]], None]) -> float:
+    """Of a few runs; the rows' slots are given back after each."""
+    fastest_s = float("inf")
+    for _ in range(RUNS):
+        model.wait()
+        started_s = time.perf_counter()
+        run(rows)
+        model.wait()
+        fastest_s = min(fastest_s, time.perf_counter() - started_s)
+        for row in rows:
+            model.release(row)
+    return fastest_s
