@@ -49,7 +49,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) install -c constraints.txt -e '.[robot,serve,learn,sim,trace,dev]'
+	$(PIP) install -c constraints.txt -e '.[robot,serve,learn,sim,trace,compare,dev]'
 	@touch $@
 
 lint: setup-dev
