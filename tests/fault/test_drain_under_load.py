@@ -191,4 +191,6 @@ def test_a_chunk_that_cannot_be_made_before_the_end_is_refused_not_forgotten(lab
         assert time.monotonic() - told_s < 6.0
     (refusal,) = refusals
     assert isinstance(refusal, Unreachable)
+    assert "goes away" in str(refusal)
+    assert refusal.retry_after_s
     wait_until(lambda: not engine.is_running(), 2.0)
