@@ -163,19 +163,21 @@ def test_a_chunk_that_cannot_be_made_before_the_end_is_refused_not_forgotten(lab
         assert isinstance(next_reply(stream).result, Chunk)
         session = lab.open_talk(client, "asks")
         refusals: list[BaseException] = []
+        begun = threading.Event()
 
         def ask() -> None:
             try:
-                for _ in talk(client, session, 1):
-                    pass
+                for _ in talk(client, session, 1, max_new_tokens=fault_lab.MAX_NEW_TOKENS):
+                    begun.set()
             except ManyhandsError as error:
                 refusals.append(error)
 
         engine = fault_lab.engine_of(lab.service)
         assert engine is not None
-        engine.suspend()
         asking = threading.Thread(target=ask)
         asking.start()
+        assert begun.wait(20.0)
+        engine.suspend()
         pending = lab.ask(stream, 2)
         lab.service.process.send_signal(signal.SIGTERM)
         told_s = time.monotonic()
@@ -191,4 +193,6 @@ def test_a_chunk_that_cannot_be_made_before_the_end_is_refused_not_forgotten(lab
         assert time.monotonic() - told_s < 6.0
     (refusal,) = refusals
     assert isinstance(refusal, Unreachable)
+    assert "goes away" in str(refusal)
+    assert refusal.retry_after_s
     wait_until(lambda: not engine.is_running(), 2.0)

@@ -1,4 +1,4 @@
-"""A client that reads nothing of what it is answered, on either path: held back, while the others are served as ever."""
+"""A client that reads nothing of what it is answered: held back, while the others are served as ever."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MAX_GROWTH_BYTES = 24 * 1024 * 1024
 NEIGHBOUR_DEADLINE_S = 2.0
 
 
-def test_a_reader_that_does_not_read_holds_up_nobody(lab: Lab) -> None:
+def test_a_reader_that_does_not_read_holds_up_nobody(plain_lab: Lab) -> None:
+    lab = plain_lab
     with InferenceClient(lab.address) as client, channel.connect(lab.address) as raw:
         with client.act_stream(lab.open_session(client, "before").session_id) as stream:
             for seed in range(5):

@@ -86,39 +86,3 @@ def test_a_swap_during_shutdown_ends_cleanly(topology: Topology, tmp_path: Path,
     assert "nothing was changed" in str(outcome)
     assert {reply.version.number for reply in robot.replies if reply.version.model} == {1}
     assert "Traceback" not in lab.service.log_path.read_text()
-
-
-@pytest.mark.parametrize("path", fault_lab.PATHS)
-def test_a_server_that_takes_version_after_version_ends_in_time(
-    topology: Topology, tmp_path: Path, checkpoints: Path, path: str
-) -> None:
-    weights = start_weights(topology, tmp_path)
-    lab = fault_lab.serve(topology, checkpoints, path, "--weights", weights, "--follow")
-    stop = threading.Event()
-
-    def learn() -> None:
-        number = 1
-        while not stop.is_set():
-            publish(weights, lab, number)
-            number += 1
-
-    learning = threading.Thread(target=learn)
-    learning.start()
-    try:
-        with InferenceClient(lab.address) as client:
-            robot = Robot(lab, client, "left")
-            wait_until(lambda: len({reply.version.number for reply in robot.replies}) > 2)
-            engine = engine_of(lab.service)
-            lab.service.process.send_signal(signal.SIGTERM)
-            told_s = time.monotonic()
-            assert lab.service.process.wait(10.0) == 0
-            assert time.monotonic() - told_s < 5.0
-            robot.thread.join(10.0)
-    finally:
-        stop.set()
-        learning.join(20.0)
-    assert engine is not None
-    wait_until(lambda: not engine.is_running(), timeout_s=2.0)
-    numbers = [reply.version.number for reply in robot.replies if reply.version.model]
-    assert numbers == sorted(numbers), "an older version came back"
-    assert "Traceback" not in lab.service.log_path.read_text()

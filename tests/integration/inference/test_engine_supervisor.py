@@ -218,9 +218,9 @@ async def test_an_engine_is_not_judged_by_what_its_robot_gave_up() -> None:
         os.kill(pid, signal.SIGSTOP)
         submit(supervisor, 2, deadline_s=0.01)
         supervisor.withdraw("left")
-        os.kill(pid, signal.SIGCONT)
         await asyncio.sleep(0.3 + 2 * engine_client.HUNG_CHECK_S)
         assert supervisor.pid == pid
+        os.kill(pid, signal.SIGCONT)
         await chunk(supervisor, 3)
 
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
+from manyhands import channel
 from manyhands.clients.inference import ActStream, InferenceClient
 from manyhands.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Overloaded
+from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec
 from tests.support.inference_lab import (
     CAMERAS,
     HORIZON,
     SPEC,
+    GatedPolicy,
     InProcessService,
     ask,
+    local_chunk,
     make_observation,
     make_policy,
     next_chunk,
     next_refusal,
     next_reply,
     open_session,
+    shut_gate,
 )
 from tests.support.waiting import wait_until
 
@@ -133,6 +139,37 @@ def test_a_second_stream_takes_over_from_the_first(client: InferenceClient) -> N
             next_reply(old)
         ask(new, 3)
         next_chunk(new)
+
+
+def test_a_stream_that_was_replaced_and_ends_late_takes_nothing_of_its_successor_with_it(
+    service: InProcessService, client: InferenceClient, stream: ActStream, policy: GatedPolicy
+) -> None:
+    """It hangs on a dead link for long after the robot came back."""
+    session = open_session(client, "back")
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield inference_pb2.ActRequest(session_id=session.session_id, task="x" * 4000).SerializeToString()
+
+    def held_back() -> bool:
+        already, until_s = sent, time.monotonic() + 0.3
+        wait_until(lambda: time.monotonic() > until_s or sent > already)
+        return sent == already
+
+    with channel.connect(service.address) as raw:
+        dead = raw.stream_stream("/manyhands.inference.v1.InferenceService/Act")(endless(), timeout=60.0)
+        wait_until(held_back)
+        with client.act_stream(session.session_id) as successor:
+            shut_gate(policy, stream)
+            ask(successor, 1)
+            wait_until(lambda: service.engine.pending() == 1)
+            dead.cancel()
+            wait_until(lambda: len(service.servicer._streams) == 2)
+            policy.gate.set()
+            np.testing.assert_array_equal(next_chunk(successor).actions, local_chunk(policy, make_observation(1), 1))
 
 
 def test_a_closed_session_frees_its_robot(client: InferenceClient) -> None:
