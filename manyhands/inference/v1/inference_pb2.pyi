@@ -271,7 +271,7 @@ class ActRequest(_message.Message):
     def observation(self) -> _common_pb2.Observation: ...
     @_builtins.property
     def committed_prefix(self) -> _common_pb2.Tensor:
-        """(steps, model action size) float32, model space: the leftover of the last chunk from current_index on. May be absent."""
+        """(steps, model action size) float32: the leftover of the last chunk's model_actions from current_index on. May be absent."""
 
     @_builtins.property
     def deadline(self) -> _duration_pb2.Duration:
@@ -353,7 +353,7 @@ class Chunk(_message.Message):
 
     @_builtins.property
     def model_actions(self) -> _common_pb2.Tensor:
-        """(horizon, model action size) float32, normalised: what comes back as committed_prefix."""
+        """(horizon, model action size) float32: what comes back as committed_prefix. Normalised, or absolute where the model's actions are relative to the state."""
 
     def __init__(
         self,
