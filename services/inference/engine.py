@@ -24,6 +24,7 @@ from policies.policy import CommittedPrefix, Sample
 from .engine_port import Answer, Job, Outcome, Row, Superseded
 from .models import AnyPolicy, ServedModel, canary_sample
 from .scheduler import Scheduler, Work
+from .timed_change import TimedChange
 
 logger = logging.getLogger(__name__)
 
@@ -138,23 +139,13 @@ class Engine:
         Raises:
             Whatever change raises; Unreachable when the engine stopped.
         """
-        done: Future[float] = Future()
-
-        def run() -> None:
-            started = time.perf_counter()
-            try:
-                change()
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(time.perf_counter() - started)
-
+        timed = TimedChange(change)
         with self._changed:
             if self._stopping:
                 raise Unreachable("the server is going away")
-            self._between.append(run)
+            self._between.append(timed)
             self._changed.notify()
-        return done.result()
+        return timed.done.result()
 
     def _run(self) -> None:
         if self._torch_threads:

@@ -25,6 +25,7 @@ from .engine import Progress, is_fatal
 from .engine_port import Answer, Job, Outcome, Question, Superseded, TextEnd
 from .fused_model import ChunkRow, FusedModel, TextRowInWork
 from .text_writer import Heard, text_request
+from .timed_change import TimedChange
 from .unit_scheduler import UnitScheduler
 from .units import ChunkWork, TextWork, Unit, UnitKind
 
@@ -192,23 +193,13 @@ class UnitEngine:
         Raises:
             Whatever change raises; Unreachable when the engine stopped.
         """
-        done: Future[float] = Future()
-
-        def run() -> None:
-            started = time.perf_counter()
-            try:
-                change()
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(time.perf_counter() - started)
-
+        timed = TimedChange(change)
         with self._changed:
             if self._stopping:
                 raise Unreachable("the server is going away")
-            self._swaps.append(run)
+            self._swaps.append(timed)
             self._changed.notify()
-        return done.result()
+        return timed.done.result()
 
     def _release_later(self, works: Sequence[ChunkWork[_Chunk] | TextWork[_Text]]) -> None:
         """A unit that runs may still write into their slots."""
