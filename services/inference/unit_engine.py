@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from manyhands.errors import InternalError, InvalidInput, ManyhandsError, TooLate, Unreachable
+from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
 
 from . import unit_warm_up
 from .engine import Progress, is_fatal
@@ -110,8 +110,8 @@ class UnitEngine:
         model = self.models[job.model]
         try:
             row = model.chunk_row(job.row)
-        except ManyhandsError as error:
-            job.done(error)
+        except Exception as error:  # Whatever is wrong with one robot's request must not end the engine of all.
+            job.done(_told(error, f"request {request_id} of session {owner}"))
             return
         work = ChunkWork(
             owner=owner,
@@ -141,8 +141,8 @@ class UnitEngine:
         model = self.models[question.model]
         try:
             row = model.text_row(question.sample, text_request(question))
-        except ManyhandsError as error:
-            heard(TextEnd(error=error))
+        except Exception as error:
+            heard(TextEnd(error=_told(error, f"a question to {question.model}")))
             return lambda: None
         text_id = next(self._text_ids)
         work = TextWork(
@@ -330,16 +330,12 @@ class UnitEngine:
         work.payload.heard(end)
 
     def _fail(self, unit: Unit[_Chunk, _Text], error: Exception) -> None:
-        """Of several rows each is tried alone: one robot's bad row must not cost the others theirs."""
+        """All rows of the unit: what may be wrong with a single one was looked for before it got here."""
         with self._changed:
             self._scheduler.failed(unit, self._clock())
-        told = error if isinstance(error, InvalidInput) else InternalError(
-            "the model failed on this request; the server's log has the reason under its id"
-        )  # fmt: skip
-        if told is not error:
-            logger.exception("a %s unit of %s failed", unit.kind.value, unit.model)
-            if self._on_fatal is not None and is_fatal(error):
-                self._on_fatal(error)
+        told = _told(error, f"a {unit.kind.value} unit of {unit.model}")
+        if self._on_fatal is not None and is_fatal(error):
+            self._on_fatal(error)
         for row in unit.rows:
             self.models[unit.model].release(row.work.payload.row)
             row.work.payload.job.done(told)
@@ -357,6 +353,14 @@ class UnitEngine:
 
     def _tell(self, name: str, done: int, total: int, what: str) -> None:
         self._progress(f"preparing {name}: {what}", done, total)
+
+
+def _told(error: Exception, what: str) -> ManyhandsError:
+    """What a client hears of an error; what it could not have known goes to the log."""
+    if isinstance(error, ManyhandsError):
+        return error
+    logger.error("%s failed", what, exc_info=error)
+    return InternalError("the model failed on this request; the server's log has the reason")
 
 
 def _too_late(work: ChunkWork[_Chunk], now_s: float) -> TooLate:

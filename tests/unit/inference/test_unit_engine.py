@@ -99,6 +99,20 @@ def answer_of(outcomes):
     return outcome
 
 
+def hold(engine):
+    """The engine does nothing until the gate opens: it, and the thread that waits for that."""
+    entered, gate = threading.Event(), threading.Event()
+
+    def wait():
+        entered.set()
+        assert gate.wait(30.0)
+
+    holding = threading.Thread(target=engine.between_passes, args=(wait,))
+    holding.start()
+    assert entered.wait(30.0)
+    return gate, holding
+
+
 def near(found, expected):
     return np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
 
@@ -158,11 +172,10 @@ def test_rows_of_different_robots_do_not_change_each_other(engine, policy):
         )
         for seed in range(9)
     ]
-    waiting = []
-    for seed, one in enumerate(asked):
-        waiting.append(submit(engine, f"robot {seed}", one))
-        if seed % 4 == 3:
-            time.sleep(0.005)
+    gate, holding = hold(engine)
+    waiting = [submit(engine, f"robot {seed}", one) for seed, one in enumerate(asked)]
+    gate.set()
+    holding.join()
     sizes = set()
     for one, outcomes in zip(asked, waiting, strict=True):
         outcome = answer_of(outcomes)
@@ -232,10 +245,7 @@ def test_all_slots_come_back(engine):
 
 
 def test_a_newer_observation_takes_the_place(engine):
-    gate = threading.Event()
-    holding = threading.Thread(target=engine.between_passes, args=(gate.wait,))
-    holding.start()
-    time.sleep(0.05)
+    gate, holding = hold(engine)
     first = submit(engine, "left", row(1), request_id=1)
     second = submit(engine, "left", row(2), request_id=2)
     assert isinstance(first.get(timeout=5.0), Superseded)
@@ -257,10 +267,7 @@ def test_a_bad_observation_is_refused_by_name(engine):
 
 
 def test_withdrawn_work_frees_its_slots_and_nobody_is_told(engine):
-    gate = threading.Event()
-    holding = threading.Thread(target=engine.between_passes, args=(gate.wait,))
-    holding.start()
-    time.sleep(0.05)
+    gate, holding = hold(engine)
     outcomes = submit(engine, "gone", row(1))
     stop, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK))
     engine.withdraw("gone")
@@ -347,3 +354,30 @@ def test_text_that_is_no_number_is_an_error():
     assert isinstance(heard.get(timeout=30.0).error, InternalError)
     answer_of(submit(engine, "left", row(1)))  # Actions do not read the last layer's output.
     engine.stop()
+
+
+@pytest.mark.parametrize("unit", ["run_prefix", "run_expert"])
+def test_a_unit_that_raises_is_told_and_the_engine_goes_on(policy, monkeypatch, unit):
+    model = FusedModel("tiny", policy, CPU, max_rows=2, max_texts=1)
+    engine = UnitEngine({"tiny": model}, max_rows=2, max_texts=1)
+    engine.start()
+    with monkeypatch.context() as broken:
+        broken.setattr(model, unit, lambda rows: 1 / 0)
+        outcomes = [submit(engine, owner, row(1)) for owner in ("left", "right")]
+        assert all(isinstance(waiting.get(timeout=30.0), InternalError) for waiting in outcomes)
+    assert near(answer_of(submit(engine, "left", row(2))).actions, plain(policy, row(2))[0])
+    test_all_slots_come_back(engine)
+    engine.stop()
+
+
+def test_a_request_that_the_policy_trips_over_is_told_and_the_engine_goes_on(engine, policy, monkeypatch):
+    def trip(*_):
+        raise KeyError("no such thing")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(policy, "observation", trip)
+        broken.setattr(policy, "question", trip)
+        assert isinstance(submit(engine, "left", row(1)).get(timeout=5.0), InternalError)
+        _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK))
+        assert isinstance(heard.get(timeout=5.0).error, InternalError)
+    answer_of(submit(engine, "left", row(1)))
