@@ -404,7 +404,11 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     def _prompter(self) -> Prompter:
         if self.prompter is None:
-            raise NotOffered("this policy was built without a tokenizer: it acts on prepared inputs only", field="prompter")
+            raise NotOffered(
+                "this policy was built without a tokenizer and acts on prepared inputs only; put tokenizer/tokenizer.json "
+                "into its checkpoint, or make it again with --files or --tokenizer",
+                field="prompter",
+            )
         return self.prompter
 
     def _statistics_device(self) -> torch.device:
