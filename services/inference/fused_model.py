@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import Refused
+from manyhands.errors import InvalidInput, Refused
 from policies import images, text
 from policies.pi052.config import ChunkMode
 from policies.pi052.policy import Pi052Policy
@@ -165,6 +165,13 @@ class FusedModel(ServedModel):
         policy = self.policy
         sample = sample_of(observed)
         rules = policy.decoding(request)
+        prepared = self.fused.settings.max_text
+        if rules.max_new_tokens > prepared:
+            raise InvalidInput(
+                f"is {rules.max_new_tokens}, this server keeps room for {prepared} tokens of an answer; ask for fewer, or "
+                "raise max_new_tokens in the checkpoint's configuration",
+                field="max_new_tokens",
+            )
         assert policy.prompter is not None
         return TextRowInWork(
             read=policy.question(sample, request),

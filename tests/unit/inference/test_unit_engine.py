@@ -381,3 +381,11 @@ def test_a_request_that_the_policy_trips_over_is_told_and_the_engine_goes_on(eng
         _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK))
         assert isinstance(heard.get(timeout=5.0).error, InternalError)
     answer_of(submit(engine, "left", row(1)))
+
+
+def test_an_answer_longer_than_there_is_room_for_is_refused(engine):
+    """Beyond it a text would write over its own keys, and be another one than the plain module's."""
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK, max_new_tokens=13))
+    error = heard.get(timeout=5.0).error
+    assert isinstance(error, InvalidInput)
+    assert error.field == "max_new_tokens"
