@@ -16,44 +16,74 @@ from typing import Any
 import torch
 import triton
 from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from policies.attention import ROPE_BASE
 from policies.pi052.config import NetworkConfig
 
-from . import triton_attention, triton_rows, triton_small
+from . import triton_attention, triton_many, triton_rows, triton_small
 from .ops import EulerTables, Heads
-from .slots import KEYS_READ_AT_A_TIME, Residual, Rows, Slots, SlotSizes
+from .slots import Residual, Rows, Slots, SlotSizes
 from .weights import FusedWeights, Norm
 
-# Up to so many tokens go through the kernels for few.
-MAX_FEW_TOKENS = 128
+# Up to so many tokens go through the kernels for few: four rows of a chunk. Beyond, cuBLAS is faster in spite of its passes.
+MAX_FEW_TOKENS = 256
 MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut: outputs and inner numbers of a tile, parts of the inner sum, warps, stages of the pipeline."""
+    """How a product is cut: outputs and inner numbers of a tile, parts of the inner sum, warps, stages of the pipeline, and
+    the most tokens of a tile."""
 
     n: int
     k: int
     parts: int
     warps: int
     stages: int
+    m: int = 64
 
 
-# By product and tokens of a tile (16 and 32: text, 64: expert), found by trying on one H200.
+# By product and the most tokens it is for (32: text; 64, 128 and 256: one, two and four rows of an expert), found by trying
+# on one H200 with weights that come from its memory.
 TILES = {
-    ("qkv", 64): Tile(16, 128, 1, 4, 5),
-    ("gate_up", 64): Tile(32, 64, 1, 4, 8),
-    ("o", 64): Tile(32, 128, 4, 4, 4),
-    ("down", 64): Tile(64, 128, 8, 4, 4),
-    ("logits", 64): Tile(64, 64, 1, 4, 4),
     ("qkv", 32): Tile(16, 128, 1, 4, 5),
     ("gate_up", 32): Tile(32, 128, 1, 4, 5),
     ("o", 32): Tile(64, 128, 4, 4, 4),
     ("down", 32): Tile(64, 128, 8, 4, 4),
     ("logits", 32): Tile(64, 128, 1, 4, 4),
+    ("qkv", 64): Tile(16, 128, 1, 4, 4),
+    ("gate_up", 64): Tile(32, 128, 1, 4, 4),
+    ("o", 64): Tile(32, 64, 4, 4, 6),
+    ("down", 64): Tile(64, 128, 8, 4, 4),
+    ("logits", 64): Tile(64, 64, 1, 4, 4),
+    ("qkv", 128): Tile(32, 128, 1, 4, 4),
+    ("gate_up", 128): Tile(64, 64, 1, 4, 6),
+    ("o", 128): Tile(64, 128, 4, 4, 4),
+    ("down", 128): Tile(64, 64, 8, 4, 6),
+    ("logits", 128): Tile(64, 64, 1, 4, 4),
+    ("qkv", 256): Tile(64, 64, 1, 4, 6),
+    ("gate_up", 256): Tile(64, 64, 1, 8, 6, m=128),
+    ("o", 256): Tile(64, 64, 4, 8, 6, m=128),
+    ("down", 256): Tile(64, 64, 4, 8, 6, m=128),
+    ("logits", 256): Tile(64, 64, 1, 4, 4),
 }
+
+
+@dataclass(frozen=True)
+class AttendTile:
+    """How attention is cut: queries and keys of a tile, warps, stages, and about how many programs there should be in all;
+    0: each looks at all keys itself."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    programs: int = 0
+
+
+# Tokens, outputs and inner numbers of a tile, warps, stages, and tiles of tokens that share weights, of the whole prefix.
+GATE_UP_TILE = (128, 128, 64, 8, 4, 8)
 
 
 class _Rotary:
@@ -74,11 +104,6 @@ class _Shared:
         self.dtype = dtype
         self.rotary = _Rotary(config.language.head_dim, sizes.capacity, device)
         self.pdl = pdl
-        # Queries and keys of a block, warps, stages, by how much there is to do; found by trying on one H200.
-        self.prefix_tile = (64, 32, 4, 3)
-        self.prefixes_tile = (128, 32, 8, 3)
-        self.shared_tile = (64, 32, 4, 2)
-        self.few_tile = (16, KEYS_READ_AT_A_TIME, 4, 2)
         self._sizes = sizes
 
     def normed(self, residual: Residual, norm: Norm, rows: Rows) -> torch.Tensor:
@@ -101,27 +126,22 @@ class _Shared:
     def attend(self, q: torch.Tensor, rows: Rows, slots: Slots, layer: int) -> torch.Tensor:
         num_rows, num_tokens, heads, size = q.shape
         queries = num_tokens * heads
-        # A prefix looks at everything in one piece; few queries share the keys out, and their own keys are a piece more.
-        alone = queries > 1024
-        if alone:
-            m, n, warps, stages, programs = *(self.prefix_tile if num_rows == 1 else self.prefixes_tile), 0
-        elif num_rows * queries > 2048:
-            m, n, warps, stages, programs = *self.shared_tile, 2 * MULTIPROCESSORS
-        else:
-            m, n, warps, stages, programs = *self.few_tile, 2 * MULTIPROCESSORS
-            m = 16 if queries <= 16 else m
-        tiles = triton.cdiv(queries, m)
-        piece, pieces = _pieces(self._sizes.text_capacity, tiles * num_rows, n, programs)
+        tile = _attend_tile(num_rows, queries)
+        tiles = triton.cdiv(queries, tile.m)
+        piece, pieces = _pieces(self._sizes.text_capacity, tiles * num_rows, tile.n, tile.programs)
         mixed = torch.empty(num_rows, num_tokens, heads * size, dtype=q.dtype, device=q.device)
         part, lse = mixed, mixed
         if pieces > 1:
             part = torch.empty(num_rows, queries, pieces, size, dtype=torch.float32, device=q.device)
             lse = torch.empty(num_rows, queries, pieces, dtype=torch.float32, device=q.device)
+        keys, values = (
+            TensorDescriptor.from_tensor(pool[layer].view(-1, size), [tile.n, size]) for pool in (slots.keys, slots.values)
+        )
         triton_attention.attend_kernel[(tiles, pieces, num_rows)](
-            q, slots.keys[layer], slots.values[layer], slots.valid, part, lse, rows.slots, rows.seen, rows.own,
-            num_tokens, q.stride(1), slots.keys.stride(1), slots.valid.stride(0), size**-0.5 * math.log2(math.e),
-            HEADS=heads, E=size, M=m, N=n, PIECE=piece, PIECES=pieces, SEES_OWN=rows.sees_own, CAUSAL=rows.causal,
-            PDL=self.pdl, num_warps=warps, num_stages=stages, **_launch(self.pdl),
+            q, keys, values, slots.valid, part, lse, rows.slots, rows.seen, rows.own,
+            num_tokens, q.stride(1), slots.keys.shape[2], slots.valid.stride(0), size**-0.5 * math.log2(math.e),
+            HEADS=heads, E=size, M=tile.m, N=tile.n, PIECE=piece, PIECES=pieces, SEES_OWN=rows.sees_own, CAUSAL=rows.causal,
+            PDL=self.pdl, num_warps=tile.warps, num_stages=tile.stages, **_launch(self.pdl),
         )  # fmt: skip
         if pieces > 1:
             triton_attention.combine_kernel[(num_rows * queries,)](
@@ -231,8 +251,9 @@ class FewOps(_Shared):
 
     def _tile(self, what: str, total: int) -> tuple[int, Tile]:
         """Tokens of a tile, and the rest of it."""
-        m = 16 if total <= 16 else 32 if total <= 32 else 64
-        return m, self.tiles[what, max(m, 32)]
+        bucket = next((most for most in (32, 64, 128) if total <= most), 256)
+        tile = self.tiles[what, bucket]
+        return (min(tile.m, 16 if total <= 16 else 32) if total <= 32 else tile.m), tile
 
     def _parts(self, what: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x @ weight.T as (parts, tokens, outputs) float32."""
@@ -272,9 +293,23 @@ class ManyOps(_Shared):
             residual.parts, residual.gate = functional.linear(branch, weight)[None], norm.gate
 
     def gate_up(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        num_rows, num_tokens, width = normed.shape
+        mlp, total = weight.shape[0] // 2, num_rows * num_tokens
+        out = torch.empty(num_rows, num_tokens, mlp, dtype=normed.dtype, device=normed.device)
+        m, n, k, warps, stages, group = GATE_UP_TILE
+        if total >= 4 * m and mlp % n == 0 and width % k == 0 and normed.dtype == torch.bfloat16:
+            of_x, of_w, of_out = (
+                TensorDescriptor.from_tensor(tensor, block)
+                for tensor, block in (
+                    (normed.view(total, width), [m, k]), (weight, [n, k]), (out.view(total, mlp), [m, n])
+                )
+            )  # fmt: skip
+            triton_many.gate_up_many_kernel[(MULTIPROCESSORS,)](
+                of_x, of_w, of_out, total, WIDTH=width, MLP=mlp, M=m, N=n, K=k, GROUP=group, PROGRAMS=MULTIPROCESSORS,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            return out
         gate_up = functional.linear(normed, weight)
-        mlp = weight.shape[0] // 2
-        out = torch.empty(*normed.shape[:2], mlp, dtype=normed.dtype, device=normed.device)
         block = min(2048, triton.next_power_of_2(mlp))
         triton_rows.gelu_mul_kernel[(triton.cdiv(mlp, block), normed.shape[0] * normed.shape[1])](
             gate_up, out, MLP=mlp, BLOCK=block, PDL=self.pdl, num_warps=4, **_launch(self.pdl)
@@ -300,6 +335,26 @@ class ManyOps(_Shared):
 
     def linear_gelu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
+
+
+# By the most queries of all rows, after those of text and of a prefix; found by trying on one H200.
+ATTEND_TILES = {
+    400: AttendTile(64, 64, 8, 3, 2 * MULTIPROCESSORS),
+    800: AttendTile(64, 64, 4, 3, MULTIPROCESSORS // 2),
+    1600: AttendTile(64, 64, 4, 2, MULTIPROCESSORS),
+    3200: AttendTile(64, 32, 4, 2, 2 * MULTIPROCESSORS),
+}
+
+
+def _attend_tile(num_rows: int, queries: int) -> AttendTile:
+    """For so many rows with so many queries each."""
+    if queries > 1024:  # A prefix.
+        return AttendTile(64, 64, 4, 2) if num_rows == 1 else AttendTile(128, 64, 8, 2)
+    if queries <= 16:  # Text.
+        few = AttendTile(16, 32, 4, 2, 2 * MULTIPROCESSORS)
+        return few if num_rows <= 8 else AttendTile(16, 64, 4, 3, MULTIPROCESSORS)
+    fitting = [tile for most, tile in ATTEND_TILES.items() if num_rows * queries <= most]
+    return fitting[0] if fitting else AttendTile(64, 64, 4, 3)
 
 
 def _pieces(most: int, tiles: int, n: int, programs: int) -> tuple[int, int]:
