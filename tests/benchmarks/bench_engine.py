@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def units(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
     slots = [slot for at in range(0, 16, 4) for slot in lab.begin(fused, asked[at : at + 4])]
     found: Times = {}
     for rows in fused.settings.prefix_rows:
-        found[f"vision, {_rows(rows)}"] = device_ms(fused._bucket("vision", rows, 0).run, count)
+        found[f"vision, {_rows(rows)}"] = device_ms(fused._bucket("vision_of_bytes", rows, 0).run, count)
     for rows in fused.settings.prefix_rows:
         found[f"prefix, {_rows(rows)}"] = device_ms(fused._bucket("prefix", rows, NUM_TOKENS).run, count)
     for rows in fused.settings.expert_rows:
@@ -94,39 +95,39 @@ def units(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
 
 
 def whole(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
-    """From pinned pictures on the host to chunks on the host."""
-    pictures = [one.pictures.pin_memory() for one in asked]
-    noise = [one.noise.pin_memory() for one in asked]
+    """From pictures on the host, as bytes, to chunks on the host."""
+    pictures = [[to_bytes(picture) for picture in one.pictures] for one in asked]
+    starts = [lab.start(one) for one in asked]
     slots = list(range(8))
 
     def one_chunk() -> torch.Tensor:
-        fused.slots.begin_chunk(0, noise[0])
+        fused.begin_chunks([(0, starts[0])])
         fused.whole_chunk(0, pictures[0], asked[0].picture_valid, asked[0].tokens)
         return fused.slots.actions[0].cpu()
 
-    def eight_chunks() -> torch.Tensor:
-        for at in (0, 4):
-            rows = range(at, at + 4)
-            tokens = fused.vision(torch.cat([pictures[row].to(fused.device, non_blocking=True) for row in rows]))
-            cameras = tokens.chunk(4)
+    def eight_chunks(together: int) -> torch.Tensor:
+        for at in range(0, 8, together):
+            rows = range(at, at + together)
+            tokens = fused.vision_of_bytes([picture for row in rows for picture in pictures[row]])
             fused.prefix(
                 [
                     PrefixRow(
                         slot=row, picture_tokens=seen, picture_valid=asked[row].picture_valid, tokens=asked[row].tokens
                     )
-                    for row, seen in zip(rows, cameras, strict=True)
+                    for row, seen in zip(rows, tokens.chunk(together), strict=True)
                 ]
             )
-        for slot in slots:
-            fused.slots.begin_chunk(slot, noise[slot])
+            fused.begin_chunks([(row, starts[row]) for row in rows])
         for step in range(NUM_STEPS):
             fused.expert_step([(slot, step) for slot in slots])
         return fused.slots.actions[:8].cpu()
 
     return {
         "whole chunk, 1 row": host_ms(one_chunk, count),
-        "8 chunks together": host_ms(eight_chunks, count),
-        "8 chunks together, no pause": host_ms(eight_chunks, count, 0.0),
+        "8 chunks together": host_ms(lambda: eight_chunks(4), count),
+        "8 chunks together, no pause": host_ms(lambda: eight_chunks(4), count, 0.0),
+        "8 chunks, prefixes by twos": host_ms(lambda: eight_chunks(2), count),
+        "8 chunks, prefixes by twos, no pause": host_ms(lambda: eight_chunks(2), count, 0.0),
     }
 
 
@@ -149,6 +150,11 @@ def error(network: Pi052Network, fused: FusedPi052, asked: list[lab.Request]) ->
         theirs.append(lab.relative(lab.plain_chunk(network, one, NUM_STEPS), expected))
         fused.slots.give_back(slot)
     return max(ours), max(theirs)
+
+
+def to_bytes(picture: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """(3, height, width) in [-1, 1] to (height, width, 3)."""
+    return ((picture.permute(1, 2, 0) + 1.0) * 127.5).round().to(torch.uint8).numpy()
 
 
 def _rows(rows: int) -> str:
@@ -174,7 +180,7 @@ def report(found: Times, of_plain: Times, errors: tuple[float, float], notes: li
     lines += [
         "",
         f"8 robots together: {rate:.1f} chunks/s, {steady:.1f} without a pause (floor 157, ruler 92). "
-        "Whole chunks are host to host, pictures and actions copied; vision and prefix run four rows at a time.",
+        "Whole chunks are host to host, pictures and actions copied; vision and prefix run four rows at a time, or two.",
         "",
         f"Largest relative error of a chunk against the plain module in float32: fused {errors[0]:.1e}, plain module in "
         f"bfloat16 {errors[1]:.1e}.",
@@ -197,7 +203,11 @@ def main() -> int:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     network = lab.network(CONFIG, device=torch.device("cuda"))
     settings = FusedSettings(
-        num_cameras=NUM_CAMERAS, prompt_lengths=(NUM_TOKENS,), prefix_rows=(1, 2, 4), text_rows=(1, 8, 16, 32)
+        num_cameras=NUM_CAMERAS,
+        prompt_lengths=(NUM_TOKENS,),
+        prefix_rows=(1, 2, 4),
+        text_rows=(1, 8, 16, 32),
+        pictures_fit=True,
     )
     fused = FusedPi052(CONFIG, settings, torch.device("cuda"))
     fused.weights.refill(network.state_dict())

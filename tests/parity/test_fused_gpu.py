@@ -125,7 +125,7 @@ def test_a_whole_chunk_is_that_of_the_plain_module(networks: tuple[Pi052Network,
     fused, one = fused_of(served), lab.request(SIZES, 3, num_tokens, horizon=HORIZON)
     slot = fused.slots.take()
     assert slot is not None
-    fused.slots.begin_chunk(slot, one.noise)
+    fused.begin_chunks([(slot, lab.start(one))])
     fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens)
     assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(plain, one)) < TOLERANCE
 

@@ -11,7 +11,7 @@ from policies.pi052 import sampling
 from policies.pi052.config import NetworkConfig, TowerSize, VisionSize
 from policies.pi052.model import Pi052Network, PrefixState
 from policies.policy import CommittedPrefix
-from services.inference.fused import FusedPi052, FusedSettings, PrefixRow, TextRow
+from services.inference.fused import ChunkStart, FusedPi052, FusedSettings, PrefixRow, TextRow
 
 TINY = NetworkConfig(
     vision=VisionSize(width=48, depth=2, mlp=80, heads=4, patch=14),
@@ -142,6 +142,17 @@ def settings(**changes: object) -> FusedSettings:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
+def start(one: Request, trained_max_delay: int = 0) -> ChunkStart:
+    return ChunkStart.of(
+        one.noise,
+        committed=one.committed,
+        delay_steps=one.delay_steps,
+        execution_horizon=one.execution_horizon,
+        schedule=rtc.PrefixSchedule.LINEAR,
+        trained_max_delay=trained_max_delay,
+    )
+
+
 @torch.inference_mode()
 def begin(fused: FusedPi052, asked: list[Request], *, together: bool = True) -> list[int]:
     """Vision, prefix and the start of a chunk for each; their slots."""
@@ -153,15 +164,7 @@ def begin(fused: FusedPi052, asked: list[Request], *, together: bool = True) -> 
         slots.append(slot)
         tokens = fused.vision(one.pictures.to(fused.device)).clone()
         rows.append(PrefixRow(slot=slot, picture_tokens=tokens, picture_valid=one.picture_valid, tokens=one.tokens))
-        fused.slots.begin_chunk(
-            slot,
-            one.noise,
-            committed=one.committed,
-            delay_steps=one.delay_steps,
-            execution_horizon=one.execution_horizon,
-            schedule=rtc.PrefixSchedule.LINEAR,
-            trained_max_delay=fused.settings.trained_max_delay,
-        )
+        fused.begin_chunks([(slot, start(one, fused.settings.trained_max_delay))])
     for group in [rows] if together else [[row] for row in rows]:
         fused.prefix(group)
     return slots

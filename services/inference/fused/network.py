@@ -6,7 +6,7 @@
     slot = fused.slots.take()
     tokens = fused.vision(pictures)                       (I, P, D): keep them while a picture does not change
     fused.prefix([PrefixRow(slot=slot, ...)])
-    fused.slots.begin_chunk(slot, noise, ...)
+    fused.begin_chunks([(slot, ChunkStart.of(noise, ...))])
     for step in range(num_steps): fused.expert_step([(slot, step)])       with rows of other robots, at other steps
     chunk = fused.slots.actions[slot]
 
@@ -17,10 +17,13 @@ Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from manyhands.errors import InvalidInput
@@ -30,6 +33,7 @@ from policies.pi052.config import NetworkConfig
 from .graphs import GraphPool, Recorded, Uploads
 from .ops import EulerTables, ReferenceOps
 from .slots import Slots, SlotSizes
+from .starts import ChunkStart, num_numbers
 from .units import Units, forbidden_tokens
 from .weights import FusedWeights
 
@@ -52,6 +56,7 @@ class FusedSettings:
     max_guidance_weight: Of guided chunking.
     trained_max_delay: > 0: trained chunking, which keeps up to so many committed actions.
     schedule: Of guided chunking.
+    pictures_fit: Whether pictures come as bytes in the network's size, for vision_of_bytes(); else as numbers, for vision().
     whole_chunk: Whether all steps of a single row are one graph too, for a robot that is alone.
     """
 
@@ -69,6 +74,7 @@ class FusedSettings:
     max_guidance_weight: float = rtc.DEFAULT_MAX_GUIDANCE_WEIGHT
     trained_max_delay: int = 0
     schedule: rtc.PrefixSchedule = rtc.PrefixSchedule.LINEAR
+    pictures_fit: bool = False
     whole_chunk: bool = True
 
 
@@ -140,6 +146,12 @@ class FusedPi052:
         widest = max(*settings.prefix_rows, *settings.expert_rows, *settings.text_rows)
         of_prompts = max(settings.prefix_rows) * (1 + settings.num_cameras + 2 * max(settings.prompt_lengths))
         self._uploads = Uploads(device, max(2 * widest, of_prompts, settings.draft_length))
+        most = max(settings.prefix_rows)
+        each = num_numbers(settings.horizon, config.action_size)
+        self._starts = Uploads(device, most * each, torch.float32, num_places=8)
+        self._picture_shape = (config.image_height, config.image_width, 3)
+        each = math.prod(self._picture_shape)
+        self._picture_bytes = Uploads(device, most * settings.num_cameras * each, torch.uint8, num_places=4)
         self._pool = GraphPool(device)
         self._each_step = torch.arange(settings.num_steps, dtype=torch.int32, device=device)
         self._recorded: dict[tuple[str, int, int], Recorded[Any]] = {}
@@ -157,7 +169,8 @@ class FusedPi052:
 
     def _buckets(self) -> list[tuple[str, int, int]]:
         settings = self.settings
-        wanted = [("vision", rows, 0) for rows in settings.prefix_rows]
+        seeing = "vision_of_bytes" if settings.pictures_fit else "vision"
+        wanted = [(name, rows, 0) for name in (seeing, "begin") for rows in settings.prefix_rows]
         wanted += [("prefix", rows, length) for rows in settings.prefix_rows for length in settings.prompt_lengths]
         wanted += [("expert_step", rows, 0) for rows in settings.expert_rows]
         wanted += [(name, rows, 0) for name in ("first_text", "text_step") for rows in settings.text_rows]
@@ -183,6 +196,13 @@ class FusedPi052:
         picture_shape = (rows * cameras, 3, config.image_height, config.image_width)
         if name == "vision":
             return {"pictures": torch.zeros(picture_shape, device=device)}
+        if name == "vision_of_bytes":
+            return {"pictures": torch.zeros(rows * cameras, *self._picture_shape, dtype=torch.uint8, device=device)}
+        if name == "begin":
+            both = torch.zeros(2 * rows, dtype=torch.int32, device=device)
+            both[:rows] = self.slots.scratch
+            numbers = torch.zeros(rows, num_numbers(self.settings.horizon, config.action_size), device=device)
+            return {"slots": both[:rows], "num_clean": both[rows:], "numbers": numbers}
         if name == "all_steps":
             return {"slots": slots}
         if name == "expert_step":
@@ -227,6 +247,35 @@ class FusedPi052:
         recorded.inputs["pictures"][: len(pictures)].copy_(pictures, non_blocking=True)
         found: torch.Tensor = recorded.run()
         return found[: len(pictures)]
+
+    @torch.inference_mode()
+    def vision_of_bytes(self, pictures: Sequence[npt.NDArray[np.uint8] | None]) -> torch.Tensor:
+        """vision() of pictures as a camera gives them, (height, width, 3) in the network's size; None: a missing one, black.
+
+        The answer holds until the next call of any unit.
+        """
+        rows = self._fit("vision", -(-len(pictures) // self.settings.num_cameras), self.settings.prefix_rows)
+        recorded = self._bucket("vision_of_bytes", rows, 0)
+        into = recorded.inputs["pictures"][: len(pictures)]
+        places = self._picture_bytes.place()[: into.numel()].reshape(into.shape)
+        for place, picture in zip(places, pictures, strict=True):
+            place[...] = 0 if picture is None else picture
+        self._picture_bytes.send_place(into)
+        found: torch.Tensor = recorded.run()
+        return found[: len(pictures)]
+
+    @torch.inference_mode()
+    def begin_chunks(self, starts: Sequence[tuple[int, ChunkStart]]) -> None:
+        """Noise and what is committed of chunks, each in its slot."""
+        rows = self._fit("begin", len(starts), self.settings.prefix_rows)
+        numbers = self._bucket("begin", rows, 0).inputs["numbers"][: len(starts)]
+        place = self._starts.place()[: numbers.numel()].reshape(numbers.shape)
+        for into, (_, start) in zip(place, starts, strict=True):
+            into[...] = start.numbers
+        self._starts.send_place(numbers)
+        self._run_small(
+            "begin", [slot for slot, _ in starts], [start.num_clean for _, start in starts], self.settings.prefix_rows
+        )
 
     @torch.inference_mode()
     def prefix(self, rows: Sequence[PrefixRow]) -> None:
@@ -278,17 +327,19 @@ class FusedPi052:
         self.slots.token[slot] = token
 
     @torch.inference_mode()
-    def whole_chunk(self, slot: int, pictures: torch.Tensor, picture_valid: Sequence[bool], tokens: Sequence[int]) -> None:
-        """vision(), prefix() and every expert_step() of one row, after begin_chunk(): for a robot that is alone.
+    def whole_chunk(
+        self,
+        slot: int,
+        pictures: torch.Tensor | Sequence[npt.NDArray[np.uint8] | None],
+        picture_valid: Sequence[bool],
+        tokens: Sequence[int],
+    ) -> None:
+        """Vision, prefix() and every expert_step() of one row, after begin_chunks(): for a robot that is alone.
 
         Three graphs and not one: while the device is at a first one, the host launches the next.
         """
-        length = self._fit("prompt", len(tokens), self.settings.prompt_lengths)
-        seen = self.vision(pictures)
-        prefix = self._bucket("prefix", 1, length)
-        prefix.inputs["picture_tokens"][0].copy_(seen.flatten(0, 1))
-        self._send_prompts(prefix.inputs, [(slot, picture_valid, tokens)])
-        prefix.run()
+        seen = self.vision(pictures) if isinstance(pictures, torch.Tensor) else self.vision_of_bytes(pictures)
+        self.prefix([PrefixRow(slot=slot, picture_tokens=seen, picture_valid=picture_valid, tokens=tokens)])
         steps = self._bucket("all_steps", 1, 0)
         self._uploads.send([slot], steps.inputs["slots"])
         steps.run()

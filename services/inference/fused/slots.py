@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from policies import rtc
 from policies.configuration import TowerSize
 
 # Kernels read whole blocks of keys; what is behind the last key must at least exist.
@@ -101,48 +100,6 @@ class Slots:
             tensor[:, slot].zero_()
         for tensor in (self.actions, self.committed, self.pull, self.last_hidden):
             tensor[slot].zero_()
-
-    @torch.inference_mode()
-    def begin_chunk(
-        self,
-        slot: int,
-        noise: torch.Tensor,
-        *,
-        committed: torch.Tensor | None = None,
-        delay_steps: int = 0,
-        execution_horizon: int = 0,
-        schedule: rtc.PrefixSchedule = rtc.PrefixSchedule.LINEAR,
-        trained_max_delay: int = 0,
-    ) -> None:
-        """Sets a slot's noise and what the chunk is committed to; see rtc.prefix_weights and sampling.clean_prefix.
-
-        Args:
-            noise: (T, A) float32, on any device; pinned memory makes the copy asynchronous.
-            committed: (length, A) float32, still to be executed of the previous chunk; None or empty: nothing.
-            trained_max_delay: > 0: trained chunking keeps up to so many committed actions; 0: guided chunking.
-        """
-        self.actions[slot].copy_(noise, non_blocking=True)
-        length = 0 if committed is None else min(len(committed), self.sizes.horizon)
-        if committed is not None:
-            self.committed[slot, :length].copy_(committed[:length], non_blocking=True)
-        if length < self.sizes.horizon:
-            self.committed[slot, length:].zero_()
-        if trained_max_delay:
-            self.clean[slot] = max(0, min(delay_steps, length, trained_max_delay))
-            self.pull[slot].zero_()
-            return
-        self.clean[slot] = 0
-        if length == 0:
-            self.pull[slot].zero_()
-            return
-        weights = rtc.prefix_weights(
-            schedule,
-            delay_steps=torch.tensor([delay_steps]),
-            execution_horizon=torch.tensor([execution_horizon]),
-            length=torch.tensor([length]),
-            horizon=self.sizes.horizon,
-        )
-        self.pull[slot].copy_(weights[0], non_blocking=True)
 
     @torch.inference_mode()
     def see_text(self, slot: int) -> None:

@@ -42,6 +42,25 @@ class Units:
     forbidden: torch.Tensor
     trained: bool
 
+    def begin(self, slots: torch.Tensor, num_clean: torch.Tensor, numbers: torch.Tensor) -> None:
+        """Sets what chunks begin with.
+
+        Args:
+            slots, num_clean: (B,) int32.
+            numbers: (B, 2 * T * A + T) float32, see ChunkStart.
+        """
+        pool, index = self.slots, slots.long()
+        horizon, size = pool.actions.shape[1:]
+        noise, committed, pull = torch.split(numbers, [horizon * size, horizon * size, horizon], dim=1)
+        pool.actions[index] = noise.view(-1, horizon, size)
+        pool.committed[index] = committed.view(-1, horizon, size)
+        pool.pull[index] = pull
+        pool.clean[index] = num_clean
+
+    def vision_of_bytes(self, pictures: torch.Tensor) -> torch.Tensor:
+        """vision() of (N, height, width, 3) uint8: bytes travel, numbers are made where they are needed."""
+        return self.vision((pictures.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0).contiguous())
+
     def vision(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, 3, height, width) float32 in [-1, 1] to (N, P, D): a picture does not depend on its neighbours."""
         views, size, ops = self.weights.views, self.weights.config.vision, self.many

@@ -100,9 +100,7 @@ def test_a_whole_chunk_is_its_units_one_after_the_other(model: torch.nn.Module) 
     slot = fused.slots.take()
     assert slot is not None
     assert one.committed is not None
-    fused.slots.begin_chunk(
-        slot, one.noise, committed=one.committed, delay_steps=one.delay_steps, execution_horizon=one.execution_horizon
-    )
+    fused.begin_chunks([(slot, lab.start(one))])
     fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens)
     assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one)) < TOLERANCE
 
