@@ -10,6 +10,12 @@
     for step in range(num_steps): fused.expert_step([(slot, step)])       with rows of other robots, at other steps
     chunk = fused.slots.actions[slot]
 
+The prefix of a question comes in slices, and whatever else is to run may run between them:
+
+    fused.begin_question(slot, pictures, ...)
+    for at in range(fused.num_prefix_slices): fused.prefix_slice(at)
+    logits, tokens = fused.first_text([TextRow(slot=slot, ...)])
+
 Calls go to the current stream in order and do not wait for the device. They belong to one thread.
 
 Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A action size, V vocabulary.
@@ -17,7 +23,7 @@ Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +35,7 @@ from policies.pi052.config import NetworkConfig
 
 from .graphs import GraphPool, Recorded, Uploads
 from .ops import EulerTables, ReferenceOps
+from .prefix_slices import PrefixSlices
 from .slots import Slots, SlotSizes
 from .units import Units, forbidden_tokens
 from .weights import FusedWeights
@@ -47,6 +54,7 @@ class FusedSettings:
     max_text: Tokens decoded behind a prefix.
     prompt_lengths: Buckets; a prompt is padded to the next.
     prefix_rows, expert_rows, text_rows: Buckets of rows in one pass.
+    prefix_slices: That a question's prefix comes in; None: each about as long as a text step; 0: there are no questions.
     draft_length: Tokens of a draft checked in one pass; 0: no drafts.
     decoding: Which tokens are special or no text; the rest of it is a request's.
     max_guidance_weight: Of guided chunking.
@@ -64,6 +72,7 @@ class FusedSettings:
     prefix_rows: tuple[int, ...] = (1, 2, 4)
     expert_rows: tuple[int, ...] = (1, 2, 4, 8, 16)
     text_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    prefix_slices: int | None = None
     draft_length: int = 0
     decoding: text.Decoding = field(default_factory=text.Decoding)
     max_guidance_weight: float = rtc.DEFAULT_MAX_GUIDANCE_WEIGHT
@@ -141,6 +150,14 @@ class FusedPi052:
         of_prompts = max(settings.prefix_rows) * (1 + settings.num_cameras + 2 * max(settings.prompt_lengths))
         self._uploads = Uploads(device, max(2 * widest, of_prompts, settings.draft_length))
         self._pool = GraphPool(device)
+        self._slices = PrefixSlices(
+            self.units,
+            self._pool,
+            lambda length: self._inputs("prefix_slices", 1, length),
+            num_cameras=settings.num_cameras,
+            longest_prompt=max(settings.prompt_lengths),
+            num_slices=settings.prefix_slices,
+        )
         self._each_step = torch.arange(settings.num_steps, dtype=torch.int32, device=device)
         self._recorded: dict[tuple[str, int, int], Recorded[Any]] = {}
 
@@ -151,7 +168,10 @@ class FusedPi052:
         """Captures every bucket; weights must be there. Without it a bucket is captured at its first use."""
         wanted = self._buckets()
         for done, (name, rows, length) in enumerate(wanted):
-            self._bucket(name, rows, length)
+            if name == "prefix_slices":
+                self._slices.prepare(length)
+            else:
+                self._bucket(name, rows, length)
             if progress is not None:
                 progress(done + 1, len(wanted), f"{name}, {rows} rows" + (f", prompt {length}" if length else ""))
 
@@ -163,6 +183,8 @@ class FusedPi052:
         wanted += [(name, rows, 0) for name in ("first_text", "text_step") for rows in settings.text_rows]
         if settings.draft_length:
             wanted += [("check_draft", rows, 0) for rows in settings.prefix_rows]
+        if self.num_prefix_slices:
+            wanted += [("prefix_slices", 1, length) for length in settings.prompt_lengths]
         if settings.whole_chunk:
             wanted.append(("all_steps", 1, 0))
         return wanted
@@ -208,6 +230,8 @@ class FusedPi052:
             "tokens": tokens.view(rows, length),
             "token_valid": token_valid.view(rows, length),
         }
+        if name == "prefix_slices":
+            return {"pictures": torch.zeros(picture_shape, device=device), **prompt}
         picture_tokens = torch.zeros(rows, self._patches, config.language.width, dtype=self.weights.dtype, device=device)
         return {"picture_tokens": picture_tokens, **prompt}
 
@@ -239,6 +263,27 @@ class FusedPi052:
             inputs["picture_tokens"][index].copy_(row.picture_tokens.reshape(-1, self.config.language.width))
         self._send_prompts(inputs, [(row.slot, row.picture_valid, row.tokens) for row in rows])
         recorded.run()
+
+    @property
+    def num_prefix_slices(self) -> int:
+        return self._slices.num_slices
+
+    @torch.inference_mode()
+    def begin_question(
+        self, slot: int, pictures: torch.Tensor, picture_valid: Sequence[bool], tokens: Sequence[int]
+    ) -> None:
+        """Brings a question to the device: (I, 3, height, width) as of vision(), and its prompt.
+
+        One prefix is in progress at a time: that of a question that began before and has not ended is given up.
+        """
+        inputs = self._slices.begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
+        inputs["pictures"].copy_(pictures, non_blocking=True)
+        self._send_prompts(inputs, [(slot, picture_valid, tokens)])
+
+    @torch.inference_mode()
+    def prefix_slice(self, at: int) -> None:
+        """Slice number at of the question's prefix; behind the last its slot is as after vision() and prefix()."""
+        self._slices.run(at)
 
     @torch.inference_mode()
     def expert_step(self, rows: Sequence[tuple[int, int]]) -> None:
@@ -310,7 +355,7 @@ class FusedPi052:
         return recorded.run()
 
     def _send_prompts(
-        self, inputs: dict[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Sequence[int]]]
+        self, inputs: Mapping[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Sequence[int]]]
     ) -> None:
         """Slots, valid cameras, tokens and valid tokens: they lie one behind the other, so one copy brings all."""
         num_rows, length = inputs["tokens"].shape
