@@ -7,7 +7,6 @@ Shapes: I cameras, T horizon, A action size of the model, R of the robot.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,7 @@ from .engine_port import Observed, Row
 from .fused.network import FusedPi052, FusedSettings, PrefixRow, TextRow
 from .fused.slots import Slots
 from .fused.units import NO_LOCATIONS, TOO_SHORT
-from .models import AnyPolicy, ServedModel, canary_sample
+from .models import AnyPolicy, ServedModel
 
 # Most prompts are short; padding costs as much as words.
 PROMPT_LENGTHS = (48, 96)
@@ -66,6 +65,7 @@ class TextRowInWork:
 
     Attributes:
         draft: What greedy decoding is likely to give, the end token included; empty for none.
+        num_slices: Of its prefix that have run.
     is_broken: Its logits were not numbers.
     """
 
@@ -76,6 +76,7 @@ class TextRowInWork:
     generator: torch.Generator
     draft: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
+    num_slices: int = 0
     is_broken: bool = False
     slot: int | None = None
 
@@ -120,6 +121,7 @@ class FusedModel(ServedModel):
             prompt_lengths=(*lengths, config.prompt_length),
             expert_rows=_buckets(max_rows),
             text_rows=_buckets(max_texts),
+            prefix_slices=None if policy.has_text_head else 0,
             draft_length=min(MAX_DRAFT_TOKENS, config.max_new_tokens) if policy.has_text_head else 0,
             decoding=policy.decoding(TextRequest(kind=TextKind.SUBTASK)),
             max_guidance_weight=config.max_guidance_weight,
@@ -140,6 +142,11 @@ class FusedModel(ServedModel):
     @property
     def num_steps(self) -> int:
         return self.fused.settings.num_steps
+
+    @property
+    def num_prefix_slices(self) -> int:
+        """Units that a question's prefix comes in."""
+        return self.fused.num_prefix_slices
 
     def bucket(self, row: ChunkRow | TextRowInWork) -> int:
         """Tokens that its prompt is padded to."""
@@ -234,8 +241,20 @@ class FusedModel(ServedModel):
         self.fused.expert_step([(_slot(row), step) for row, step in rows])
 
     def run_text_prefix(self, row: TextRowInWork) -> None:
-        """A question's prompt, and the first token of its answer."""
-        self._see([row])
+        """The next slice of a question's prefix; the last gives the first token of its answer.
+
+        The first takes a slot, where the row has none from a prefix that begins again.
+        """
+        if row.num_slices == 0:
+            row.slot = self.slots.take() if row.slot is None else row.slot
+            assert row.slot is not None, "the scheduler keeps no more rows in work than there are slots"
+            pictures = torch.stack([self._on_device(picture) for picture in row.pictures])
+            valid = [picture is not None for picture in row.pictures]
+            self.fused.begin_question(row.slot, pictures, valid, row.read.prompt.tokens.tolist())
+        self.fused.prefix_slice(row.num_slices)
+        row.num_slices += 1
+        if row.num_slices < self.num_prefix_slices:
+            return
         logits, tokens = self.fused.first_text([TextRow(slot=_slot(row), flags=row.flags)])
         self._take_tokens([row], logits, tokens)
 
@@ -295,15 +314,6 @@ class FusedModel(ServedModel):
         chunk = self.chunk(row)[0]
         self.release(row, wipe=not np.isfinite(chunk).all())
         return chunk
-
-    def example_row(self, bucket: int) -> ChunkRow:
-        """With a prompt of so many tokens, for measuring."""
-        row = self.chunk_row(canary_row(self.policy))
-        return dataclasses.replace(row, read=_stretched(row.read, bucket))
-
-    def example_question(self, bucket: int) -> TextRowInWork:
-        row = self.text_row(canary_sample(self.policy.spec), TextRequest(kind=TextKind.SUBTASK))
-        return dataclasses.replace(row, read=_stretched(row.read, bucket))
 
     def mark(self) -> Callable[[], None]:
         """Waits, when called, until the device has done what was asked so far, and no longer."""
@@ -375,11 +385,6 @@ def can_be_fused(policy: AnyPolicy) -> bool:
 
 def _nothing() -> None:
     """The CPU is done when a call returns."""
-
-
-def _stretched(read: Read, length: int) -> Read:
-    tokens = np.resize(read.prompt.tokens, length)
-    return dataclasses.replace(read, prompt=dataclasses.replace(read.prompt, tokens=tokens))
 
 
 def _slot(row: ChunkRow | TextRowInWork) -> int:
