@@ -7,7 +7,6 @@ Shapes: I cameras, T horizon, A action size of the model, R of the robot.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +24,15 @@ from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
 from policies.prompt import Pieces
 from policies.prompted import Read
 
+from . import launches
 from .engine import canary_row
 from .engine_port import Observed, Row
-from .fused.network import FusedPi052, FusedSettings, PrefixRow, TextRow
+from .fused.network import FusedPi052, Pictures
+from .fused.settings import FusedSettings, PrefixRow, TextRow
 from .fused.slots import Slots
+from .fused.starts import ChunkStart
 from .fused.units import NO_LOCATIONS, TOO_SHORT
-from .models import AnyPolicy, ServedModel, canary_sample
+from .models import AnyPolicy, ServedModel
 
 # Most prompts are short; padding costs as much as words.
 PROMPT_LENGTHS = (48, 96)
@@ -40,23 +42,25 @@ MAX_TEXTS = 32
 MAX_DRAFT_TOKENS = 32
 
 
+# (T, R) in the robot's units and (T, A) as it is carried.
+Chunk = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+# Takes a text unit's tokens in, when the device has done it; on any thread.
+Take = Callable[[], None]
+
+
 @dataclass(kw_only=True)
 class ChunkRow:
     """A chunk's inputs, on the CPU until its prefix runs.
 
     Attributes:
         pictures: By camera of the policy, None where the robot has none.
-        noise: (T, A) float32.
-        committed: (length, A) float32 in this observation's model space, or None.
+        start: Noise, and what is committed in this observation's model space.
         slot: While in work.
     """
 
     read: Read
     pictures: Sequence[npt.NDArray[np.uint8] | None]
-    noise: torch.Tensor
-    committed: torch.Tensor | None
-    delay_steps: int
-    execution_horizon: int
+    start: ChunkStart
     slot: int | None = None
 
 
@@ -66,6 +70,8 @@ class TextRowInWork:
 
     Attributes:
         draft: What greedy decoding is likely to give, the end token included; empty for none.
+        num_slices: Of its prefix that have run.
+        drawn: Its newest token where that is not the likeliest and the device does not know it yet.
     is_broken: Its logits were not numbers.
     """
 
@@ -76,6 +82,8 @@ class TextRowInWork:
     generator: torch.Generator
     draft: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
+    num_slices: int = 0
+    drawn: int | None = None
     is_broken: bool = False
     slot: int | None = None
 
@@ -115,16 +123,19 @@ class FusedModel(ServedModel):
             num_cameras=len(policy.cameras),
             num_steps=config.num_steps,
             horizon=config.horizon,
-            num_slots=max_rows + max_texts,
+            # A chunk keeps its slot until it has arrived, and by then as many others may be in work.
+            num_slots=2 * max_rows + max_texts,
             max_text=config.max_new_tokens,
             prompt_lengths=(*lengths, config.prompt_length),
             expert_rows=_buckets(max_rows),
             text_rows=_buckets(max_texts),
+            prefix_slices=None if policy.has_text_head else 0,
             draft_length=min(MAX_DRAFT_TOKENS, config.max_new_tokens) if policy.has_text_head else 0,
             decoding=policy.decoding(TextRequest(kind=TextKind.SUBTASK)),
             max_guidance_weight=config.max_guidance_weight,
             trained_max_delay=config.trained_prefix_max_delay if config.chunk_mode is ChunkMode.TRAINED else 0,
             schedule=config.prefix_schedule,
+            pictures_fit=_pictures_fit(policy),
             whole_chunk=False,
         )
         if dtype is None:
@@ -141,6 +152,11 @@ class FusedModel(ServedModel):
     def num_steps(self) -> int:
         return self.fused.settings.num_steps
 
+    @property
+    def num_prefix_slices(self) -> int:
+        """Units that a question's prefix comes in."""
+        return self.fused.num_prefix_slices
+
     def bucket(self, row: ChunkRow | TextRowInWork) -> int:
         """Tokens that its prompt is padded to."""
         return next(n for n in self.fused.settings.prompt_lengths if n >= len(row.read.prompt.tokens))
@@ -155,10 +171,14 @@ class FusedModel(ServedModel):
         return ChunkRow(
             read=read,
             pictures=self._pictures(sample),
-            noise=policy.draw_noise([row.seed])[0],
-            committed=self._anchored(row, read),
-            delay_steps=row.delay_steps,
-            execution_horizon=row.execution_horizon,
+            start=ChunkStart.of(
+                policy.draw_noise([row.seed])[0],
+                committed=self._anchored(row, read),
+                delay_steps=row.delay_steps,
+                execution_horizon=row.execution_horizon,
+                schedule=self.fused.settings.schedule,
+                trained_max_delay=self.fused.settings.trained_max_delay,
+            ),
         )
 
     def text_row(self, observed: Observed, request: TextRequest) -> TextRowInWork:
@@ -213,46 +233,70 @@ class FusedModel(ServedModel):
 
     # -- units: the engine's thread ------------------------------------------------------------------------------------
 
+    def launched(self, launch: Callable[[], None]) -> Callable[[], float]:
+        """See launches.timed()."""
+        return launches.timed(self.device, launch)
+
     def run_prefix(self, rows: Sequence[ChunkRow]) -> None:
         """Takes a slot for each row."""
-        self._see(rows)
-        settings = self.fused.settings
         for row in rows:
-            assert row.slot is not None
-            self.slots.begin_chunk(
-                row.slot,
-                row.noise,
-                committed=row.committed,
-                delay_steps=row.delay_steps,
-                execution_horizon=row.execution_horizon,
-                schedule=settings.schedule,
-                trained_max_delay=settings.trained_max_delay,
-            )
+            row.slot = self._take_slot()
+        pictures = self._fitting([picture for row in rows for picture in row.pictures])
+        see = self.fused.vision if isinstance(pictures, torch.Tensor) else self.fused.vision_of_bytes
+        tokens = see(pictures)  # type: ignore[operator]
+        self.fused.prefix([
+            PrefixRow(slot=_slot(row), picture_tokens=seen, picture_valid=_valid(row), tokens=row.read.prompt.tokens)
+            for row, seen in zip(rows, tokens.view(len(rows), -1, tokens.shape[-1]), strict=True)
+        ])  # fmt: skip
+        self.fused.begin_chunks([(_slot(row), row.start) for row in rows])
 
     def run_expert(self, rows: Sequence[tuple[ChunkRow, int]]) -> None:
         """An Euler step of each row, which is at its own."""
         self.fused.expert_step([(_slot(row), step) for row, step in rows])
 
-    def run_text_prefix(self, row: TextRowInWork) -> None:
-        """A question's prompt, and the first token of its answer."""
-        self._see([row])
-        logits, tokens = self.fused.first_text([TextRow(slot=_slot(row), flags=row.flags)])
-        self._take_tokens([row], logits, tokens)
+    def run_text_prefix(self, row: TextRowInWork) -> Take:
+        """The next slice of a question's prefix; the last gives the first token of its answer.
 
-    def run_draft(self, row: TextRowInWork) -> None:
+        The first takes a slot, where the row has none from a prefix that begins again.
+        """
+        if row.num_slices == 0:
+            row.slot = self._take_slot() if row.slot is None else row.slot
+            self.fused.begin_question(row.slot, self._fitting(row.pictures), _valid(row), row.read.prompt.tokens)
+        self.fused.prefix_slice(row.num_slices)
+        row.num_slices += 1
+        if row.num_slices < self.num_prefix_slices:
+            return _nothing
+        return self._taking([row], *self.fused.first_text([TextRow(slot=_slot(row), flags=row.flags)]))
+
+    def run_draft(self, row: TextRowInWork) -> Take:
         """As many tokens of the draft as greedy decoding agrees with, and the one after; none if the first one differs."""
         if not row.draft or row.has_ended or row.tokens[0] != row.draft[0] or len(row.draft) < 2:
-            return
-        tokens, counts = self.fused.check_draft([TextRow(slot=_slot(row), flags=row.flags)], [row.draft[1:]])
-        for token in tokens[0, : int(counts[0])].tolist():
-            row.tokens.append(token)
-            if row.has_ended or len(row.tokens) == row.rules.max_new_tokens:
-                return
+            return _nothing
+        found = self.fused.check_draft([TextRow(slot=_slot(row), flags=row.flags)], [row.draft[1:]])
+        tokens, counts = (self._to_host(tensor) for tensor in found)
 
-    def run_text(self, rows: Sequence[TextRowInWork]) -> None:
+        def take() -> None:
+            for token in tokens[0, : int(counts[0])].tolist():
+                row.tokens.append(token)
+                if row.has_ended or len(row.tokens) == row.rules.max_new_tokens:
+                    return
+
+        return take
+
+    def run_text(self, rows: Sequence[TextRowInWork]) -> Take:
         """The next token of each."""
-        logits, tokens = self.fused.text_step([TextRow(slot=_slot(row), flags=row.flags) for row in rows])
-        self._take_tokens(rows, logits, tokens)
+        self._send_drawn(rows)
+        return self._taking(rows, *self.fused.text_step([TextRow(slot=_slot(row), flags=row.flags) for row in rows]))
+
+    def fetch(self, rows: Sequence[ChunkRow]) -> Callable[[], list[Chunk]]:
+        """Sends finished chunks to the host; what is answered makes the robots' chunks of them, when they have arrived."""
+        made = [self._to_host(self.slots.actions[_slot(row)]) for row in rows]
+        return lambda: [self._chunk(row, actions[None]) for row, actions in zip(rows, made, strict=True)]
+
+    def _chunk(self, row: ChunkRow, made: torch.Tensor) -> Chunk:
+        inputs: Any = row.read
+        carried: npt.NDArray[np.float32] = self.policy.carried(made, inputs)[0].numpy()
+        return self.policy.postprocess(made, inputs)[0], carried
 
     def release(self, row: ChunkRow | TextRowInWork, *, wipe: bool = False) -> None:
         """Gives the slot back. wipe: It holds numbers that are not finite."""
@@ -261,13 +305,6 @@ class FusedModel(ServedModel):
                 self.slots.wipe(row.slot)
             self.slots.give_back(row.slot)
             row.slot = None
-
-    def chunk(self, row: ChunkRow) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """(T, R) in the robot's units and (T, A) as it is carried; waits for the device."""
-        made = self.slots.actions[_slot(row)].float().cpu()[None]
-        inputs: Any = row.read
-        carried: npt.NDArray[np.float32] = self.policy.carried(made, inputs)[0].numpy()
-        return self.policy.postprocess(made, inputs)[0], carried
 
     def stage(self, policy: AnyPolicy) -> None:
         """Brings another version's weights beside those that serve, from any thread; replace() makes them serve."""
@@ -292,47 +329,27 @@ class FusedModel(ServedModel):
         self.run_prefix([row])
         for step in range(self.num_steps):
             self.run_expert([(row, step)])
-        chunk = self.chunk(row)[0]
+        arrived = self.fetch([row])
+        self.wait()
+        [(chunk, _)] = arrived()
         self.release(row, wipe=not np.isfinite(chunk).all())
         return chunk
-
-    def example_row(self, bucket: int) -> ChunkRow:
-        """With a prompt of so many tokens, for measuring."""
-        row = self.chunk_row(canary_row(self.policy))
-        return dataclasses.replace(row, read=_stretched(row.read, bucket))
-
-    def example_question(self, bucket: int) -> TextRowInWork:
-        row = self.text_row(canary_sample(self.policy.spec), TextRequest(kind=TextKind.SUBTASK))
-        return dataclasses.replace(row, read=_stretched(row.read, bucket))
-
-    def mark(self) -> Callable[[], None]:
-        """Waits, when called, until the device has done what was asked so far, and no longer."""
-        if self.device.type != "cuda":
-            return _nothing
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        wait: Callable[[], None] = event.synchronize
-        return wait
 
     def wait(self) -> None:
         """Until the device has done what was asked."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _see(self, rows: Sequence[ChunkRow | TextRowInWork]) -> None:
-        """Pictures and prompts of rows into slots."""
-        valid = [[picture is not None for picture in row.pictures] for row in rows]
-        pictures = torch.stack([self._on_device(picture) for row in rows for picture in row.pictures])
-        tokens = self.fused.vision(pictures)
-        tokens = tokens.view(len(rows), -1, tokens.shape[-1])
-        for row in rows:
-            row.slot = self.slots.take()
-            assert row.slot is not None, "the scheduler keeps no more rows in work than there are slots"
-        self.fused.prefix([
-            PrefixRow(slot=_slot(row), picture_tokens=tokens[index], picture_valid=valid[index],
-                      tokens=row.read.prompt.tokens.tolist())
-            for index, row in enumerate(rows)
-        ])  # fmt: skip
+    def _take_slot(self) -> int:
+        slot = self.slots.take()
+        assert slot is not None, "the scheduler keeps no more rows in work than there are slots"
+        return slot
+
+    def _fitting(self, pictures: Pictures) -> torch.Tensor | Pictures:
+        """As the network takes them: bytes of its size, or numbers on the device."""
+        if self.fused.settings.pictures_fit:
+            return pictures
+        return torch.stack([self._on_device(picture) for picture in pictures])
 
     def _on_device(self, picture: npt.NDArray[np.uint8] | None) -> torch.Tensor:
         """(3, height, width) float32 in [-1, 1]; bytes travel, numbers are made where they are needed."""
@@ -344,22 +361,42 @@ class FusedModel(ServedModel):
         floats = there.permute(2, 0, 1)[None].float() / 255.0
         return images.resize_with_padding(floats, *size, images.Padding.CENTRED)[0] * 2.0 - 1.0
 
-    def _take_tokens(self, rows: Sequence[TextRowInWork], logits: torch.Tensor, likeliest: torch.Tensor) -> None:
-        broken = logits.isnan().any(dim=-1).tolist()
-        for index, (row, token) in enumerate(zip(rows, likeliest.tolist(), strict=True)):
-            row.is_broken = broken[index]
-            if row.is_broken:
-                continue
-            if row.rules.temperature > 0:
-                drawn = text.choose(
-                    logits[index : index + 1],
-                    temperature=row.rules.temperature,
-                    top_p=row.rules.top_p,
-                    generators=[row.generator],
-                )
-                token = int(drawn[0])
-                self.fused.set_token(_slot(row), token)
-            row.tokens.append(token)
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that is there when the device has done what was asked."""
+        if self.device.type != "cuda":
+            return tensor.clone()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def _taking(self, rows: Sequence[TextRowInWork], logits: torch.Tensor, likeliest: torch.Tensor) -> Take:
+        """Logits hold until the next unit only, so what is needed of them goes to the host now."""
+        broken, likeliest = self._to_host(logits.isnan().any(dim=-1)), self._to_host(likeliest)
+        drawing = {index: self._to_host(logits[index]) for index, row in enumerate(rows) if row.rules.temperature > 0}
+
+        def take() -> None:
+            for index, (row, token, is_broken) in enumerate(
+                zip(rows, likeliest.tolist(), broken.tolist(), strict=True)
+            ):  # fmt: skip
+                row.is_broken = is_broken
+                if is_broken:
+                    continue
+                if index in drawing:
+                    drawn = text.choose(
+                        drawing[index][None],
+                        temperature=row.rules.temperature,
+                        top_p=row.rules.top_p,
+                        generators=[row.generator],
+                    )
+                    row.drawn = token = int(drawn[0])
+                row.tokens.append(token)
+
+        return take
+
+    def _send_drawn(self, rows: Sequence[TextRowInWork]) -> None:
+        """Tokens that were drawn, and are not the likeliest, into the slots."""
+        for row in rows:
+            if row.drawn is not None:
+                self.fused.set_token(_slot(row), row.drawn)
+                row.drawn = None
 
 
 def sample_of(observed: Observed) -> Sample:
@@ -374,12 +411,18 @@ def can_be_fused(policy: AnyPolicy) -> bool:
 
 
 def _nothing() -> None:
-    """The CPU is done when a call returns."""
+    """There is nothing to take."""
 
 
-def _stretched(read: Read, length: int) -> Read:
-    tokens = np.resize(read.prompt.tokens, length)
-    return dataclasses.replace(read, prompt=dataclasses.replace(read.prompt, tokens=tokens))
+def _valid(row: ChunkRow | TextRowInWork) -> list[bool]:
+    return [picture is not None for picture in row.pictures]
+
+
+def _pictures_fit(policy: Pi052Policy) -> bool:
+    """Whether every camera has the network's size."""
+    network = policy.config.network
+    sizes = {feature.shape[:2] for feature in policy.spec.images}
+    return sizes == {(network.image_height, network.image_width)}
 
 
 def _slot(row: ChunkRow | TextRowInWork) -> int:

@@ -55,6 +55,13 @@ class TextLine(Generic[ChunkT, TextT]):
         self._forget(gone)
         return tuple(gone)
 
+    def restart_prefixes(self) -> tuple[TextWork[TextT], ...]:
+        """Texts amid their prefix are at its beginning again; answers them."""
+        begun = [text for text in self._texts.values() if text.kind is UnitKind.TEXT_PREFIX]
+        for text in begun:
+            text.num_slices = 0
+        return tuple(text.work for text in begun)
+
     def drop_late(self, now_s: float) -> tuple[TextWork[TextT], ...]:
         """Texts whose deadline has passed, also those in progress: nobody listens to them any more."""
         if now_s <= self._earliest_deadline_s:

@@ -150,7 +150,7 @@ class UnitEngine:
             text_id=text_id,
             model=question.model,
             bucket=model.bucket(row),
-            num_prefix_slices=1,
+            num_prefix_slices=model.num_prefix_slices,
             num_draft_tokens=len(row.draft),
             max_tokens=row.rules.max_new_tokens,
             arrived_s=self._clock(),
@@ -193,7 +193,7 @@ class UnitEngine:
         Raises:
             Whatever change raises; Unreachable when the engine stopped.
         """
-        timed = TimedChange(change)
+        timed = TimedChange(functools.partial(self._change, change))
         with self._changed:
             if self._stopping:
                 raise Unreachable("the server is going away")
@@ -205,6 +205,16 @@ class UnitEngine:
         """A unit that runs may still write into their slots."""
         for work in works:
             self._between.append(functools.partial(self.models[work.model].release, work.payload.row))
+
+    def _change(self, change: Callable[[], None]) -> None:
+        """A question's prefix that is begun when weights change begins again: its layers must be of one version."""
+        try:
+            change()
+        finally:
+            with self._changed:
+                begun = self._scheduler.restart_prefixes()
+            for work in begun:
+                work.payload.row.num_slices = 0
 
     # -- the engine's thread -------------------------------------------------------------------------------------------
 

@@ -115,6 +115,10 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """Forgets a text that nobody listens to any more; answers it if it was there."""
         return self._texts.withdraw(text_id=text_id)
 
+    def restart_prefixes(self) -> tuple[TextWork[TextT], ...]:
+        """Questions whose prefix has begun and not ended run all of its slices again; answers them."""
+        return self._texts.restart_prefixes()
+
     def next_unit(self, now_s: float, *, only_begun: bool = False) -> Decision[ChunkT, TextT]:
         """What to run now. only_begun: Chunks in progress come to their end, and nothing else runs."""
         if only_begun:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
+
+from policies.policy import TextKind, TextRequest
+from policies.prompted import Read
+
+from .engine import canary_row
 from .fused_model import ChunkRow, FusedModel, TextRowInWork
 from .service_times import ServiceTimes
 from .units import UnitKind, group
@@ -20,7 +27,7 @@ def measure(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> 
     for bucket in settings.prompt_lengths:
         for size in settings.prefix_rows:
             if size <= settings.expert_rows[-1]:
-                prefix_s = _fastest_s(model, [model.example_row(bucket) for _ in range(size)], model.run_prefix)
+                prefix_s = _fastest_s(model, [_example_row(model, bucket) for _ in range(size)], model.run_prefix)
                 times.observe(group(UnitKind.PREFIX, name, bucket), size, prefix_s, now_s)
     for size in settings.expert_rows:
         step_s = _step_s(model, size)
@@ -34,8 +41,7 @@ def measure(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> 
 def _measure_text(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> None:
     settings = model.fused.settings
     for bucket in settings.prompt_lengths:
-        prefix_s = _fastest_s(model, [model.example_question(bucket)], lambda rows: model.run_text_prefix(rows[0]))
-        times.observe(group(UnitKind.TEXT_PREFIX, name, bucket), 1, prefix_s, now_s)
+        times.observe(group(UnitKind.TEXT_PREFIX, name, bucket), 1, _slice_s(model, bucket), now_s)
     for size in settings.text_rows:
         token_s = _token_s(model, size)
         for bucket in settings.prompt_lengths:
@@ -57,7 +63,7 @@ def _best_rate(name: str, model: FusedModel, times: ServiceTimes) -> float:
 
 def _step_s(model: FusedModel, size: int) -> float:
     """Of an Euler step of so many rows."""
-    rows = [model.example_row(model.fused.settings.prompt_lengths[0]) for _ in range(size)]
+    rows = [_example_row(model, model.fused.settings.prompt_lengths[0]) for _ in range(size)]
     for row in rows:
         model.run_prefix([row])
     step_s = _fastest_s(model, rows[:0], lambda _: model.run_expert([(row, 0) for row in rows]))
@@ -68,16 +74,32 @@ def _step_s(model: FusedModel, size: int) -> float:
 
 def _token_s(model: FusedModel, size: int) -> float:
     """Of a token of so many texts."""
-    rows = [model.example_question(model.fused.settings.prompt_lengths[0]) for _ in range(size)]
+    rows = [_example_question(model, model.fused.settings.prompt_lengths[0]) for _ in range(size)]
     for row in rows:
-        model.run_text_prefix(row)
+        for _ in range(model.num_prefix_slices):
+            model.run_text_prefix(row)
     token_s = _fastest_s(model, rows[:0], lambda _: model.run_text(rows))
     for row in rows:
         model.release(row)
     return token_s
 
 
-def _fastest_s(model: FusedModel, rows: Sequence[RowT], run: Callable[[Sequence[RowT]], None]) -> float:
+def _slice_s(model: FusedModel, bucket: int) -> float:
+    """Of the longest slice of a question's prefix."""
+    fastest_s = [float("inf")] * model.num_prefix_slices
+    for _ in range(RUNS):
+        row = _example_question(model, bucket)
+        for at in range(model.num_prefix_slices):
+            model.wait()
+            started_s = time.perf_counter()
+            model.run_text_prefix(row)
+            model.wait()
+            fastest_s[at] = min(fastest_s[at], time.perf_counter() - started_s)
+        model.release(row)
+    return max(fastest_s)
+
+
+def _fastest_s(model: FusedModel, rows: Sequence[RowT], run: Callable[[Sequence[RowT]], object]) -> float:
     """Of a few runs; the rows' slots are given back after each."""
     fastest_s = float("inf")
     for _ in range(RUNS):
@@ -89,3 +111,19 @@ def _fastest_s(model: FusedModel, rows: Sequence[RowT], run: Callable[[Sequence[
         for row in rows:
             model.release(row)
     return fastest_s
+
+
+def _example_row(model: FusedModel, bucket: int) -> ChunkRow:
+    """With a prompt of so many tokens."""
+    row = model.chunk_row(canary_row(model.policy))
+    return dataclasses.replace(row, read=_stretched(row.read, bucket))
+
+
+def _example_question(model: FusedModel, bucket: int) -> TextRowInWork:
+    row = model.text_row(canary_row(model.policy).sample, TextRequest(kind=TextKind.SUBTASK))
+    return dataclasses.replace(row, read=_stretched(row.read, bucket))
+
+
+def _stretched(read: Read, length: int) -> Read:
+    tokens = np.resize(read.prompt.tokens, length)
+    return dataclasses.replace(read, prompt=dataclasses.replace(read.prompt, tokens=tokens))

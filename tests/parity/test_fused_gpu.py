@@ -161,6 +161,44 @@ def test_logits_along_a_text_are_those_of_the_plain_module(networks: tuple[Pi052
             logits, _ = fused.text_step(text_rows)
 
 
+@pytest.mark.parametrize("num_slices", [2, 5])
+def test_a_prefix_in_slices_is_a_whole_one_whatever_runs_between(
+    networks: tuple[Pi052Network, Pi052Network], num_slices: int
+) -> None:
+    """Graphs share their memory: what a slice leaves for the next must not lie there."""
+    served, plain = networks
+    fused, others = fused_of(served, prefix_slices=num_slices), mixed_requests(4)
+    fused.prepare()
+    allowed = ~fused.units.forbidden[NO_LOCATIONS]
+
+    def between() -> None:
+        for group in (others[:1], others[1:2], others):  # One row of either bucket, and several.
+            slots = lab.begin(fused, group)
+            fused.expert_step([(slot, 0) for slot in slots])
+            fused.first_text([lab.TextRow(slot=slot, flags=0) for slot in slots])
+            for slot in slots:
+                fused.slots.give_back(slot)
+
+    for num_tokens in (3, 48, 49, 200):
+        one = lab.request(SIZES, num_tokens, num_tokens, horizon=HORIZON, lacks=1 if num_tokens == 49 else None)
+        length = lab.NUM_CAMERAS * SIZES.num_patches + (48 if num_tokens <= 48 else 200)
+        kept = []
+        for slot in (lab.begin(fused, [one])[0], lab.begin_in_slices(fused, one, between)):
+            pool = fused.slots
+            counts = torch.stack([pool.action_keys, pool.text_keys, pool.action_position, pool.text_position])[:, slot]
+            logits = fused.first_text([lab.TextRow(slot=slot, flags=NO_LOCATIONS)])[0][0, allowed]
+            left = (logits, pool.keys[:, slot, :length], pool.values[:, slot, :length], pool.last_hidden[slot], counts)
+            kept.append([tensor.clone() for tensor in left])
+            state = lab.plain_state(plain, one, hidden=True)
+            assert state.hidden is not None
+            with torch.inference_mode():
+                expected = plain.text_logits(state.hidden[:, -1])[0]
+            assert lab.relative(logits, expected[allowed]) < TOLERANCE
+            pool.give_back(slot)
+        for sliced, whole in zip(kept[1], kept[0], strict=True):
+            assert lab.relative(sliced, whole) < TOLERANCE
+
+
 def test_a_draft_gives_what_step_by_step_decoding_gives(networks: tuple[Pi052Network, Pi052Network]) -> None:
     fused, [one] = fused_of(networks[1], dtype=torch.float32, kernels=False, draft_length=20), mixed_requests(1)
     [slot] = lab.begin(fused, [one])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -168,6 +169,19 @@ def begin(fused: FusedPi052, asked: list[Request], *, together: bool = True) -> 
     for group in [rows] if together else [[row] for row in rows]:
         fused.prefix(group)
     return slots
+
+
+@torch.inference_mode()
+def begin_in_slices(fused: FusedPi052, one: Request, between: Callable[[], None] = lambda: None) -> int:
+    """A question's prefix, and what between runs before each slice but the first; its slot."""
+    slot = fused.slots.take()
+    assert slot is not None
+    fused.begin_question(slot, one.pictures.to(fused.device), one.picture_valid, one.tokens)
+    for at in range(fused.num_prefix_slices):
+        if at > 0:
+            between()
+        fused.prefix_slice(at)
+    return slot
 
 
 @torch.inference_mode()

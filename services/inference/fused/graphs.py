@@ -41,7 +41,8 @@ class Uploads:
         if self._events and place == 0:
             self._events[segment - 1].record()
             self._events[segment].synchronize()
-        return self._places[self._next]
+        found: npt.NDArray[Any] = self._places[self._next]
+        return found
 
     def send_place(self, into: torch.Tensor) -> None:
         """What place() was filled with, into the elements of into, which are in one piece."""

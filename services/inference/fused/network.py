@@ -10,6 +10,12 @@
     for step in range(num_steps): fused.expert_step([(slot, step)])       with rows of other robots, at other steps
     chunk = fused.slots.actions[slot]
 
+The prefix of a question comes in slices, and whatever else is to run may run between them:
+
+    fused.begin_question(slot, pictures, ...)
+    for at in range(fused.num_prefix_slices): fused.prefix_slice(at)
+    logits, tokens = fused.first_text([TextRow(slot=slot, ...)])
+
 Calls go to the current stream in order and do not wait for the device. They belong to one thread.
 
 Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A action size, V vocabulary.
@@ -18,8 +24,8 @@ Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,11 +33,12 @@ import numpy.typing as npt
 import torch
 
 from manyhands.errors import InvalidInput
-from policies import rtc, text
 from policies.pi052.config import NetworkConfig
 
 from .graphs import GraphPool, Recorded, Uploads
 from .ops import EulerTables, ReferenceOps
+from .prefix_slices import PrefixSlices
+from .settings import FusedSettings, PrefixRow, TextRow, Tokens
 from .slots import Slots, SlotSizes
 from .starts import ChunkStart, num_numbers
 from .units import Units, forbidden_tokens
@@ -39,69 +46,8 @@ from .weights import FusedWeights
 
 # done, total, what was just prepared.
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FusedSettings:
-    """Attributes:
-    num_cameras: I, every prefix has as many; a missing one is masked.
-    num_steps: Euler steps of a chunk.
-    horizon: Actions of a chunk, T.
-    num_slots: Rows in work at a time.
-    max_text: Tokens decoded behind a prefix.
-    prompt_lengths: Buckets; a prompt is padded to the next.
-    prefix_rows, expert_rows, text_rows: Buckets of rows in one pass.
-    draft_length: Tokens of a draft checked in one pass; 0: no drafts.
-    decoding: Which tokens are special or no text; the rest of it is a request's.
-    max_guidance_weight: Of guided chunking.
-    trained_max_delay: > 0: trained chunking, which keeps up to so many committed actions.
-    schedule: Of guided chunking.
-    pictures_fit: Whether pictures come as bytes in the network's size, for vision_of_bytes(); else as numbers, for vision().
-    whole_chunk: Whether all steps of a single row are one graph too, for a robot that is alone.
-    """
-
-    num_cameras: int
-    num_steps: int = 10
-    horizon: int = 50
-    num_slots: int = 32
-    max_text: int = 128
-    prompt_lengths: tuple[int, ...] = (48, 96, 200)
-    prefix_rows: tuple[int, ...] = (1, 2, 4)
-    expert_rows: tuple[int, ...] = (1, 2, 4, 8, 16)
-    text_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    draft_length: int = 0
-    decoding: text.Decoding = field(default_factory=text.Decoding)
-    max_guidance_weight: float = rtc.DEFAULT_MAX_GUIDANCE_WEIGHT
-    trained_max_delay: int = 0
-    schedule: rtc.PrefixSchedule = rtc.PrefixSchedule.LINEAR
-    pictures_fit: bool = False
-    whole_chunk: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixRow:
-    """Attributes:
-    slot: Where it goes.
-    picture_tokens: (I, P, D) or (I * P, D) of vision(), on the device.
-    picture_valid: Per camera.
-    tokens: Ids of the prompt.
-    """
-
-    slot: int
-    picture_tokens: torch.Tensor
-    picture_valid: Sequence[bool]
-    tokens: Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRow:
-    """Attributes:
-    slot: Of the row.
-    flags: units.TOO_SHORT while fewer than min_new_tokens came, units.NO_LOCATIONS for anything but visual questions.
-    """
-
-    slot: int
-    flags: int
+# (height, width, 3) each; None: a missing one.
+Pictures = Sequence[npt.NDArray[np.uint8] | None]
 
 
 class FusedPi052:
@@ -152,7 +98,16 @@ class FusedPi052:
         self._picture_shape = (config.image_height, config.image_width, 3)
         each = math.prod(self._picture_shape)
         self._picture_bytes = Uploads(device, most * settings.num_cameras * each, torch.uint8, num_places=4)
+        self._question_bytes = torch.zeros(settings.num_cameras, *self._picture_shape, dtype=torch.uint8, device=device)
         self._pool = GraphPool(device)
+        self._slices = PrefixSlices(
+            self.units,
+            self._pool,
+            lambda length: self._inputs("prefix_slices", 1, length),
+            num_cameras=settings.num_cameras,
+            longest_prompt=max(settings.prompt_lengths),
+            num_slices=settings.prefix_slices,
+        )
         self._each_step = torch.arange(settings.num_steps, dtype=torch.int32, device=device)
         self._recorded: dict[tuple[str, int, int], Recorded[Any]] = {}
 
@@ -163,7 +118,10 @@ class FusedPi052:
         """Captures every bucket; weights must be there. Without it a bucket is captured at its first use."""
         wanted = self._buckets()
         for done, (name, rows, length) in enumerate(wanted):
-            self._bucket(name, rows, length)
+            if name == "prefix_slices":
+                self._slices.prepare(length)
+            else:
+                self._bucket(name, rows, length)
             if progress is not None:
                 progress(done + 1, len(wanted), f"{name}, {rows} rows" + (f", prompt {length}" if length else ""))
 
@@ -176,6 +134,8 @@ class FusedPi052:
         wanted += [(name, rows, 0) for name in ("first_text", "text_step") for rows in settings.text_rows]
         if settings.draft_length:
             wanted += [("check_draft", rows, 0) for rows in settings.prefix_rows]
+        if self.num_prefix_slices:
+            wanted += [("prefix_slices", 1, length) for length in settings.prompt_lengths]
         if settings.whole_chunk:
             wanted.append(("all_steps", 1, 0))
         return wanted
@@ -199,21 +159,14 @@ class FusedPi052:
         if name == "vision_of_bytes":
             return {"pictures": torch.zeros(rows * cameras, *self._picture_shape, dtype=torch.uint8, device=device)}
         if name == "begin":
-            both = torch.zeros(2 * rows, dtype=torch.int32, device=device)
-            both[:rows] = self.slots.scratch
             numbers = torch.zeros(rows, num_numbers(self.settings.horizon, config.action_size), device=device)
-            return {"slots": both[:rows], "num_clean": both[rows:], "numbers": numbers}
+            return {**self._slots_and("num_clean", rows), "numbers": numbers}
         if name == "all_steps":
             return {"slots": slots}
         if name == "expert_step":
-            # One piece, so that one copy brings both.
-            both = torch.zeros(2 * rows, dtype=torch.int32, device=device)
-            both[:rows] = self.slots.scratch
-            return {"slots": both[:rows], "steps": both[rows:]}
+            return self._slots_and("steps", rows)
         if name in ("first_text", "text_step"):
-            both = torch.zeros(2 * rows, dtype=torch.int32, device=device)
-            both[:rows] = self.slots.scratch
-            return {"slots": both[:rows], "flags": both[rows:]}
+            return self._slots_and("flags", rows)
         if name == "check_draft":
             draft = torch.zeros(rows, self.settings.draft_length, dtype=torch.int32, device=device)
             return {"slots": slots, "flags": flags, "draft": draft}
@@ -228,8 +181,16 @@ class FusedPi052:
             "tokens": tokens.view(rows, length),
             "token_valid": token_valid.view(rows, length),
         }
+        if name == "prefix_slices":
+            return {"pictures": torch.zeros(picture_shape, device=device), **prompt}
         picture_tokens = torch.zeros(rows, self._patches, config.language.width, dtype=self.weights.dtype, device=device)
         return {"picture_tokens": picture_tokens, **prompt}
+
+    def _slots_and(self, second: str, rows: int) -> dict[str, torch.Tensor]:
+        """One piece, so that one copy brings both."""
+        both = torch.zeros(2 * rows, dtype=torch.int32, device=self.device)
+        both[:rows] = self.slots.scratch
+        return {"slots": both[:rows], second: both[rows:]}
 
     def _all_steps(self, slots: torch.Tensor) -> None:
         rows = self.units.expert_rows(slots, slots)
@@ -249,18 +210,14 @@ class FusedPi052:
         return found[: len(pictures)]
 
     @torch.inference_mode()
-    def vision_of_bytes(self, pictures: Sequence[npt.NDArray[np.uint8] | None]) -> torch.Tensor:
+    def vision_of_bytes(self, pictures: Pictures) -> torch.Tensor:
         """vision() of pictures as a camera gives them, (height, width, 3) in the network's size; None: a missing one, black.
 
         The answer holds until the next call of any unit.
         """
         rows = self._fit("vision", -(-len(pictures) // self.settings.num_cameras), self.settings.prefix_rows)
         recorded = self._bucket("vision_of_bytes", rows, 0)
-        into = recorded.inputs["pictures"][: len(pictures)]
-        places = self._picture_bytes.place()[: into.numel()].reshape(into.shape)
-        for place, picture in zip(places, pictures, strict=True):
-            place[...] = 0 if picture is None else picture
-        self._picture_bytes.send_place(into)
+        self._send_pictures(pictures, recorded.inputs["pictures"][: len(pictures)])
         found: torch.Tensor = recorded.run()
         return found[: len(pictures)]
 
@@ -288,6 +245,31 @@ class FusedPi052:
             inputs["picture_tokens"][index].copy_(row.picture_tokens.reshape(-1, self.config.language.width))
         self._send_prompts(inputs, [(row.slot, row.picture_valid, row.tokens) for row in rows])
         recorded.run()
+
+    @property
+    def num_prefix_slices(self) -> int:
+        return self._slices.num_slices
+
+    @torch.inference_mode()
+    def begin_question(
+        self, slot: int, pictures: torch.Tensor | Pictures, picture_valid: Sequence[bool], tokens: Tokens
+    ) -> None:
+        """Brings a question to the device: I pictures as of vision() or vision_of_bytes(), and its prompt.
+
+        One prefix is in progress at a time: that of a question that began before and has not ended is given up.
+        """
+        inputs = self._slices.begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
+        if isinstance(pictures, torch.Tensor):
+            inputs["pictures"].copy_(pictures, non_blocking=True)
+        else:
+            self._send_pictures(pictures, self._question_bytes)
+            inputs["pictures"].copy_(self.units.numbers_of(self._question_bytes))
+        self._send_prompts(inputs, [(slot, picture_valid, tokens)])
+
+    @torch.inference_mode()
+    def prefix_slice(self, at: int) -> None:
+        """Slice number at of the question's prefix; behind the last its slot is as after vision() and prefix()."""
+        self._slices.run(at)
 
     @torch.inference_mode()
     def expert_step(self, rows: Sequence[tuple[int, int]]) -> None:
@@ -330,9 +312,9 @@ class FusedPi052:
     def whole_chunk(
         self,
         slot: int,
-        pictures: torch.Tensor | Sequence[npt.NDArray[np.uint8] | None],
+        pictures: torch.Tensor | Pictures,
         picture_valid: Sequence[bool],
-        tokens: Sequence[int],
+        tokens: Tokens,
     ) -> None:
         """Vision, prefix() and every expert_step() of one row, after begin_chunks(): for a robot that is alone.
 
@@ -360,23 +342,34 @@ class FusedPi052:
         self._uploads.send(values, both.as_strided((2 * num_rows,), (1,)))
         return recorded.run()
 
+    def _send_pictures(self, pictures: Pictures, into: torch.Tensor) -> None:
+        """into: (N, height, width, 3) uint8."""
+        places = self._picture_bytes.place()[: into.numel()].reshape(into.shape)
+        for place, picture in zip(places, pictures, strict=True):
+            place[...] = 0 if picture is None else picture
+        self._picture_bytes.send_place(into)
+
     def _send_prompts(
-        self, inputs: dict[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Sequence[int]]]
+        self, inputs: Mapping[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Tokens]]
     ) -> None:
         """Slots, valid cameras, tokens and valid tokens: they lie one behind the other, so one copy brings all."""
         num_rows, length = inputs["tokens"].shape
-        spare = num_rows - len(rows)
-        values = [slot for slot, _, _ in rows] + [self.slots.scratch] * spare
-        for _, picture_valid, _ in rows:
-            values += [int(valid) for valid in picture_valid]
-        values += [1] * (spare * self.settings.num_cameras)
-        for _, _, tokens in rows:
-            values += [*(int(token) for token in tokens), *[0] * (length - len(tokens))]
-        values += [0] * (spare * length)
-        for _, _, tokens in rows:
-            values += [1] * len(tokens) + [0] * (length - len(tokens))
-        values += [0] * (spare * length)
-        self._uploads.send(values, inputs["slots"].as_strided((len(values),), (1,)))
+        cameras = self.settings.num_cameras
+        total = num_rows * (1 + cameras + 2 * length)
+        place = self._uploads.place()[:total]
+        slots, picture_valid, tokens, token_valid = np.split(
+            place, np.cumsum([num_rows, num_rows * cameras, num_rows * length])
+        )
+        slots[:] = self.slots.scratch
+        picture_valid[:] = 1
+        tokens[:] = 0
+        token_valid[:] = 0
+        for index, (slot, valid, prompt) in enumerate(rows):
+            slots[index] = slot
+            picture_valid[index * cameras : (index + 1) * cameras] = valid
+            tokens[index * length :][: len(prompt)] = prompt
+            token_valid[index * length :][: len(prompt)] = 1
+        self._uploads.send_place(inputs["slots"].as_strided((total,), (1,)))
 
     def _fill(self, into: torch.Tensor, values: Sequence[int], beyond: int) -> None:
         """What is beyond values takes one value."""

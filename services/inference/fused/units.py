@@ -59,29 +59,56 @@ class Units:
 
     def vision_of_bytes(self, pictures: torch.Tensor) -> torch.Tensor:
         """vision() of (N, height, width, 3) uint8: bytes travel, numbers are made where they are needed."""
-        return self.vision((pictures.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0).contiguous())
+        return self.vision(self.numbers_of(pictures))
+
+    def numbers_of(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, height, width, 3) uint8 to (N, 3, height, width) float32 in [-1, 1], as images.prepare() makes them."""
+        return (pictures.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0).contiguous()
 
     def vision(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, 3, height, width) float32 in [-1, 1] to (N, P, D): a picture does not depend on its neighbours."""
-        views, size, ops = self.weights.views, self.weights.config.vision, self.many
-        num = pictures.shape[0]
+        x = self.vision_begin(pictures)
+        branch = self.vision_layers(x, None, range(self.weights.config.vision.depth))
+        return self.vision_end(x, branch)
+
+    def vision_begin(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The stream of vision's layers, (N * P, vision width) float32."""
+        views, size = self.weights.views, self.weights.config.vision
         patches = _patches(pictures, size.patch, patch_columns(self.weights.config), self.weights.dtype)
         x = functional.linear(patches, views["vision.patch.weight"]).float() + views["vision.position"]
-        x = x.flatten(0, 1)
-        branch, bias = None, None
-        for index in range(size.depth):
+        return x.flatten(0, 1)
+
+    def vision_layers(self, x: torch.Tensor, branch: torch.Tensor | None, layers: range) -> torch.Tensor | None:
+        """Some of the layers.
+
+        Args:
+            x: (N * P, vision width) float32, in place.
+            branch: Of the last layer run, still to be added to x, without its bias; None before the first.
+
+        Returns:
+            The branch that is to be added now, (N * P, vision width) in the matrices' dtype.
+        """
+        views, size, ops = self.weights.views, self.weights.config.vision, self.many
+        num = x.shape[0] // self.weights.config.num_patches
+        for index in layers:
             at = f"vision.layers.{index}"
-            normed = ops.add_layer_norm(x, branch, bias, *_norm(views, f"{at}.norm_1"))
+            normed = ops.add_layer_norm(x, branch, self._vision_bias(index - 1), *_norm(views, f"{at}.norm_1"))
             qkv = functional.linear(normed, views[f"{at}.qkv.weight"], views[f"{at}.qkv.bias"])
             q, k, v = qkv.view(num, -1, 3, size.heads, size.width // size.heads).permute(2, 0, 3, 1, 4)
             mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
-            branch, bias = functional.linear(mixed, views[f"{at}.o.weight"]), views[f"{at}.o.bias"]
-            normed = ops.add_layer_norm(x, branch, bias, *_norm(views, f"{at}.norm_2"))
+            branch = functional.linear(mixed, views[f"{at}.o.weight"])
+            normed = ops.add_layer_norm(x, branch, views[f"{at}.o.bias"], *_norm(views, f"{at}.norm_2"))
             hidden = ops.linear_gelu(normed, views[f"{at}.up.weight"], views[f"{at}.up.bias"])
-            branch, bias = functional.linear(hidden, views[f"{at}.down.weight"]), views[f"{at}.down.bias"]
-        normed = ops.add_layer_norm(x, branch, bias, *_norm(views, "vision.norm"))
+            branch = functional.linear(hidden, views[f"{at}.down.weight"])
+        return branch
+
+    def vision_end(self, x: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+        """(N, P, D), of the stream behind the last layer and the branch still to be added."""
+        views, config = self.weights.views, self.weights.config
+        bias = self._vision_bias(config.vision.depth - 1)
+        normed = self.many.add_layer_norm(x, branch, bias, *_norm(views, "vision.norm"))
         tokens = functional.linear(normed, views["vision.projector.weight"], views["vision.projector.bias"])
-        return tokens.view(num, -1, tokens.shape[-1])
+        return tokens.view(-1, config.num_patches, tokens.shape[-1])
 
     def prefix(
         self,
@@ -99,13 +126,22 @@ class Units:
             picture_valid: (B, I) int32, 0 for a camera the row lacks.
             tokens, token_valid: (B, L) int32, padded on the right.
         """
-        pool, many = self.slots, self.many
-        patches = picture_tokens.shape[1] // picture_valid.shape[1]
-        valid = torch.cat([picture_valid.repeat_interleave(patches, dim=1), token_valid], dim=1).bool()
-        num_rows, length = valid.shape
-        index = slots.long()
-        pool.valid[index] = functional.pad(valid.to(torch.uint8), (0, pool.valid.shape[1] - length), value=1)
-        rows = Rows(
+        valid = self.prefix_valid(picture_valid, token_valid)
+        rows = self.prefix_rows(slots, valid)
+        residual = Residual(x=self.prefix_begin(picture_tokens, tokens))
+        self.prefix_layers(residual, rows, range(len(self.weights.language) - 1))
+        self.prefix_end(residual, rows, valid)
+
+    def prefix_valid(self, picture_valid: torch.Tensor, token_valid: torch.Tensor) -> torch.Tensor:
+        """(B, S) bool: tokens that may be seen."""
+        patches = picture_valid.repeat_interleave(self.weights.config.num_patches, dim=1)
+        return torch.cat([patches, token_valid], dim=1).bool()
+
+    def prefix_rows(self, slots: torch.Tensor, valid: torch.Tensor) -> Rows:
+        """Rows of a prefix of S tokens, whose slots know from now on which of them are valid."""
+        pool, length = self.slots, valid.shape[1]
+        pool.valid[slots.long()] = functional.pad(valid.to(torch.uint8), (0, pool.valid.shape[1] - length), value=1)
+        return Rows(
             slots=slots,
             positions=(valid.cumsum(dim=1) - 1).clamp(min=0).int(),
             # Every token's keys are there before one is looked at: a prefix looks back at itself.
@@ -113,19 +149,30 @@ class Units:
             own=torch.zeros_like(slots),
             sees_own=False,
         )
-        residual = Residual(x=torch.cat([picture_tokens, self._embedded(tokens)], dim=1))
-        layers = self.weights.language
-        for number, layer in enumerate(layers[:-1]):
-            self._layer(residual, layer, number, rows, many)
-        normed = many.normed(residual, layers[-1].norm_1, rows)
-        many.project_qkv(normed, layers[-1].qkv, rows, pool, len(layers) - 1, self._heads, keys_only=True)
+
+    def prefix_begin(self, picture_tokens: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The stream of the language layers, (B, S, D)."""
+        return torch.cat([picture_tokens, self._embedded(tokens)], dim=1)
+
+    def prefix_layers(self, residual: Residual, rows: Rows, layers: range) -> None:
+        """Some of the layers, all but the last."""
+        for number in layers:
+            self._layer(residual, self.weights.language[number], number, rows, self.many)
+
+    def prefix_end(self, residual: Residual, rows: Rows, valid: torch.Tensor) -> None:
+        """Of the last layer keys and values, and for each row where actions and text begin."""
+        pool, many, index = self.slots, self.many, rows.slots.long()
+        num_rows, length = valid.shape
+        last_layer, number = self.weights.language[-1], len(self.weights.language) - 1
+        normed = many.normed(residual, last_layer.norm_1, rows)
+        many.project_qkv(normed, last_layer.qkv, rows, pool, number, self._heads, keys_only=True)
         # Padding stands behind the prompt: its last valid token is what text follows.
         last = length - 1 - valid.flip(1).long().argmax(dim=1)
         x = many.settled(residual, rows)
         pool.last_hidden[index] = x[torch.arange(num_rows, device=x.device), last]
         num_valid = valid.sum(dim=1).int()
         for count in (pool.action_keys, pool.text_keys):
-            count[index] = torch.full_like(slots, length)
+            count[index] = torch.full_like(rows.slots, length)
         for position in (pool.action_position, pool.text_position):
             position[index] = num_valid
 
@@ -232,6 +279,10 @@ class Units:
     @property
     def _heads(self) -> Heads:
         return Heads(num=self.weights.config.language.heads, size=self.weights.config.language.head_dim)
+
+    def _vision_bias(self, layer: int) -> torch.Tensor | None:
+        """Of the branch that a layer leaves to be added; None before the first."""
+        return self.weights.views[f"vision.layers.{layer}.down.bias"] if layer >= 0 else None
 
     def _layer(self, residual: Residual, layer: Layer, number: int, rows: Rows, ops: Ops) -> None:
         normed = ops.normed(residual, layer.norm_1, rows)

@@ -7,7 +7,8 @@ import torch
 
 from manyhands.errors import InvalidInput
 from policies import text
-from services.inference.fused import FusedPi052
+from policies.pi052.config import NetworkConfig
+from services.inference.fused import FusedPi052, prefix_slices
 from services.inference.fused.units import NO_LOCATIONS
 from tests.support import fused_lab as lab
 
@@ -163,6 +164,80 @@ def test_actions_can_see_the_text_that_was_decoded(model: torch.nn.Module) -> No
         for token in ids[:3]:  # The last one was chosen and not read.
             _, state = model.text_step(state, torch.tensor([token]))
     assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one, state=state)) < TOLERANCE
+
+
+def left_by_a_prefix(fused: FusedPi052, slot: int, length: int) -> list[torch.Tensor]:
+    """All that a slot knows behind its prefix of so many tokens, and the logits of its first text token."""
+    pool = fused.slots
+    logits, _ = fused.first_text([lab.TextRow(slot=slot, flags=NO_LOCATIONS)])
+    whole = (pool.valid, pool.action_keys, pool.text_keys, pool.action_position, pool.text_position, pool.last_hidden)
+    kept = [*(tensor[slot] for tensor in whole), pool.keys[:, slot, :length], pool.values[:, slot, :length], logits]
+    return [tensor.clone() for tensor in kept]
+
+
+@pytest.mark.parametrize("num_slices", [None, 5])
+def test_a_prefix_in_slices_leaves_the_bits_of_a_whole_one(model: torch.nn.Module, num_slices: int | None) -> None:
+    """Cut between all layers or once; both prompt buckets, a missing camera, and units of other rows between two slices."""
+    fused, asked = fused_of(model, prefix_slices=num_slices), mixed_requests()
+    assert fused.num_prefix_slices == (num_slices or prefix_slices.MIN_SLICES)
+    acting, decoding = lab.begin(fused, [asked[1], asked[3]])
+    decoding_row = lab.TextRow(slot=decoding, flags=0)
+    fused.first_text([decoding_row])
+    turns = []
+
+    def others() -> None:
+        turns.append(len(turns))
+        for row in (asked[2], asked[0]):  # The same buckets as the question's, and another robot's pictures.
+            [other] = lab.begin(fused, [row])
+            fused.expert_step([(other, 0), (acting, 1)])
+            fused.slots.give_back(other)
+        if turns == [0]:
+            fused.text_step([decoding_row])
+            fused.check_draft([decoding_row], [[5, 6]])
+
+    for one in asked:
+        length = lab.NUM_CAMERAS * lab.TINY.num_patches + (8 if len(one.tokens) <= 8 else 24)
+        [slot] = lab.begin(fused, [one])
+        expected = left_by_a_prefix(fused, slot, length)
+        fused.slots.wipe(slot)
+        fused.slots.give_back(slot)
+        turns.clear()
+        slot = lab.begin_in_slices(fused, one, others)
+        assert len(turns) == fused.num_prefix_slices - 1
+        for left, whole in zip(left_by_a_prefix(fused, slot, length), expected, strict=True):
+            assert torch.equal(left, whole)
+        fused.slots.give_back(slot)
+
+
+def test_a_question_may_be_given_up_amid_its_prefix(model: torch.nn.Module) -> None:
+    fused, asked = fused_of(model, prefix_slices=5), mixed_requests()
+    expected = lab.plain_ids(model, asked[2], text.Decoding(max_new_tokens=4, end_token=-5))
+    for num_run in range(1, 5):
+        given_up = fused.slots.take()
+        assert given_up is not None
+        fused.begin_question(given_up, asked[1].pictures, asked[1].picture_valid, asked[1].tokens)
+        for at in range(num_run):
+            fused.prefix_slice(at)
+        fused.slots.give_back(given_up)
+        slot = lab.begin_in_slices(fused, asked[2])
+        assert slot == given_up
+        assert lab.fused_ids(fused, [slot], NO_LOCATIONS, 4) == [expected]
+        fused.slots.give_back(slot)
+        with pytest.raises(AssertionError, match="comes next"):
+            fused.prefix_slice(num_run)
+
+
+def test_slices_of_a_full_size_network_are_about_equal_and_no_longer_than_a_text_step() -> None:
+    config = NetworkConfig()
+    for num_cameras in (1, 2, 3, 4):
+        num_patches = num_cameras * config.num_patches
+        costs = prefix_slices.piece_costs_s(config, num_patches, num_patches + 200)
+        slices = prefix_slices.planned(config, num_cameras=num_cameras, longest_prompt=200, num_slices=None)
+        assert [piece for pieces in slices for piece in pieces] == list(range(27 + 17 + 1))
+        lengths = [sum(costs[piece] for piece in pieces) for pieces in slices]
+        assert max(lengths) <= prefix_slices.text_step_s(config)
+        assert max(lengths) < 1.5 * min(lengths)
+        assert num_cameras != 3 or len(slices) == 6
 
 
 def test_new_weights_serve_after_commit_and_not_before(model: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import threading
 import time
@@ -14,9 +15,12 @@ import torch
 from manyhands.errors import InternalError, InvalidInput, TooLate, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
+from services.inference import unit_warm_up
 from services.inference.engine_port import Answer, Job, Observed, Question, Row, Superseded, TextEnd
 from services.inference.fused_model import FusedModel, can_be_fused
+from services.inference.service_times import ServiceTimes
 from services.inference.unit_engine import UnitEngine
+from services.inference.units import UnitKind, group
 from tests.support import prompted_lab
 from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
 
@@ -207,19 +211,24 @@ def test_a_draft_changes_nothing_but_the_time(engine, policy, previous):
     assert whole_text(heard) == expected
 
 
+def read_prompt(model, row):
+    for _ in range(model.num_prefix_slices):
+        model.run_text_prefix(row)
+
+
 @pytest.mark.parametrize("num_right", [12, 5, 1, 0])
 def test_a_draft_gives_what_it_foresaw_and_one_token_more(policy, num_right):
     model = FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1)
     given = sample(5)
     observed = Observed(observation=given.observation, task=given.task)
     slow = model.text_row(observed, TextRequest(kind=TextKind.SUBTASK))
-    model.run_text_prefix(slow)
+    read_prompt(model, slow)
     while len(slow.tokens) < 12:
         model.run_text([slow])
     model.release(slow)
     draft = [token if place < num_right else token + 1 for place, token in enumerate(slow.tokens)]
     quick = dataclasses.replace(model.text_row(observed, TextRequest(kind=TextKind.SUBTASK)), draft=draft)
-    model.run_text_prefix(quick)
+    read_prompt(model, quick)
     model.run_draft(quick)
     expected = {12: 12, 5: 6, 1: 2, 0: 1}[num_right]  # No more than asked for.
     assert len(quick.tokens) == expected
@@ -278,6 +287,93 @@ def test_withdrawn_work_frees_its_slots_and_nobody_is_told(engine):
     assert engine.pending() == 0
     assert outcomes.empty()
     assert heard.empty()
+
+
+def amid_a_prefix(engine, monkeypatch, happens):
+    """happens() when a question's first slice has run; answers what runs, a name a unit."""
+    model, ran = engine.models["tiny"], []
+    runs = {name: getattr(model, name) for name in ("run_text_prefix", "run_prefix", "run_expert", "run_text")}
+
+    def run(name, rows):
+        at = getattr(rows, "num_slices", None)
+        ran.append(name if at is None else f"slice {at}")
+        runs[name](rows)
+        if at == 0 and ran.count("slice 0") == 1:
+            happens()
+
+    for name in runs:
+        monkeypatch.setattr(model, name, functools.partial(run, name))
+    return ran
+
+
+def test_a_chunk_that_comes_amid_a_questions_prefix_waits_for_one_slice(engine, policy, monkeypatch):
+    """The one that runs: the chunk's units come next, all of them."""
+    answers = []
+    ran = amid_a_prefix(engine, monkeypatch, lambda: answers.append(submit(engine, "acts", row(3))))
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=4)
+    assert whole_text(heard) == "".join(policy.generate([sample(4)], TextRequest(kind=TextKind.SUBTASK), CPU))
+    assert near(answer_of(answers[0]).actions, plain(policy, row(3))[0])
+    num_steps = engine.models["tiny"].num_steps
+    assert ran[: num_steps + 3] == ["slice 0", "run_prefix", *["run_expert"] * num_steps, "slice 1"]
+
+
+@pytest.mark.parametrize("how", ["withdrawn", "failed"])
+def test_a_question_that_ends_amid_its_prefix_gives_its_slot_back(engine, policy, monkeypatch, how):
+    gate, holding = hold(engine)
+    with monkeypatch.context() as amid:
+        stop, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=6)
+        broken = functools.partial(amid.setattr, engine.models["tiny"].fused, "prefix_slice", lambda at: 1 / 0)
+        ran = amid_a_prefix(engine, amid, stop if how == "withdrawn" else broken)
+        gate.set()
+        holding.join()
+        while engine.pending():
+            time.sleep(0.001)
+        engine.between_passes(lambda: None)
+    assert ran == (["slice 0"] if how == "withdrawn" else ["slice 0", "slice 1"])
+    test_all_slots_come_back(engine)
+    if how == "withdrawn":
+        assert heard.empty()
+    else:
+        assert isinstance(heard.get(timeout=5.0).error, InternalError)
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=7)
+    assert whole_text(heard) == "".join(policy.generate([sample(7)], TextRequest(kind=TextKind.SUBTASK), CPU))
+
+
+def test_weights_that_change_amid_a_prefix_make_it_begin_again(policy, monkeypatch):
+    """Else its layers would be of two versions, and the answer could name neither."""
+    second = make_policy()
+    with torch.no_grad():
+        for parameter in second.network.parameters():
+            parameter.mul_(1.5)
+    engine = UnitEngine({"tiny": FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1)}, max_rows=1, max_texts=1)
+    engine.start()
+    model, changing = engine.models["tiny"], []
+    model.fused.weights.stage(second.network.state_dict())
+
+    def change():
+        changing.append(threading.Thread(target=engine.between_passes, args=(model.fused.weights.commit,)))
+        changing[0].start()
+        while not engine._swaps:
+            time.sleep(0.001)
+
+    ran = amid_a_prefix(engine, monkeypatch, change)
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=8)
+    expected = ["".join(one.generate([sample(8)], TextRequest(kind=TextKind.SUBTASK), CPU)) for one in (policy, second)]
+    assert expected[0] != expected[1]
+    assert whole_text(heard) == expected[1]
+    assert ran[:3] == ["slice 0", "slice 0", "slice 1"]
+    engine.stop()
+    changing[0].join()
+
+
+def test_the_scheduler_is_told_of_the_longest_slice(policy, monkeypatch):
+    model = FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1)
+    run = model.fused.prefix_slice
+    monkeypatch.setattr(model.fused, "prefix_slice", lambda at: (run(at), time.sleep(0.05 if at == 0 else 0.0)))
+    times = ServiceTimes(forgets=False)
+    unit_warm_up.measure("tiny", model, times, 0.0)
+    for bucket in model.fused.settings.prompt_lengths:
+        assert times.mean_s(group(UnitKind.TEXT_PREFIX, "tiny", bucket), 1) >= 0.05
 
 
 def test_weights_change_between_chunks_only(policy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -250,6 +250,38 @@ def test_text_runs_while_no_chunk_needs_the_device() -> None:
     device = run(make(), question("q", num_prefix_slices=5, max_tokens=20))
     # The prefix gives the first token.
     assert device.kinds() == [UnitKind.TEXT_PREFIX] * 5 + [UnitKind.TEXT] * 19
+
+
+def test_a_prefix_that_begins_again_runs_all_of_its_slices_again() -> None:
+    scheduler = make()
+    scheduler.ask(question("q", num_prefix_slices=3, max_tokens=1))
+    kinds, ended = [], []
+    for number in range(4):
+        unit = scheduler.next_unit(0.001 * number).unit
+        assert unit is not None
+        kinds.append(unit.kind)
+        if number == 1:  # Decided on and not run yet.
+            assert [work.text_id for work in scheduler.restart_prefixes()] == ["q"]
+        ended.append(len(scheduler.finished(unit, SLICE_S[1], 0.001 * number).texts))
+    assert kinds == [UnitKind.TEXT_PREFIX] * 4
+    assert ended == [0, 0, 0, 1]
+    # What has its prefix, or has not begun it, is left alone.
+    scheduler.ask(question("decoding", at=0.1, num_prefix_slices=0))
+    scheduler.ask(question("waiting", at=0.2, num_prefix_slices=3))
+    unit = scheduler.next_unit(0.2).unit
+    assert unit is not None
+    assert unit.kind is UnitKind.TEXT
+    assert scheduler.restart_prefixes() == ()
+
+
+def test_one_prefix_is_in_progress_at_a_time_whatever_models_there_are() -> None:
+    """A model has room for the state of one."""
+    scheduler: AnyScheduler = UnitScheduler(times=known(models=("m", "other")))
+    questions = [question(f"q{n}", model=model, at=0.001 * n, max_tokens=5) for n, model in enumerate(["m", "other"] * 4)]
+    # Later questions are more urgent.
+    device = run(scheduler, *(replace(work, deadline_s=10.0 - work.arrived_s) for work in questions))
+    order = [ran.owners[0] for ran in device.ran if ran.unit.kind is UnitKind.TEXT_PREFIX]
+    assert [len(list(same)) for _, same in itertools.groupby(order)] == [5] * 8
 
 
 def test_texts_of_several_robots_take_one_step_together() -> None:

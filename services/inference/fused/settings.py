@@ -1,0 +1,82 @@
+"""What a fused network is prepared for, and rows as it takes them.
+
+Shapes: I cameras, P tokens of a camera, D width, T horizon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from policies import rtc, text
+
+Tokens = Sequence[int] | npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedSettings:
+    """Attributes:
+    num_cameras: I, every prefix has as many; a missing one is masked.
+    num_steps: Euler steps of a chunk.
+    horizon: Actions of a chunk, T.
+    num_slots: Rows in work at a time.
+    max_text: Tokens decoded behind a prefix.
+    prompt_lengths: Buckets; a prompt is padded to the next.
+    prefix_rows, expert_rows, text_rows: Buckets of rows in one pass.
+    prefix_slices: That a question's prefix comes in; None: each about as long as a text step; 0: there are no questions.
+    draft_length: Tokens of a draft checked in one pass; 0: no drafts.
+    decoding: Which tokens are special or no text; the rest of it is a request's.
+    max_guidance_weight: Of guided chunking.
+    trained_max_delay: > 0: trained chunking, which keeps up to so many committed actions.
+    schedule: Of guided chunking.
+    pictures_fit: Whether pictures come as bytes in the network's size, for vision_of_bytes(); else as numbers, for vision().
+    whole_chunk: Whether all steps of a single row are one graph too, for a robot that is alone.
+    """
+
+    num_cameras: int
+    num_steps: int = 10
+    horizon: int = 50
+    num_slots: int = 32
+    max_text: int = 128
+    prompt_lengths: tuple[int, ...] = (48, 96, 200)
+    prefix_rows: tuple[int, ...] = (1, 2, 4)
+    expert_rows: tuple[int, ...] = (1, 2, 4, 8, 16)
+    text_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    prefix_slices: int | None = None
+    draft_length: int = 0
+    decoding: text.Decoding = field(default_factory=text.Decoding)
+    max_guidance_weight: float = rtc.DEFAULT_MAX_GUIDANCE_WEIGHT
+    trained_max_delay: int = 0
+    schedule: rtc.PrefixSchedule = rtc.PrefixSchedule.LINEAR
+    pictures_fit: bool = False
+    whole_chunk: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixRow:
+    """Attributes:
+    slot: Where it goes.
+    picture_tokens: (I, P, D) or (I * P, D) of vision(), on the device.
+    picture_valid: Per camera.
+    tokens: Ids of the prompt.
+    """
+
+    slot: int
+    picture_tokens: torch.Tensor
+    picture_valid: Sequence[bool]
+    tokens: Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRow:
+    """Attributes:
+    slot: Of the row.
+    flags: units.TOO_SHORT while fewer than min_new_tokens came, units.NO_LOCATIONS for anything but visual questions.
+    """
+
+    slot: int
+    flags: int

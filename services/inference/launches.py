@@ -1,0 +1,69 @@
+"""Units that were handed to a device which runs them one after the other: when each is done, and when the device is free."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+# The next unit is decided so long before the device is free: as late as can be, for a chunk that comes in between, and early
+# enough for a thread that has to wait for the interpreter.
+LEAD_S = 0.0012
+# Units that the device may have before it, the running one included.
+MAX_AHEAD = 4
+
+
+def timed(device: torch.device, launch: Callable[[], None]) -> Callable[[], float]:
+    """Launches work; what is answered waits until the device has done it and says how many seconds it took there."""
+    if device.type != "cuda":
+        started_s = time.perf_counter()
+        launch()
+        seconds = time.perf_counter() - started_s
+        return lambda: seconds
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream(device)
+    begin.record(stream)
+    launch()
+    end.record(stream)
+
+    def wait() -> float:
+        end.synchronize()
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds / 1e3
+
+    return wait
+
+
+class DeviceLine:
+    """What a device has before it, by what units are expected to take. Pure: the clock is an argument."""
+
+    def __init__(self, *, lead_s: float = LEAD_S, max_ahead: int = MAX_AHEAD) -> None:
+        self._lead_s = lead_s
+        self._max_ahead = max_ahead
+        self._expected_s: deque[float] = deque()
+        self._free_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._expected_s)
+
+    def add(self, expected_s: float, now_s: float) -> None:
+        """A unit was launched."""
+        self._free_s = self.free_s(now_s) + expected_s
+        self._expected_s.append(expected_s)
+
+    def done(self, now_s: float) -> None:
+        """The first unit is done."""
+        self._expected_s.popleft()
+        self._free_s = now_s + sum(self._expected_s)
+
+    def free_s(self, now_s: float) -> float:
+        """When a unit that is launched now would begin."""
+        return max(now_s, self._free_s) if self._expected_s else now_s
+
+    def patience_s(self, now_s: float) -> float | None:
+        """How long the next decision can wait; None: until a unit is done."""
+        if len(self._expected_s) >= self._max_ahead:
+            return None
+        return max(0.0, self.free_s(now_s) - self._lead_s - now_s)
