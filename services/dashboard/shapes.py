@@ -188,6 +188,7 @@ def inference_status(status: inference_pb2.GetStatusResponse, *, now_s: float) -
             load.model: {
                 "possible_per_s": number(load.possible_chunks_per_s),
                 "usable_per_s": number(load.usable_chunks_per_s),
+                "text_share": number(load.text_share),
                 "asked_per_s": number(load.asked_chunks_per_s),
                 "session_count": load.session_count,
                 "pinned": load.pinned,

@@ -17,6 +17,8 @@ from manyhands.errors import Overloaded
 USABLE_SHARE = 0.8
 # Text may not promise more of the device than this, or chunks would have nothing left to be admitted to.
 MAX_TEXT_SHARE = 0.9
+# How soon an answer is wanted. Robots give longer deadlines, but a subtask that comes late is for a scene that has changed.
+TEXT_WITHIN_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,36 +38,50 @@ class Demand:
 
 @dataclass(frozen=True, kw_only=True)
 class TextDemand:
-    """One robot's questions: how many a second, their tokens, and within how long an answer is wanted."""
+    """One robot's questions: how many a second, tokens of an answer, and within how many seconds it is wanted."""
 
     questions_per_s: float
-    tokens: int
-    within_s: float
+    tokens: float
+    within_s: float = TEXT_WITHIN_S
 
 
-def text_share(demands: Sequence[TextDemand], *, question_s: float, step_s: float, max_texts: int) -> float:
-    """Share of the device that text takes, 0 to MAX_TEXT_SHARE.
+@dataclass(frozen=True, kw_only=True)
+class DeviceCapacity:
+    """What a device makes of one model's work.
 
-    Args:
+    Attributes:
+        chunks_per_s: Of chunks, while there is no text; above 0.
         question_s: Of a question's own prefix, and its draft's check where it has one.
-        step_s: Of a step that decodes a token of all texts in progress.
+        text_step_s: Of a step that decodes a token of all texts in progress, when there are max_texts. Both are 0 where
+            nobody measured them: what text takes is not known then, and not counted.
         max_texts: In progress at once.
     """
-    asking = [demand for demand in demands if demand.questions_per_s > 0 and demand.tokens > 0]
+
+    chunks_per_s: float
+    question_s: float = 0.0
+    text_step_s: float = 0.0
+    max_texts: int = 1
+
+
+def text_share(demands: Sequence[TextDemand], device: DeviceCapacity) -> float:
+    """Share of the device that text takes, 0 to MAX_TEXT_SHARE."""
+    asking = [demand for demand in demands if demand.questions_per_s > 0]
     if not asking:
         return 0.0
     tokens_per_s = sum(demand.questions_per_s * demand.tokens for demand in asking)
     # Texts decode together: what the most hurried one needs serves all, up to the batch; alone, a token is a step.
-    steps_per_s = max(min(tokens_per_s, max(demand.tokens / demand.within_s for demand in asking)), tokens_per_s / max_texts)
-    prefixes = sum(demand.questions_per_s for demand in asking) * question_s
-    return min(MAX_TEXT_SHARE, prefixes + steps_per_s * step_s)
+    hurried_per_s = max(demand.tokens / demand.within_s for demand in asking)
+    steps_per_s = max(min(tokens_per_s, hurried_per_s), tokens_per_s / device.max_texts)
+    prefixes = sum(demand.questions_per_s for demand in asking) * device.question_s
+    return min(MAX_TEXT_SHARE, prefixes + steps_per_s * device.text_step_s)
 
 
 def chunks_per_s(*, prefix_s: float, step_s: float, num_steps: int) -> float:
-    """What a device makes of units, one chunk after the other.
+    """What a device makes of units, one chunk after the other: prefix_s and step_s are those of a single row.
 
-    Steps that robots share come on top; they are the reserve for bursts. Promised as well, they would be missing there: in
-    simulated time the p99 of a full device rose by a third.
+    This is what the scheduler does, which lets rows share steps only when somebody would be late else: up to this rate less
+    than one row is in the expert at a time (rate x num_steps x step_s < 1). Above it latencies grow to near the deadline,
+    however long that is, before the device makes more. Shared steps are the reserve for bursts.
     """
     chunk_s = prefix_s + num_steps * step_s
     return math.inf if chunk_s <= 0 else 1.0 / chunk_s
@@ -108,7 +124,7 @@ def admit(
     """Lets a robot in beside others; answers the factor by which everyone's interval then grows.
 
     Args:
-        text_share: With the newcomer's questions.
+        text_share: With the newcomer's questions, where they are known.
 
     Raises:
         Overloaded: Even at the longest intervals they would not all be served; with retry_after_s.
@@ -118,7 +134,8 @@ def admit(
         raise Overloaded(
             f"{len(others)} robots use what can be done here, {chunks_per_s:.1f} chunks/s"
             + (f" of which text takes {text_share:.0%}" if text_share else "")
-            + "; serve this one elsewhere or close a session",
+            + "; serve this one elsewhere or close a session"
+            + (", or ask fewer questions" if text_share else ""),
             field="model",
             retry_after_s=retry_after_s,
         )

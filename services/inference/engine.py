@@ -21,6 +21,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, InvalidInput, TooLate, Unreachable
 from policies.policy import CommittedPrefix, Sample
 
+from .capacity import DeviceCapacity
 from .engine_port import Answer, Job, Outcome, Row, Superseded
 from .models import AnyPolicy, ServedModel, canary_sample
 from .scheduler import Scheduler, Work
@@ -126,12 +127,13 @@ class Engine:
         with self._changed:
             return len(self._scheduler)
 
-    def chunks_per_s(self, model: str) -> float | None:
-        """Capacity as passes of the last seconds showed it; None when none ran."""
+    def capacity(self, model: str) -> DeviceCapacity | None:
+        """As passes of the last seconds showed it, without text, which runs beside them; None when none ran."""
         now_s = self._clock()
         with self._changed:
             rates = [self._scheduler.times.rows_per_s((model, prefixed), now_s) for prefixed in (False, True)]
-        return max((rate for rate in rates if rate is not None), default=None)
+        best = max((rate for rate in rates if rate is not None), default=None)
+        return None if best is None else DeviceCapacity(chunks_per_s=best)
 
     def between_passes(self, change: Callable[[], None]) -> float:
         """Runs change on the engine's thread while no pass runs; answers how many seconds no pass could start.

@@ -21,6 +21,7 @@ from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate, Unreachable
 
 from . import engine_messages
+from .capacity import DeviceCapacity
 from .engine_port import EngineLoad, Job, ModelDescription, Outcome, Question, Superseded, Swap, SwapResult, TextEnd
 from .engine_program import EngineProgram
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
@@ -90,7 +91,7 @@ class EngineClient:
         self._waiting: dict[str, _Asked] = {}
         self._texts: dict[int, Callable[[str | TextEnd], None]] = {}
         self._swaps: dict[int, Future[SwapResult]] = {}
-        self._capacity: dict[str, float] = {}
+        self._capacity: dict[str, DeviceCapacity | None] = {}
         self._numbers = itertools.count(1)
         self._reading: asyncio.Task[None] | None = None
         self._watching: asyncio.TimerHandle | None = None
@@ -159,8 +160,8 @@ class EngineClient:
         if withdrawn:
             self._send(withdraw=engine_pb2.Withdraw(owner=owner, last_token=max(withdrawn)))
 
-    def chunks_per_s(self, model: str) -> float | None:
-        return self._capacity.get(model) or None
+    def capacity(self, model: str) -> DeviceCapacity | None:
+        return self._capacity.get(model)
 
     def load(self) -> EngineLoad:
         return self._load
@@ -299,7 +300,7 @@ class EngineClient:
             if heard is not None:
                 heard(engine_messages.from_text_end(message.text_end))
         elif which == "capacity":
-            self._capacity[message.capacity.model] = max(0.0, message.capacity.chunks_per_s)
+            self._capacity[message.capacity.model] = engine_messages.from_capacity(message.capacity)
         elif which == "load":
             self._load = engine_messages.from_load(message.load, self._load.device)
         elif which == "version_served":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import TypeVar
@@ -16,6 +17,7 @@ from manyhands.errors import InternalError, ManyhandsError
 from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec
 
+from .capacity import DeviceCapacity
 from .engine_port import EngineLoad, Model, ModelDescription, Observed, Question, Swap, SwapResult, TextEnd
 
 MessageT = TypeVar("MessageT", engine_pb2.ToEngine, engine_pb2.FromEngine)
@@ -198,6 +200,34 @@ def from_swap_event(message: engine_pb2.SwapEvent) -> Swap:
         reason=message.reason,
         pause_s=stamps.to_seconds(message.pause),
         at_s=message.at_s,
+    )
+
+
+def to_capacity(model: str, capacity: DeviceCapacity | None) -> engine_pb2.Capacity:
+    if capacity is None:
+        return engine_pb2.Capacity(model=model)
+    return engine_pb2.Capacity(
+        model=model,
+        chunks_per_s=capacity.chunks_per_s,
+        question_s=capacity.question_s,
+        text_step_s=capacity.text_step_s,
+        max_text_count=capacity.max_texts,
+    )
+
+
+def from_capacity(message: engine_pb2.Capacity) -> DeviceCapacity | None:
+    """None where nothing ran. Raises BadFrame for durations that cannot be."""
+    for field in ("chunks_per_s", "question_s", "text_step_s"):
+        value = getattr(message, field)
+        if not 0.0 <= value < math.inf:
+            raise BadFrame(f"{field} of {message.model!r} is {value}; it must be finite and not negative")
+    if not message.chunks_per_s:
+        return None
+    return DeviceCapacity(
+        chunks_per_s=message.chunks_per_s,
+        question_s=message.question_s,
+        text_step_s=message.text_step_s,
+        max_texts=max(1, message.max_text_count),
     )
 
 

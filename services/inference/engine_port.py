@@ -18,6 +18,8 @@ from manyhands.errors import ManyhandsError
 from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec
 
+from .capacity import DeviceCapacity
+
 
 class Model(Protocol):
     """A model that is served, described. What it says stays as it is for the life of the server, but for the version."""
@@ -206,8 +208,8 @@ class EnginePort(Protocol):
     def withdraw(self, owner: str) -> None:
         """Drops what an owner has waiting; nobody need be told."""
 
-    def chunks_per_s(self, model: str) -> float | None:
-        """Capacity as passes of the last seconds showed it; None when none ran."""
+    def capacity(self, model: str) -> DeviceCapacity | None:
+        """As units were measured, or passes of the last seconds showed it; None when none ran."""
 
     def load(self) -> EngineLoad | None:
         """As it was a moment ago; None while the engine is away."""

@@ -29,6 +29,7 @@ from manyhands.errors import Cancelled, InternalError, ManyhandsError
 from manyhands.security import SecuritySettings
 
 from . import engine_messages
+from .capacity import DeviceCapacity
 from .engine_lines import Answers, Line
 from .engine_port import Job, Outcome, Swap, SwapResult, TextEnd
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, map_memory
@@ -61,7 +62,7 @@ class EngineHost:
         self._request_bell, self._answer_bell = bells
         self._engine: LocalEngine | None = None
         self._texts: dict[int, Callable[[], None] | None] = {}
-        self._capacity: dict[str, float] = {}
+        self._capacity: dict[str, DeviceCapacity | None] = {}
         self._newest: dict[str, int] = {}  # Token of each owner's newest row, while it is not answered.
         self._newest_lock = threading.Lock()
         self._load_told = engine_pb2.Load()
@@ -300,10 +301,10 @@ class EngineHost:
 
     def _post_capacity(self, engine: LocalEngine) -> None:
         for name in engine.models:
-            now = engine.chunks_per_s(name) or 0.0
+            now = engine.capacity(name)
             if self._capacity.get(name) != now:
                 self._capacity[name] = now
-                self._line.post(capacity=engine_pb2.Capacity(model=name, chunks_per_s=now))
+                self._line.post(capacity=engine_messages.to_capacity(name, now))
 
     def _post_load(self, engine: LocalEngine) -> None:
         load = engine_messages.to_load(engine.load())

@@ -18,6 +18,7 @@ from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Refused, Unreachable
 
 from . import operator_metrics
+from .capacity import DeviceCapacity
 from .engine_client import HUNG_S, EngineClient, Listeners
 from .engine_messages import same_model
 from .engine_port import EngineLoad, Job, ModelDescription, Question, Swap, SwapResult, TextEnd
@@ -109,8 +110,8 @@ class EngineSupervisor:
         if self._client is not None:
             self._client.withdraw(owner)
 
-    def chunks_per_s(self, model: str) -> float | None:
-        return self._client.chunks_per_s(model) if self._client is not None else None
+    def capacity(self, model: str) -> DeviceCapacity | None:
+        return self._client.capacity(model) if self._client is not None else None
 
     def load(self) -> EngineLoad | None:
         return self._client.load() if self._client is not None else None

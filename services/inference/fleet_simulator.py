@@ -28,8 +28,11 @@ RETRY_AFTER_S = 4.0
 class UnitDurations:
     """How long a unit takes, in seconds by its size; between two sizes as long as a straight line says.
 
+    Engines prepare sizes that double, and a unit runs as the next bigger one.
+
     Attributes:
-        text_prefix_s: A question's whole prefix, which comes in slices of about a text step.
+        text_prefix_s: A question's whole prefix.
+        num_text_slices: Units that it comes in.
         jitter: Standard deviation of all of them, as a share.
     """
 
@@ -38,19 +41,17 @@ class UnitDurations:
     text_prefix_s: float
     draft_check_s: float
     text_step_s: Mapping[int, float]
+    num_text_slices: int = 1
     jitter: float = 0.02
 
-    @property
-    def num_text_slices(self) -> int:
-        return max(1, round(self.text_prefix_s / self.text_step_s[min(self.text_step_s)]))
-
     def of(self, kind: UnitKind, size: int) -> float:
+        prepared = 1 << (size - 1).bit_length()
         if kind is UnitKind.PREFIX:
-            return interpolate(self.prefix_s, size)
+            return interpolate(self.prefix_s, prepared)
         if kind is UnitKind.EXPERT:
-            return interpolate(self.expert_step_s, size)
+            return interpolate(self.expert_step_s, prepared)
         if kind is UnitKind.TEXT:
-            return interpolate(self.text_step_s, size)
+            return interpolate(self.text_step_s, prepared)
         return self.draft_check_s if kind is UnitKind.DRAFT_CHECK else self.text_prefix_s / self.num_text_slices
 
 
@@ -81,7 +82,7 @@ class Fleet:
     ask_every_s: float = 0.0
     ask_tokens: int = 20
     ask_deadline_s: float = 10.0
-    ask_within_s: float = 1.0
+    ask_within_s: float = capacity.TEXT_WITHIN_S
     draft_hit_share: float = -1.0
     ramp_up_s: float = 5.0
     max_rows: int = 8
@@ -178,12 +179,8 @@ class _Simulation:
         self._scheduler: UnitScheduler[None, bool] = UnitScheduler(
             max_rows=fleet.max_rows, max_texts=fleet.max_texts, times=_warmed_up(fleet, durations)
         )
-        self._outcome = Outcome(robots=self._robots)
-        self._outcome.chunks_per_s = capacity.chunks_per_s(
-            prefix_s=durations.of(UnitKind.PREFIX, 1),
-            step_s=durations.of(UnitKind.EXPERT, 1),
-            num_steps=fleet.num_steps,
-        )
+        self._device = _capacity(fleet, durations)
+        self._outcome = Outcome(robots=self._robots, chunks_per_s=self._device.chunks_per_s)
 
     def run(self) -> Outcome:
         for robot in self._robots:
@@ -237,7 +234,7 @@ class _Simulation:
                 factor = capacity.admit(
                     others,
                     demand,
-                    chunks_per_s=self._outcome.chunks_per_s,
+                    chunks_per_s=self._device.chunks_per_s,
                     text_share=share,
                     retry_after_s=RETRY_AFTER_S,
                 )
@@ -268,19 +265,13 @@ class _Simulation:
         )
 
     def _text_share(self, num_robots: int) -> float:
-        fleet, durations = self._fleet, self._durations
+        fleet = self._fleet
         if fleet.ask_every_s <= 0:
             return 0.0
         question = capacity.TextDemand(
             questions_per_s=1 / fleet.ask_every_s, tokens=fleet.ask_tokens, within_s=fleet.ask_within_s
         )
-        checks_s = durations.draft_check_s if fleet.draft_hit_share >= 0 else 0.0
-        return capacity.text_share(
-            [question] * num_robots,
-            question_s=durations.text_prefix_s + checks_s,
-            step_s=durations.of(UnitKind.TEXT, min(num_robots, fleet.max_texts)),
-            max_texts=fleet.max_texts,
-        )
+        return capacity.text_share([question] * num_robots, self._device)
 
     def _interval_s(self, robot: Robot) -> float:
         return robot.interval_steps / self._fleet.control_rate_hz
@@ -375,6 +366,21 @@ class _Simulation:
 
     def _deliver(self, work: ChunkWork[None]) -> Callable[[], None]:
         return lambda: self._answered(work, is_chunk=True)
+
+
+def _capacity(fleet: Fleet, durations: UnitDurations) -> capacity.DeviceCapacity:
+    """As an engine says that measured these durations."""
+    check_s = durations.draft_check_s if fleet.draft_hit_share >= 0 else 0.0
+    return capacity.DeviceCapacity(
+        chunks_per_s=capacity.chunks_per_s(
+            prefix_s=durations.of(UnitKind.PREFIX, 1),
+            step_s=durations.of(UnitKind.EXPERT, 1),
+            num_steps=fleet.num_steps,
+        ),
+        question_s=durations.text_prefix_s + check_s,
+        text_step_s=durations.of(UnitKind.TEXT, fleet.max_texts),
+        max_texts=fleet.max_texts,
+    )
 
 
 def _warmed_up(fleet: Fleet, durations: UnitDurations) -> ServiceTimes:

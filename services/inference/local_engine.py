@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from manyhands.errors import ManyhandsError, NotFound, Refused
 from manyhands.security import SecuritySettings
 
+from .capacity import DeviceCapacity
 from .device_memory import device_memory
 from .engine import Engine, Progress
 from .engine_port import EngineLoad, Job, Question, Swap, SwapResult, TextEnd
@@ -112,8 +113,8 @@ class LocalEngine:
             waiting_count=self.pending(), device=self._device, memory_used_bytes=used, memory_total_bytes=total
         )
 
-    def chunks_per_s(self, model: str) -> float | None:
-        return self.engine_of(model).chunks_per_s(model)
+    def capacity(self, model: str) -> DeviceCapacity | None:
+        return self.engine_of(model).capacity(model)
 
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
         engine = self.engine_of(question.model)

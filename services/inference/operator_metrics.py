@@ -62,7 +62,12 @@ _VERSION = prometheus_client.Gauge(
     "manyhands_inference_served_version", "Number of the version that acts; 0 is the checkpoint", ["model"]
 )
 _POSSIBLE = prometheus_client.Gauge(
-    "manyhands_inference_possible_chunks_per_second", "As the last seconds showed; not a number while nothing ran", ["model"]
+    "manyhands_inference_possible_chunks_per_second",
+    "Without text, as was measured or as the last seconds showed; not a number while nothing ran",
+    ["model"],
+)
+_TEXT_SHARE = prometheus_client.Gauge(
+    "manyhands_inference_text_share", "Of the device, what the questions of the last seconds take; 0 if not known", ["model"]
 )
 _ASKED = prometheus_client.Gauge(
     "manyhands_inference_asked_chunks_per_second", "By all sessions, at the replan intervals they asked for", ["model"]
@@ -129,10 +134,13 @@ class ModelMetrics:
         _TOKENS.labels(self._model)
         _FIRST_TOKEN.labels(self._model)
 
-    def now(self, *, sessions: int, version: int, possible_per_s: float | None, asked_per_s: float) -> None:
+    def now(
+        self, *, sessions: int, version: int, possible_per_s: float | None, text_share: float, asked_per_s: float
+    ) -> None:
         _SESSIONS.labels(self._model).set(sessions)
         _VERSION.labels(self._model).set(version)
         _POSSIBLE.labels(self._model).set(float("nan") if possible_per_s is None else possible_per_s)
+        _TEXT_SHARE.labels(self._model).set(text_share)
         _ASKED.labels(self._model).set(asked_per_s)
 
 

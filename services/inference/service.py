@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -76,6 +76,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._no_stream = asyncio.Event()
         self._no_stream.set()
         self._questions = text.Questions()
+        self._text_shares: dict[str, float] = {}  # By model, at most EXPIRY_PERIOD_S old.
         self._draining = False
         self._expiry: asyncio.Task[None] | None = None
 
@@ -185,7 +186,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 field="observation",
             )
         with watching_text(request, session, self.notes.traces) as watch:
-            async for response in text.generate(request, self._served(session.model), session, self.engine, self._questions):
+            model = self._served(session.model)
+            async for response in text.generate(request, model, session, self.engine, self._questions, self._clock):
                 self.sessions.touch(session, self._clock())
                 watch.heard(response)
                 yield response
@@ -243,7 +245,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def replan_interval_steps(self, session: Session) -> int:
         """What the session asked for, longer while the model cannot keep up with everybody."""
         demands = [self._demand(other) for other in self.sessions if other.model == session.model]
-        factor = capacity.stretch(demands, self.engine.chunks_per_s(session.model))
+        device = self.engine.capacity(session.model)
+        share = self._text_shares.get(session.model, 0.0)
+        factor = capacity.stretch(demands, device.chunks_per_s if device else None, share)
         return capacity.interval_steps(self._demand(session), factor)
 
     def _demand(self, session: Session) -> capacity.Demand:
@@ -255,27 +259,37 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def _check_capacity(self, request: inference_pb2.OpenSessionRequest, rate_hz: float, horizon: int) -> None:
         others = [
-            self._demand(session)
-            for session in self.sessions
-            if session.model == request.model and session.robot_id != request.robot_id
+            session for session in self.sessions if session.model == request.model and session.robot_id != request.robot_id
         ]
+        device = self.engine.capacity(request.model)
         capacity.admit(
-            others,
+            [self._demand(session) for session in others],
             capacity.Demand(rate_hz=rate_hz, interval_steps=horizon, horizon=horizon),
-            chunks_per_s=self.engine.chunks_per_s(request.model),
+            chunks_per_s=device.chunks_per_s if device else None,
+            text_share=self._text_share(others, device),
             retry_after_s=self.sessions.idle_timeout_s,
         )
+
+    def _text_share(self, sessions: Sequence[Session], device: capacity.DeviceCapacity | None) -> float:
+        """Of the device, for the questions of sessions as they came lately; 0 where it is not known."""
+        if device is None:
+            return 0.0
+        now_s = self._clock()
+        demands = [demand for session in sessions if (demand := session.question_rate.demand(now_s)) is not None]
+        return capacity.text_share(demands, device)
 
     def _uses(self) -> list[ModelUse]:
         uses = []
         for name in self.models:
-            demands = [self._demand(session) for session in self.sessions if session.model == name]
+            sessions = [session for session in self.sessions if session.model == name]
+            device = self.engine.capacity(name)
             uses.append(
                 ModelUse(
                     model=name,
-                    possible_per_s=self.engine.chunks_per_s(name),
-                    asked_per_s=capacity.asked_per_s(demands),
-                    session_count=len(demands),
+                    possible_per_s=device.chunks_per_s if device else None,
+                    text_share=self._text_share(sessions, device),
+                    asked_per_s=capacity.asked_per_s([self._demand(session) for session in sessions]),
+                    session_count=len(sessions),
                 )
             )
         return uses
@@ -313,12 +327,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._show()
 
     def _show(self) -> None:
-        """What is so now, for whoever scrapes."""
+        """What is so now, for whoever scrapes, and for intervals: a chunk's answer need not count everybody's questions."""
         for use in self._uses():
+            self._text_shares[use.model] = use.text_share
             operator_metrics.of_model(use.model).now(
                 sessions=use.session_count,
                 version=self.models[use.model].version.number,
                 possible_per_s=use.possible_per_s,
+                text_share=use.text_share,
                 asked_per_s=use.asked_per_s,
             )
         in_flight = sum(stream.num_in_flight for stream in self._streams)

@@ -17,10 +17,17 @@ from .stats import ServiceStats, p50_p99
 
 @dataclass(frozen=True, kw_only=True)
 class ModelUse:
-    """possible_per_s: chunks a second as the last seconds showed; None where nothing ran."""
+    """One model's load.
+
+    Attributes:
+        possible_per_s: Chunks a second without text, as the engine says; None where nothing ran.
+        text_share: Of the device, 0 to 1.
+        asked_per_s: Chunks a second.
+    """
 
     model: str
     possible_per_s: float | None
+    text_share: float
     asked_per_s: float
     session_count: int
 
@@ -61,10 +68,11 @@ def status(
             inference_pb2.ModelLoad(
                 model=use.model,
                 possible_chunks_per_s=use.possible_per_s or 0.0,
-                usable_chunks_per_s=capacity.usable_per_s(use.possible_per_s or 0.0),
+                usable_chunks_per_s=capacity.usable_per_s(use.possible_per_s or 0.0, use.text_share),
                 asked_chunks_per_s=use.asked_per_s,
                 session_count=use.session_count,
                 pinned=engine.is_pinned(use.model),
+                text_share=use.text_share,
             )
             for use in uses
         ],

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from manyhands.errors import AlreadyExists, InvalidInput, NotFound, Overloaded
 from manyhands.spec import Feature, FeatureKind, Spec
 
+from .question_rate import QuestionRate
 from .refusals import RefusalLog
 
 MAX_NAME_CHARACTERS = 128
@@ -189,6 +190,7 @@ class Session:
     refused_subtask_count: int = 0
     last_subtask: str = ""
     refusals: RefusalLog = field(default_factory=RefusalLog)
+    question_rate: QuestionRate = field(default_factory=QuestionRate)
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
 
 

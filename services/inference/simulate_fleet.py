@@ -5,6 +5,8 @@ it is that of pi0.5's size on an H200 with three cameras and 200 prompt tokens. 
 
     {"prefix": {"1": 5.9, "2": 11.8, "4": 23.5}, "expert_step": {"1": 0.163, "8": 0.392},
      "text_prefix": 5.9, "draft_check": 1.2, "text_step": {"1": 1.17, "32": 1.32}}
+
+"text_prefix_slices" says how many units a question's prefix comes in, of equal length; without it, one.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from rich.table import Table
 from manyhands import config
 from manyhands.errors import InvalidInput
 
+from .capacity import TEXT_WITHIN_S
 from .fleet_simulator import Fleet, Outcome, UnitDurations, simulate
 
 
@@ -36,6 +39,7 @@ class DurationsTable(BaseModel):
     text_prefix: float = Field(default=5.9, gt=0)
     draft_check: float = Field(default=1.2, gt=0)
     text_step: dict[int, float] = Field(default={1: 1.17, 32: 1.32}, min_length=1)
+    text_prefix_slices: int = Field(default=1, ge=1)
 
 
 class Settings(config.Settings):
@@ -58,7 +62,7 @@ class Settings(config.Settings):
     network_jitter_ms: float = Field(default=0.5, ge=0, description="mean of what comes on top of that")
     ask_every_s: float = Field(default=2.0, ge=0, description="between a robot's questions; 0 for none")
     ask_tokens: int = Field(default=20, ge=1, description="tokens of an answer")
-    ask_within_s: float = Field(default=1.0, gt=0, description="how soon answers are wanted; admission counts with it")
+    ask_within_s: float = Field(default=TEXT_WITHIN_S, gt=0, description="how soon answers are wanted, for admission")
     draft_hit_share: float = Field(
         default=-1.0, ge=-1, le=1, description="share of questions whose last answer is still right; -1: no drafts"
     )
@@ -102,6 +106,7 @@ def read_durations(path: Path | None, jitter: float) -> UnitDurations:
         text_prefix_s=values.text_prefix / 1e3,
         draft_check_s=values.draft_check / 1e3,
         text_step_s=_seconds(values.text_step),
+        num_text_slices=values.text_prefix_slices,
         jitter=jitter,
     )
 

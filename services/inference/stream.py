@@ -96,7 +96,7 @@ class RobotStream:
         self._idle = asyncio.Event()
         self._idle.set()
         self._ending: ManyhandsError | None = None
-        self._subtask = SubtaskQuestion(desk.engine, self._outbox.put_nowait)
+        self._subtask = SubtaskQuestion(desk.engine, self._outbox.put_nowait, clock)
         if session_id:
             try:
                 self._attach(desk.sessions.get(session_id))

@@ -32,11 +32,18 @@ class SubtaskQuestion:
 
     Args:
         tell: Takes each answer, on the loop.
+        clock: That session.question_rate counts by.
     """
 
-    def __init__(self, engine: EnginePort, tell: Callable[[inference_pb2.ActResponse], None]) -> None:
+    def __init__(
+        self,
+        engine: EnginePort,
+        tell: Callable[[inference_pb2.ActResponse], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
         self._tell = tell
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
         # The answer to be, without what holds pictures.
         self._asking: inference_pb2.ActResponse | None = None
@@ -90,6 +97,7 @@ class SubtaskQuestion:
 
         late = TextEnd(error=TooLate(f"no subtask came within {DEADLINE_S:g} s", field="deadline"))
         self._give_up = self._loop.call_later(DEADLINE_S + GRACE_S, self._hear, session, asking, late)
+        session.question_rate.asked(self._clock())
         self._stop_listening = self._engine.ask(question, hear)
 
     def stop(self) -> None:
@@ -102,6 +110,7 @@ class SubtaskQuestion:
         if isinstance(piece, TextEnd):
             self._finish(session, piece)
         else:
+            session.question_rate.heard(self._clock())
             self._pieces.append(piece)
 
     def _finish(self, session: Session, end: TextEnd) -> None:

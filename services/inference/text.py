@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from manyhands import stamps
 from manyhands.errors import InvalidInput, ManyhandsError, Overloaded, Refused, TooLate
@@ -93,9 +93,17 @@ class Questions:
 
 
 async def generate(
-    request: inference_pb2.GenerateRequest, model: Model, session: Session, engine: EnginePort, questions: Questions
+    request: inference_pb2.GenerateRequest,
+    model: Model,
+    session: Session,
+    engine: EnginePort,
+    questions: Questions,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[inference_pb2.GenerateResponse]:
     """Tokens as they come; the engine stops when nobody listens any more.
+
+    Args:
+        clock: That session.question_rate counts by.
 
     Raises:
         Overloaded: The session has too many unanswered questions.
@@ -121,12 +129,14 @@ async def generate(
             pass
 
     session.num_questions += 1
+    session.question_rate.asked(clock())
     questions.begin(heard)
     stop_listening = engine.ask(question, hear)
     text, count = "", 0
     try:
         while isinstance(piece := await _next_piece(heard, question), str):
             text, count = text + piece, count + 1
+            session.question_rate.heard(clock())
             yield inference_pb2.GenerateResponse(request_id=request.request_id, text=piece, token_count=count)
         if piece.error is not None:
             raise piece.error

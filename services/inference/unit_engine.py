@@ -21,6 +21,7 @@ import numpy as np
 from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
 
 from . import unit_warm_up
+from .capacity import DeviceCapacity
 from .engine import Progress, is_fatal
 from .engine_port import Answer, Job, Outcome, Question, Superseded, TextEnd
 from .fused_model import ChunkRow, FusedModel, TextRowInWork
@@ -77,7 +78,7 @@ class UnitEngine:
         # Slots to give back, at once; and changes of weights, when no chunk is in progress.
         self._between: list[Callable[[], None]] = []
         self._swaps: list[Callable[[], None]] = []
-        self._chunks_per_s: dict[str, float] = {}
+        self._capacity: dict[str, DeviceCapacity] = {}
         # Of units that the device may still run.
         self._ahead: deque[Callable[[], None]] = deque()
         self._stopping = False
@@ -183,9 +184,9 @@ class UnitEngine:
         with self._changed:
             return len(self._scheduler)
 
-    def chunks_per_s(self, model: str) -> float | None:
-        """What the device can make, from how long units take: full batches of prefixes and of expert rows."""
-        return self._chunks_per_s.get(model)
+    def capacity(self, model: str) -> DeviceCapacity | None:
+        """What the device can make, from how long units took when they were prepared."""
+        return self._capacity.get(model)
 
     def between_passes(self, change: Callable[[], None]) -> float:
         """Runs change on the engine's thread while no chunk is in progress; answers how many seconds no unit ran.
@@ -359,7 +360,7 @@ class UnitEngine:
             model.fused.prepare(functools.partial(self._tell, name))
             if not np.isfinite(model.canary()).all():
                 raise InternalError(f"model {name!r} fails on a plain observation: its chunk is not finite")
-            self._chunks_per_s[name] = unit_warm_up.measure(name, model, self._scheduler.times, self._clock())
+            self._capacity[name] = unit_warm_up.measure(name, model, self._scheduler.times, self._clock())
 
     def _tell(self, name: str, done: int, total: int, what: str) -> None:
         self._progress(f"preparing {name}: {what}", done, total)

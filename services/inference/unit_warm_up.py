@@ -12,6 +12,7 @@ import numpy as np
 from policies.policy import TextKind, TextRequest
 from policies.prompted import Read
 
+from .capacity import DeviceCapacity, chunks_per_s
 from .engine import canary_row
 from .fused_model import ChunkRow, FusedModel, TextRowInWork
 from .service_times import ServiceTimes
@@ -21,8 +22,8 @@ RUNS = 5
 RowT = TypeVar("RowT", ChunkRow, TextRowInWork)
 
 
-def measure(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> float:
-    """Runs every unit a few times and tells times of them; answers chunks a second with full batches of long prompts."""
+def measure(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> DeviceCapacity:
+    """Runs every unit a few times and tells times of them; answers what the device makes of the longest prompts."""
     settings = model.fused.settings
     for bucket in settings.prompt_lengths:
         for size in settings.prefix_rows:
@@ -35,7 +36,7 @@ def measure(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> 
             times.observe(group(UnitKind.EXPERT, name, bucket), size, step_s, now_s)
     if model.policy.has_text_head:
         _measure_text(name, model, times, now_s)
-    return _best_rate(name, model, times)
+    return capacity_of(name, model, times)
 
 
 def _measure_text(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> None:
@@ -50,15 +51,27 @@ def _measure_text(name: str, model: FusedModel, times: ServiceTimes, now_s: floa
             times.observe(group(UnitKind.DRAFT_CHECK, name, bucket), 1, 2 * token_s, now_s)
 
 
-def _best_rate(name: str, model: FusedModel, times: ServiceTimes) -> float:
+def capacity_of(name: str, model: FusedModel, times: ServiceTimes) -> DeviceCapacity:
+    """Of the longest prompts; times knows every prepared unit."""
     settings = model.fused.settings
-    bucket, rows = settings.prompt_lengths[-1], settings.expert_rows[-1]
-    size = max(size for size in settings.prefix_rows if size <= rows)
-    prefix_s = times.mean_s(group(UnitKind.PREFIX, name, bucket), size)
-    step_s = times.mean_s(group(UnitKind.EXPERT, name, bucket), rows)
-    assert prefix_s is not None
-    assert step_s is not None
-    return 1.0 / (prefix_s / size + model.num_steps * step_s / rows)
+    bucket = settings.prompt_lengths[-1]
+
+    def took_s(kind: UnitKind, size: int = 1) -> float:
+        known_s = times.mean_s(group(kind, name, bucket), size)
+        assert known_s is not None, "every prepared unit was measured"
+        return known_s
+
+    rate = chunks_per_s(prefix_s=took_s(UnitKind.PREFIX), step_s=took_s(UnitKind.EXPERT), num_steps=model.num_steps)
+    if not model.policy.has_text_head:
+        return DeviceCapacity(chunks_per_s=rate)
+    max_texts = settings.text_rows[-1]
+    check_s = took_s(UnitKind.DRAFT_CHECK) if settings.draft_length else 0.0
+    return DeviceCapacity(
+        chunks_per_s=rate,
+        question_s=model.num_prefix_slices * took_s(UnitKind.TEXT_PREFIX) + check_s,
+        text_step_s=took_s(UnitKind.TEXT, max_texts),
+        max_texts=max_texts,
+    )
 
 
 def _step_s(model: FusedModel, size: int) -> float:

@@ -20,6 +20,7 @@ from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, NotOffered
 from manyhands.spec import Feature, FeatureKind, Spec
 from services.inference import engine_lines, engine_process, slot_layout
+from services.inference.capacity import DeviceCapacity
 from services.inference.engine_lines import Answers
 from services.inference.engine_port import (
     Answer,
@@ -106,7 +107,7 @@ class FakeEngine:
     def withdraw(self, owner: str) -> None:
         pass
 
-    def chunks_per_s(self, model: str) -> float | None:
+    def capacity(self, model: str) -> DeviceCapacity | None:
         return None
 
     def load(self) -> EngineLoad:

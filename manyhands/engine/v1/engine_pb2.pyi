@@ -480,22 +480,36 @@ Global___Failed: _TypeAlias = Failed  # noqa: Y015
 
 @_typing.final
 class Capacity(_message.Message):
+    """What the device makes of a model's work, when it changed. The last three are 0 where text has not been measured."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     CHUNKS_PER_S_FIELD_NUMBER: _builtins.int
+    QUESTION_S_FIELD_NUMBER: _builtins.int
+    TEXT_STEP_S_FIELD_NUMBER: _builtins.int
+    MAX_TEXT_COUNT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     chunks_per_s: _builtins.float
-    """0: nothing ran lately."""
+    """While there is no text. 0: nothing ran lately."""
+    question_s: _builtins.float
+    """Of a question's own prefix, and its draft's check where it has one."""
+    text_step_s: _builtins.float
+    """Of a step that decodes a token of max_text_count texts at once."""
+    max_text_count: _builtins.int
+    """In progress at once."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         chunks_per_s: _builtins.float = ...,
+        question_s: _builtins.float = ...,
+        text_step_s: _builtins.float = ...,
+        max_text_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks_per_s", b"chunks_per_s", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks_per_s", b"chunks_per_s", "max_text_count", b"max_text_count", "model", b"model", "question_s", b"question_s", "text_step_s", b"text_step_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

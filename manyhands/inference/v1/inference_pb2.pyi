@@ -929,16 +929,19 @@ class ModelLoad(_message.Message):
     ASKED_CHUNKS_PER_S_FIELD_NUMBER: _builtins.int
     SESSION_COUNT_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
+    TEXT_SHARE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     possible_chunks_per_s: _builtins.float
-    """As the last seconds showed; 0: nothing ran."""
+    """Without text, as was measured or as the last seconds showed; 0: nothing ran."""
     usable_chunks_per_s: _builtins.float
-    """What is promised of it; the rest is for jitter."""
+    """What is promised of it, less the share of text; the rest is for jitter."""
     asked_chunks_per_s: _builtins.float
     """By all sessions, at the intervals that they asked for."""
     session_count: _builtins.int
     pinned: _builtins.bool
     """An operator went back to an older version: newer ones do not replace it until SwapWeights with 0."""
+    text_share: _builtins.float
+    """Of the device, 0 to 1: what all sessions' questions of the last seconds take. 0 where it is not known."""
     def __init__(
         self,
         *,
@@ -948,10 +951,11 @@ class ModelLoad(_message.Message):
         asked_chunks_per_s: _builtins.float = ...,
         session_count: _builtins.int = ...,
         pinned: _builtins.bool = ...,
+        text_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_chunks_per_s", b"asked_chunks_per_s", "model", b"model", "pinned", b"pinned", "possible_chunks_per_s", b"possible_chunks_per_s", "session_count", b"session_count", "usable_chunks_per_s", b"usable_chunks_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_chunks_per_s", b"asked_chunks_per_s", "model", b"model", "pinned", b"pinned", "possible_chunks_per_s", b"possible_chunks_per_s", "session_count", b"session_count", "text_share", b"text_share", "usable_chunks_per_s", b"usable_chunks_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

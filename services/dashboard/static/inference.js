@@ -60,7 +60,8 @@ function room(model, load) {
   const more = each ? Math.max(0, Math.floor((load.usable_per_s - load.asked_per_s) / each)) : null;
   const left = share > 1 ? "nothing left: robots are asked to replan less often"
     : more === null ? `${num(load.usable_per_s, 3)} chunks/s left` : `the model could serve ${more} more like these`;
-  const text = `${num(load.asked_per_s, 3)} of ${num(load.usable_per_s, 3)} chunks/s asked for, ${left}`;
+  const questions = load.text_share ? `; questions take ${num(100 * load.text_share, 2)} % of the device` : "";
+  const text = `${num(load.asked_per_s, 3)} of ${num(load.usable_per_s, 3)} chunks/s asked for, ${left}${questions}`;
   return h("div", { class: "room", "data-room": model, "data-state": share > 1 ? "full" : "free" },
     h("div", { class: "row spread" }, h("strong", {}, model), h("span", {}, text)),
     h("div", { class: "bar", role: "img", "aria-label": text }, h("span", { "width%": Math.min(100, 100 * share) })));

@@ -52,6 +52,7 @@ FAMILIES = {
     "manyhands_inference_queue_length": ("gauge", set()),
     "manyhands_inference_served_version": ("gauge", {"model"}),
     "manyhands_inference_possible_chunks_per_second": ("gauge", {"model"}),
+    "manyhands_inference_text_share": ("gauge", {"model"}),
     "manyhands_inference_asked_chunks_per_second": ("gauge", {"model"}),
     "manyhands_inference_swaps": ("counter", {"model", "outcome"}),
     "manyhands_inference_swap_pause_seconds": ("histogram", {"model"}),

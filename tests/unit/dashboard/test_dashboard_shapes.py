@@ -89,7 +89,12 @@ def test_capacity_and_refusals_of_a_service_as_the_page_shows_them() -> None:
     )
     session = inference_pb2.SessionStatus(robot_id="left", refusals=[refusal])
     load = inference_pb2.ModelLoad(
-        model="arm", possible_chunks_per_s=math.inf, usable_chunks_per_s=8.0, asked_chunks_per_s=2.5, pinned=True
+        model="arm",
+        possible_chunks_per_s=math.inf,
+        usable_chunks_per_s=8.0,
+        asked_chunks_per_s=2.5,
+        pinned=True,
+        text_share=0.25,
     )
     status = inference_pb2.GetStatusResponse(sessions=[session], loads=[load], device_memory_used_bytes=5)
     shown = shapes.inference_status(status, now_s=10.0)
@@ -97,7 +102,8 @@ def test_capacity_and_refusals_of_a_service_as_the_page_shows_them() -> None:
         {"reason": "unknown session", "message": "is from before a restart", "count": 7, "t": 6.0, "request_id": 31}
     ]
     assert shown["loads"]["arm"] == {
-        "possible_per_s": None, "usable_per_s": 8.0, "asked_per_s": 2.5, "session_count": 0, "pinned": True,
+        "possible_per_s": None, "usable_per_s": 8.0, "text_share": 0.25, "asked_per_s": 2.5, "session_count": 0,
+        "pinned": True,
     }  # fmt: skip
     assert shown["memory_used_bytes"] == 5
     json.dumps(shown, allow_nan=False)

@@ -14,6 +14,7 @@ from manyhands.cli import main as manyhands
 from manyhands.errors import InvalidInput
 from services.inference.fleet_simulator import Fleet, interpolate, simulate
 from services.inference.simulate_fleet import Settings, make_fleet, read_durations, summarise
+from services.inference.units import UnitKind
 
 H200 = read_durations(None, 0.02)
 
@@ -43,12 +44,49 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another() -> None:
     assert first != summarise(short, simulate(short, H200, seed=4))
 
 
-def test_questions_hardly_delay_chunks() -> None:
+def test_questions_delay_chunks_by_less_than_one_of_their_prefixes() -> None:
     silent, asking = fleet(ask_every_s=0.0), fleet(ask_every_s=1.0)
     without, with_text = (summarise(one, simulate(one, H200)) for one in (silent, asking))
     assert without["text"]["tokens_per_s"] == 0
-    assert with_text["latency_ms"]["p50"] < without["latency_ms"]["p50"] + 2.0
+    assert with_text["latency_ms"]["p50"] < without["latency_ms"]["p50"] + 1e3 * H200.text_prefix_s
     assert with_text["missed_deadlines"] == 0
+
+
+def test_what_is_promised_is_kept_where_a_single_row_cannot_be_hurried(tmp_path: Path) -> None:
+    """A device whose step of eight rows takes twice as long as that of one: shared steps would make 100 chunks a second,
+    one after the other 66 are made, and 24 robots at 5 Hz that ask every 2 s replan less often."""
+    table = tmp_path / "gpu.json"
+    table.write_text(
+        json.dumps(
+            {
+                "prefix": {"1": 7.6, "2": 15.0, "4": 29.0},
+                "expert_step": {"1": 0.75, "2": 1.0, "4": 1.3, "8": 1.5, "16": 2.4},
+                "text_prefix": 7.8,
+                "text_step": {"1": 1.65, "32": 1.65},
+            }
+        )
+    )
+    outcome = simulate(fleet(num_robots=24, max_rows=16, seconds=60.0, ramp_up_s=5.0), read_durations(table, 0.02))
+    assert outcome.chunks_per_s == pytest.approx(1 / 0.0151)
+    # 12 questions a second, and 20 steps a second that serve all.
+    assert outcome.text_share == pytest.approx(12 * 0.0078 + 20 * 0.00165)
+    assert outcome.stretch == pytest.approx(120 / (0.8 * 66.2 * (1 - outcome.text_share)), rel=0.01)
+    assert outcome.num_missed == 0
+    assert outcome.refused_robots == 0
+
+
+def test_sizes_that_are_not_prepared_take_as_long_as_the_next_bigger_one() -> None:
+    assert H200.of(UnitKind.EXPERT, 3) == H200.of(UnitKind.EXPERT, 4) > H200.of(UnitKind.EXPERT, 2)
+    assert H200.of(UnitKind.PREFIX, 1) == pytest.approx(0.0059)
+
+
+def test_a_questions_prefix_comes_whole_unless_the_table_says_slices(tmp_path: Path) -> None:
+    table = tmp_path / "gpu.json"
+    table.write_text(json.dumps({"text_prefix": 6.0, "text_prefix_slices": 5}))
+    assert H200.of(UnitKind.TEXT_PREFIX, 1) == H200.text_prefix_s
+    sliced = read_durations(table, 0.0)
+    assert sliced.num_text_slices == 5
+    assert sliced.of(UnitKind.TEXT_PREFIX, 1) == pytest.approx(0.0012)
 
 
 def test_over_capacity_intervals_grow_before_robots_are_refused() -> None:

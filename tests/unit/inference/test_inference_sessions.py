@@ -190,19 +190,36 @@ def test_everyones_interval_grows_before_anyone_is_refused() -> None:
 
 def test_text_takes_its_share_of_the_capacity_and_delay_its_part_of_the_horizon() -> None:
     asking = capacity.TextDemand(questions_per_s=0.5, tokens=20, within_s=1.0)
-    share = capacity.text_share([asking] * 16, question_s=0.006, step_s=0.001, max_texts=32)
+
+    def device(question_s: float, text_step_s: float, max_texts: int) -> capacity.DeviceCapacity:
+        return capacity.DeviceCapacity(
+            chunks_per_s=25.0, question_s=question_s, text_step_s=text_step_s, max_texts=max_texts
+        )
+
     # Eight prefixes of 6 ms, and 20 steps of 1 ms that serve all.
-    assert share == pytest.approx(8 * 0.006 + 20 * 0.001)
-    assert capacity.text_share([asking], question_s=0.0, step_s=0.001, max_texts=32) == pytest.approx(0.010)
-    full = capacity.text_share([asking] * 160, question_s=0.0, step_s=0.001, max_texts=4)
-    assert full == pytest.approx(160 * 10 / 4 * 0.001)
-    assert capacity.text_share([asking] * 1000, question_s=0.006, step_s=0.001, max_texts=4) == capacity.MAX_TEXT_SHARE
-    assert capacity.text_share([], question_s=1.0, step_s=1.0, max_texts=4) == 0.0
+    assert capacity.text_share([asking] * 16, device(0.006, 0.001, 32)) == pytest.approx(8 * 0.006 + 20 * 0.001)
+    assert capacity.text_share([asking], device(0.0, 0.001, 32)) == pytest.approx(0.010)
+    assert capacity.text_share([asking] * 160, device(0.0, 0.001, 4)) == pytest.approx(160 * 10 / 4 * 0.001)
+    assert capacity.text_share([asking] * 1000, device(0.006, 0.001, 4)) == capacity.MAX_TEXT_SHARE
+    assert capacity.text_share([], device(1.0, 1.0, 4)) == 0.0
+    # Its prefix runs before the first token is known.
+    begun = capacity.TextDemand(questions_per_s=0.5, tokens=0.0)
+    assert capacity.text_share([begun], device(0.006, 0.001, 4)) == pytest.approx(0.003)
+    # Where nobody measured text, it is not counted.
+    assert capacity.text_share([asking] * 16, capacity.DeviceCapacity(chunks_per_s=25.0)) == 0.0
     demand = Demand(rate_hz=20.0, interval_steps=4, horizon=16, delay_steps=6)
     assert capacity.interval_steps(demand, 100.0) == 10
     assert capacity.fits([demand] * 10, 25.0)
     assert not capacity.fits([demand] * 10, 25.0, 0.1)
     assert capacity.stretch([demand] * 4, 25.0, 0.5) == pytest.approx(2.0)
+
+
+def test_what_is_promised_needs_no_shared_steps() -> None:
+    """Rows in the expert at once, by Little's law, are less than one: nobody has to wait for company."""
+    for prefix_s, step_s in ((0.0076, 0.00075), (0.0059, 0.000163), (0.001, 0.010)):
+        rate = capacity.chunks_per_s(prefix_s=prefix_s, step_s=step_s, num_steps=10)
+        assert rate * 10 * step_s < 1.0
+        assert rate * (prefix_s + 10 * step_s) == pytest.approx(1.0)
 
 
 def test_admission_lengthens_intervals_first_and_refuses_with_a_reason_and_a_time() -> None:

@@ -39,12 +39,13 @@ def test_a_cpu_has_none() -> None:
 
 def test_capacity_that_is_not_known_is_no_number() -> None:
     metrics = operator_metrics.of_model("unit-test-model")
-    metrics.now(sessions=1, version=2, possible_per_s=None, asked_per_s=3.0)
+    metrics.now(sessions=1, version=2, possible_per_s=None, text_share=0.0, asked_per_s=3.0)
     shown = value("possible_chunks_per_second", {"model": "unit-test-model"})
     assert shown is not None
     assert math.isnan(shown)
-    metrics.now(sessions=1, version=2, possible_per_s=8.0, asked_per_s=3.0)
+    metrics.now(sessions=1, version=2, possible_per_s=8.0, text_share=0.25, asked_per_s=3.0)
     assert value("possible_chunks_per_second", {"model": "unit-test-model"}) == 8.0
+    assert value("text_share", {"model": "unit-test-model"}) == 0.25
 
 
 def test_a_gpu_is_asked_and_one_that_failed_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

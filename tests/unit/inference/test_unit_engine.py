@@ -20,6 +20,7 @@ from services.inference.engine_port import Answer, Job, Observed, Question, Row,
 from services.inference.fused_model import FusedModel, can_be_fused
 from services.inference.service_times import ServiceTimes
 from services.inference.unit_engine import UnitEngine
+from services.inference.unit_warm_up import capacity_of
 from services.inference.units import UnitKind, group
 from tests.support import prompted_lab
 from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
@@ -485,3 +486,33 @@ def test_an_answer_longer_than_there_is_room_for_is_refused(engine):
     error = heard.get(timeout=5.0).error
     assert isinstance(error, InvalidInput)
     assert error.field == "max_new_tokens"
+
+
+@pytest.mark.parametrize(("policy_type", "question_s", "max_texts"), [("pi052", 0.02 + 0.004, 4), ("pi05", 0.0, 1)])
+def test_what_is_promised_is_one_chunk_after_the_other_and_what_a_question_needs(policy_type, question_s, max_texts):
+    """Full batches would give 4 / (0.040 + num_steps * 0.004): more than the scheduler makes while everybody is in time."""
+    model = FusedModel("tiny", make_policy(policy_type), CPU, max_rows=4, max_texts=4)
+    times = ServiceTimes(forgets=False)
+    longest = model.fused.settings.prompt_lengths[-1]
+    for kind, size, seconds in (
+        (UnitKind.PREFIX, 1, 0.010),
+        (UnitKind.PREFIX, 4, 0.040),
+        (UnitKind.EXPERT, 1, 0.002),
+        (UnitKind.EXPERT, 4, 0.004),
+        (UnitKind.TEXT_PREFIX, 1, 0.020),
+        (UnitKind.DRAFT_CHECK, 1, 0.004),
+        (UnitKind.TEXT, 1, 0.001),
+        (UnitKind.TEXT, 4, 0.003),
+    ):
+        times.observe(group(kind, "tiny", longest), size, seconds, 0.0)
+    told = capacity_of("tiny", model, times)
+    assert told.chunks_per_s == pytest.approx(1 / (0.010 + model.num_steps * 0.002))
+    assert told.question_s == pytest.approx(question_s)
+    assert told.text_step_s == (0.003 if question_s else 0.0)
+    assert told.max_texts == max_texts
+
+
+def test_an_engine_says_what_it_measured(engine):
+    told = engine.capacity("tiny")
+    assert told.chunks_per_s > 0
+    assert told.question_s > told.text_step_s > 0

@@ -1,0 +1,135 @@
+"""What text takes of the device counts: intervals grow with questions and shrink again, and nobody is let in beyond it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Session, SubtaskAnswer
+from manyhands.errors import Overloaded
+from manyhands.inference.v1 import inference_pb2
+from services.inference.capacity import DeviceCapacity
+from tests.support.inference_lab import (
+    HORIZON,
+    InProcessService,
+    TalkingPolicy,
+    ask,
+    make_observation,
+    make_policy,
+    next_chunk,
+    next_reply,
+    open_session,
+)
+from tests.support.waiting import wait_until
+
+# Two robots that replan every 4 of 20 steps a second fit exactly.
+DEVICE = DeviceCapacity(chunks_per_s=12.5, question_s=0.6, text_step_s=0.02, max_texts=4)
+ASKED_STEPS = 4
+
+
+class Clock:
+    """Goes on when the test says so, from where the engine's is: what fades, fades by just as much."""
+
+    def __init__(self) -> None:
+        self.now_s = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def service(clock: Clock) -> Iterator[InProcessService]:
+    with InProcessService(make_policy(policy_class=TalkingPolicy), clock=clock) as service:
+        service.engine.capacity = lambda model: DEVICE  # type: ignore[method-assign]
+        yield service
+
+
+@pytest.fixture
+def session(client: InferenceClient) -> Session:
+    return open_session(client, "left")
+
+
+@pytest.fixture
+def stream(client: InferenceClient, session: Session) -> Iterator[ActStream]:
+    with client.act_stream(session.session_id) as stream:
+        yield stream
+
+
+def generate(client: InferenceClient, session: Session, stream: ActStream) -> None:
+    kind = inference_pb2.TEXT_KIND_VISUAL_QUESTION
+    list(client.generate(session.session_id, kind=kind, observation=make_observation(1), task="reach", user_text="what now"))
+
+
+def ask_for_subtask(client: InferenceClient, session: Session, stream: ActStream) -> None:
+    ask(stream, 1, ask_subtask_for="tidy up")
+    kinds = {type(next_reply(stream).result) for _ in range(2)}
+    assert kinds == {Chunk, SubtaskAnswer}
+
+
+def interval_steps(stream: ActStream) -> int:
+    ask(stream, 2)
+    return next_chunk(stream).replan_interval_steps
+
+
+def load(client: InferenceClient) -> inference_pb2.ModelLoad:
+    return client.status().loads[0]
+
+
+# TalkingPolicy's words: "visual_question reach what now" and "subtask tidy up".
+@pytest.mark.parametrize(("question", "num_tokens"), [(generate, 4), (ask_for_subtask, 3)])
+def test_intervals_grow_with_questions_and_shrink_when_they_stop(
+    client: InferenceClient,
+    session: Session,
+    stream: ActStream,
+    clock: Clock,
+    question: Callable[[InferenceClient, Session, ActStream], None],
+    num_tokens: int,
+) -> None:
+    assert session.replan_interval_steps == interval_steps(stream) == ASKED_STEPS
+    assert load(client).text_share == 0.0
+    for _ in range(12):  # 1.2 a second, as the fading count has it.
+        question(client, session, stream)
+    busy = load(client)
+    # Their prefixes, and as many steps a second as one answer needs, which serve all.
+    assert busy.text_share == pytest.approx(1.2 * 0.6 + num_tokens * 0.02)
+    assert busy.usable_chunks_per_s == pytest.approx(10.0 * (1 - busy.text_share))
+    # 5 chunks a second were asked for, and about 2 are left.
+    wait_until(lambda: interval_steps(stream) > ASKED_STEPS + 1, 5, "a longer interval")
+    clock.now_s += 15.0
+    assert load(client).text_share == pytest.approx(busy.text_share * 0.22, rel=0.05)
+    wait_until(lambda: interval_steps(stream) == ASKED_STEPS, 5, "the interval that was asked for")
+    clock.now_s += 60.0
+    assert load(client).text_share == 0.0
+
+
+def test_a_robot_is_refused_with_a_reason_and_a_time_while_text_leaves_no_room(
+    client: InferenceClient, session: Session, stream: ActStream, clock: Clock
+) -> None:
+    for _ in range(13):
+        generate(client, session, stream)
+    with pytest.raises(Overloaded, match=r"1 robots use .* 12\.5 chunks/s of which text takes 86%.*ask fewer") as refused:
+        open_session(client, "right")
+    assert refused.value.field == "model"
+    assert refused.value.retry_after_s == pytest.approx(4.0)
+    assert interval_steps(stream) <= HORIZON, "whoever is in is served on"
+    clock.now_s += 60.0
+    # A newcomer's own questions are not known, and not held against it.
+    assert open_session(client, "right").replan_interval_steps == ASKED_STEPS
+
+
+def test_without_figures_of_text_its_share_is_not_counted(
+    service: InProcessService, client: InferenceClient, session: Session, stream: ActStream
+) -> None:
+    service.engine.capacity = lambda model: DeviceCapacity(chunks_per_s=12.5)  # type: ignore[method-assign]
+    for _ in range(12):
+        generate(client, session, stream)
+    assert load(client).text_share == 0.0
+    assert load(client).usable_chunks_per_s == pytest.approx(10.0)
+    assert open_session(client, "right").replan_interval_steps == ASKED_STEPS
