@@ -28,6 +28,7 @@ WARM_UP = 5
 def measure(folder: Path, device: str, task: str, count: int) -> dict[str, object]:
     policy = checkpoint.load(folder)
     model = FusedModel(served.NAME, policy, torch.device(device), max_rows=1, max_texts=1)
+    torch.set_num_threads(1)  # Threads would only wait for each other on a busy machine: what the host does is small.
     asked = [
         Row(
             sample=Observed(observation=sample.observation, task=task),
