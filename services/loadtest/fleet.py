@@ -16,7 +16,7 @@ from .plan import Plan, Tally, count
 # One core carries about this many requests a second with answers checked; workers beyond the cores help nobody.
 REQUESTS_PER_S_OF_WORKER = 1000.0
 # Interpreters take a while to be there; robots of all workers begin together.
-START_S = 2.0
+START_S = 3.0
 POLL_S = 0.1
 STOP_TIMEOUT_S = 15.0
 

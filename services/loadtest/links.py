@@ -22,7 +22,6 @@ from . import observations
 from .plan import Plan
 
 CALL_TIMEOUT_S = 5.0
-TASK = "open the drawer"
 ACT = "/manyhands.inference.v1.InferenceService/Act"
 
 
@@ -35,6 +34,8 @@ class Answer:
         message: For people, of a refusal.
         retry_after_s: 0 without.
         drained_s: After how long the server asks to come again, None where it stays.
+        version: Number of the weights.
+        replan_interval_steps: Actions to execute of the chunk, as the server asks; 0 where it asks for nothing.
     """
 
     refusal: str = ""
@@ -43,6 +44,8 @@ class Answer:
     stage_s: Mapping[str, float] = field(default_factory=dict)
     batch_size: int = 0
     drained_s: float | None = None
+    version: int = 0
+    replan_interval_steps: int = 0
 
 
 class Link(Protocol):
@@ -126,7 +129,13 @@ class ServiceLink:
         if isinstance(reply.result, Chunk):
             if self._plan.with_prefix:
                 self._last_chunk = reply.result.model_actions
-            return Answer(stage_s=reply.stage_s, batch_size=reply.batch_size, drained_s=drained_s)
+            return Answer(
+                stage_s=reply.stage_s,
+                batch_size=reply.batch_size,
+                drained_s=drained_s,
+                version=reply.version.number,
+                replan_interval_steps=reply.result.replan_interval_steps,
+            )
         assert isinstance(reply.result, Refusal)
         return Answer(
             refusal=reply.result.reason,
@@ -143,7 +152,7 @@ class ServiceLink:
             request_id=uuid.uuid4().hex,
             kind=inference_pb2.TEXT_KIND_SUBTASK,
             observation=body.observation,
-            task=TASK,
+            task=self._plan.task,
             previous_text=previous_text,
             max_new_tokens=tokens,
             deadline=stamps.to_duration(10.0),
@@ -166,7 +175,7 @@ class ServiceLink:
                     observation=common_pb2.Observation(
                         values=observations.encode(observations.make(spec, self.required, seed), self._plan.jpeg_quality)
                     ),
-                    task=TASK,
+                    task=self._plan.task,
                     deadline=stamps.to_duration(self._plan.deadline_s),
                 ).SerializeToString()
                 for seed in range(observations.NUM_VARIANTS)
@@ -224,5 +233,5 @@ class PlainLink:
             else:
                 dtype = codec.numpy_dtype_of(value.tensor.dtype).str
                 values[value.name] = {"data": value.tensor.data, "dtype": dtype, "shape": list(value.tensor.shape)}
-        packed: bytes = self._msgpack.packb({"observation": values, "task": TASK, "noise_seed": seed})
+        packed: bytes = self._msgpack.packb({"observation": values, "task": self._plan.task, "noise_seed": seed})
         return packed

@@ -48,6 +48,7 @@ class Settings(config.Settings):
         default=None, description="policy that servers started here run; without it a tiny one with two cameras"
     )
     robots: int = Field(default=32, ge=1, le=10000, description="simulated robots")
+    task: str = Field(default="open the drawer", description="instruction that all robots have")
     rate_hz: float = Field(default=10.0, gt=0, le=1000, description="observations a second that each robot sends")
     seconds: float = Field(default=60.0, gt=0, description="how long all robots are there")
     ramp_up_s: float = Field(default=0.0, ge=0, description="robots come one after the other within this time")
@@ -60,7 +61,9 @@ class Settings(config.Settings):
     )
     camera_px: int = Field(default=0, ge=0, le=4096, description="square size of sent pictures; 0: the model's own")
     jpeg_quality: int = Field(default=95, ge=1, le=100, description="of sent pictures")
-    ask_every_s: float = Field(default=0.0, ge=0, description="between a robot's questions; 0 for none")
+    ask_every_s: float = Field(
+        default=0.0, ge=0, description="between a robot's questions, a tiny one: one after the other; 0 for none"
+    )
     ask_tokens: int = Field(default=20, ge=1, description="most tokens of an answer")
     processes: int = Field(default=0, ge=0, le=256, description="processes of robots; 0: as many as the load needs")
     compare: bool = Field(default=False, description="also run a plain websocket server with the same policy")
@@ -68,10 +71,15 @@ class Settings(config.Settings):
     max_batch: int = Field(default=8, ge=1, le=64, description="robots in a pass of a service started here")
     torch_threads: int = Field(default=1, ge=0, description="of servers started here")
     json_file: Path | None = Field(default=None, description="write the result here", json_schema_extra={"flag": "json"})
+    timeline: bool = Field(
+        default=False, description="with --json: also each chunk's time, latency and version, as through a swap of weights"
+    )
     security: SecuritySettings = SecuritySettings()
 
 
 def main(settings: Settings) -> int:
+    if settings.timeline and settings.json_file is None:
+        raise InvalidInput("goes into the file of --json; name one", field="timeline")
     if settings.compare:
         _check_can_compare(settings)
     with tempfile.TemporaryDirectory(prefix="manyhands-loadtest-") as folder:
@@ -127,6 +135,7 @@ def _run(settings: Settings, plan: Plan, own: servers.ServerProcess | None, name
         tally,
         robots=plan.fleet,
         seconds=seconds,
+        replan_interval_steps=plan.replan_interval_steps,
         server_cpu_s=after_s[0] - before_s[0],
         server_loop_cpu_s=after_s[1] - before_s[1],
     ), interrupted
@@ -165,6 +174,7 @@ def make_plan(settings: Settings, address: str) -> Plan:
         address=address,
         model=model.name,
         spec=spec.to_proto().SerializeToString().hex(),
+        task=settings.task,
         # Two tests of one server at a time must not take each other's robots.
         name=f"loadtest-{os.getpid()}-{time.time_ns() % 100000}",
         first=0,
@@ -180,6 +190,7 @@ def make_plan(settings: Settings, address: str) -> Plan:
         with_prefix=settings.with_prefix,
         ask_every_s=settings.ask_every_s,
         ask_tokens=settings.ask_tokens,
+        with_timeline=settings.timeline,
         security=settings.security,
     )
 

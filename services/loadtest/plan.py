@@ -19,6 +19,8 @@ class Plan(BaseModel):
         kind: "service" for the inference service, "plain" for the reference server.
         spec: The robot's, a serialised manyhands.common.v1.Spec in hexadecimal.
         begins_s: On this machine's monotonic clock, which its processes share: when the first robot begins.
+        ask_every_s: Between a robot's questions, which wait for each other; 0 for none.
+        with_timeline: Each chunk is told by itself, in Tally.timeline.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,6 +29,7 @@ class Plan(BaseModel):
     address: str
     model: str
     spec: str
+    task: str
     name: str
     first: int
     number: int
@@ -41,6 +44,7 @@ class Plan(BaseModel):
     with_prefix: bool
     ask_every_s: float
     ask_tokens: int
+    with_timeline: bool
     security: SecuritySettings
 
 
@@ -54,6 +58,10 @@ class Tally(BaseModel):
         errors: Broken streams, failed calls, wrong answers, refusals that no good client should get; by what they say.
         refusals: By reason.
         lag_ms: How much later than planned this tool sent: large where it is itself overloaded.
+        versions: Chunks by the number of the weights that made them.
+        replan_steps: Chunks by the interval that the server asked for with them.
+        timeline: Of each chunk when it came, in seconds since the epoch as logs tell it, its latency and its version.
+        text_tokens: Of each answer that came to its end.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,9 +78,13 @@ class Tally(BaseModel):
     stage_ms: dict[str, list[float]] = Field(default_factory=dict)
     batch_sizes: dict[int, int] = Field(default_factory=Counter)
     lag_ms: list[float] = Field(default_factory=list)
+    versions: dict[int, int] = Field(default_factory=Counter)
+    replan_steps: dict[int, int] = Field(default_factory=Counter)
+    timeline: list[tuple[float, float, int]] = Field(default_factory=list)
     questions: int = 0
     texts: int = 0
     tokens: int = 0
+    text_tokens: list[int] = Field(default_factory=list)
     first_token_ms: list[float] = Field(default_factory=list)
     text_ms: list[float] = Field(default_factory=list)
     cpu_s: float = 0.0

@@ -23,6 +23,9 @@ from .plan import STAGES, Plan, Tally, count
 
 PROGRESS_S = 0.5
 REOPEN_S = 0.5
+# Robots connect so long before their first request. The first of a process encodes pictures then, which the others wait for:
+# late by that, all would send at once.
+OPEN_AHEAD_S = 1.0
 # A robot that hears nothing for this long past its deadline takes the connection for dead.
 SILENCE_S = 5.0
 # Refusals that a loaded server gives a good client.
@@ -41,11 +44,12 @@ class SimulatedRobot:
         # Evenly out of step, as independent robots are.
         offset_s = plan.ramp_up_s * share + (share / plan.rate_hz if plan.ramp_up_s == 0 else 0.0)
         self._begins_s = plan.begins_s + offset_s
+        self._first_question_s = plan.begins_s + (plan.ramp_up_s + plan.ask_every_s) * share
         self._ends_s = plan.begins_s + plan.ramp_up_s + plan.seconds
         self._previous_text = ""
 
     async def run(self) -> None:
-        await self._sleep_until(self._begins_s)
+        await self._sleep_until(self._begins_s - OPEN_AHEAD_S)
         has_been_served = False
         while not self._stop.is_set() and time.monotonic() < self._ends_s:
             wait_s = REOPEN_S
@@ -111,16 +115,26 @@ class SimulatedRobot:
         tally.missed_deadlines += latency_s > self._plan.deadline_s
         tally.latency_ms.append(round(latency_s * 1e3, 3))
         tally.batch_sizes[answer.batch_size] = tally.batch_sizes.get(answer.batch_size, 0) + 1
+        tally.versions[answer.version] = tally.versions.get(answer.version, 0) + 1
+        if answer.replan_interval_steps:
+            steps = answer.replan_interval_steps
+            tally.replan_steps[steps] = tally.replan_steps.get(steps, 0) + 1
+        if self._plan.with_timeline:
+            tally.timeline.append((round(time.time(), 4), round(latency_s * 1e3, 3), answer.version))
         for stage in STAGES:
             if stage in answer.stage_s:
                 tally.stage_ms.setdefault(stage, []).append(round(answer.stage_s[stage] * 1e3, 3))
 
     async def _ask_texts(self, link: ServiceLink) -> None:
-        tick = 0
-        while not self._stop.is_set():
-            await asyncio.sleep(self._plan.ask_every_s)
-            tick += 1
+        """At its own rate, however long answers take, but one after the other: after a late one the next comes at once."""
+        every_s, first_s = self._plan.ask_every_s, self._first_question_s
+        tick = max(0, math.ceil((time.monotonic() - first_s) / every_s))
+        while True:
+            await self._sleep_until(first_s + tick * every_s)
+            if self._stop.is_set():
+                return
             await self._ask_text(link, tick)
+            tick = max(tick + 1, math.floor((time.monotonic() - first_s) / every_s))
 
     async def _ask_text(self, link: ServiceLink, tick: int) -> None:
         tally = self._tally
@@ -143,6 +157,7 @@ class SimulatedRobot:
             count(tally.errors, f"text, {type(error).__name__}: {error}"[:120])
         else:
             tally.texts += 1
+            tally.text_tokens.append(num_tokens)
             tally.text_ms.append(round((time.perf_counter() - started) * 1e3, 3))
 
     async def _sleep_until(self, at_s: float) -> None:

@@ -44,7 +44,7 @@ def test_a_short_test_of_its_own_server_and_of_the_plain_one(tmp_path: Path) -> 
     output = tmp_path / "loadtest.json"
     # A deadline that a busy test machine makes too.
     flags = ("--robots", "3", "--rate-hz", "8", "--seconds", "3", "--deadline-ms", "3000", "--compare", "--with-prefix")
-    process = start(output, *flags)
+    process = start(output, *flags, "--timeline")
     code, printed, result = finish(process, output)
     assert code == 0, printed
     for one in (result, result["plain_server"]):
@@ -58,6 +58,11 @@ def test_a_short_test_of_its_own_server_and_of_the_plain_one(tmp_path: Path) -> 
         assert 0 < one["server_cpu_ms_per_request"] < 1000
         assert 0 < one["server_loop_cpu_ms_per_request"] <= one["server_cpu_ms_per_request"]
         assert one["stage_ms"]["sample"]["p50"] > 0
+        assert one["chunks_by_version"] == {"0": one["chunks"]}
+        assert [latency_ms for _, latency_ms, _ in one["timeline"]].count(one["latency_ms"]["max"]) == 1
+    # Fifty actions a second, eight chunks: what robots keep to, and the server is content with.
+    assert result["replan_interval_steps"] == 6
+    assert set(result["chunks_by_asked_interval_steps"]) == {"6"}
     assert result["mean_batch_size"] >= 1.0
     assert "plain websocket server" in printed
     assert psutil.pid_exists(process.pid) is False
@@ -115,15 +120,17 @@ def test_ctrl_c_ends_with_the_summary_so_far_and_leaves_no_process(tmp_path: Pat
 async def test_questions_are_asked_and_their_tokens_counted() -> None:
     with InProcessService(make_policy(policy_class=TalkingPolicy)) as service:
         settings = main.Settings(
-            robots=2, rate_hz=5.0, seconds=2.0, deadline_ms=5000.0, ask_every_s=0.3, ask_tokens=8, camera_px=64
-        )
+            robots=2, rate_hz=5.0, seconds=2.0, deadline_ms=5000.0, ask_every_s=0.3, ask_tokens=8, camera_px=64,
+            task="close the left one",
+        )  # fmt: skip
         plan = await asyncio.to_thread(main.make_plan, settings, service.address)
         plan = plan.model_copy(update={"begins_s": time.monotonic()})
         tally = await worker.run(plan, asyncio.Event(), lambda tally: None)
     assert tally.errors == {}
     assert tally.chunks == tally.requests > 10
-    # "subtask open the drawer", a word a token.
+    # "subtask close the left one", a word a token.
     assert tally.texts >= 4
-    assert tally.tokens == pytest.approx(4 * tally.texts, abs=8)
+    assert set(tally.text_tokens) == {5}
+    assert tally.tokens == pytest.approx(5 * tally.texts, abs=10)
     assert len(tally.first_token_ms) >= tally.texts
     assert tally.questions - tally.texts <= 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from rich.console import Console
@@ -16,7 +17,7 @@ from manyhands.inference.v1 import inference_pb2
 from manyhands.security import SecuritySettings
 from manyhands.spec import Spec
 from services.loadtest import fleet, main, observations, report, servers, worker
-from services.loadtest.links import Answer
+from services.loadtest.links import Answer, ServiceLink
 from services.loadtest.plan import Plan, Tally
 
 
@@ -26,6 +27,7 @@ def make_plan(**changed: object) -> Plan:
         "address": "127.0.0.1:1",
         "model": "tiny",
         "spec": servers.TINY_SPEC.to_proto().SerializeToString().hex(),
+        "task": "open the drawer",
         "name": "test",
         "first": 0,
         "number": 1,
@@ -40,6 +42,7 @@ def make_plan(**changed: object) -> Plan:
         "with_prefix": False,
         "ask_every_s": 0.0,
         "ask_tokens": 20,
+        "with_timeline": False,
         "security": SecuritySettings(),
     }
     return Plan.model_validate({**values, **changed})
@@ -64,6 +67,37 @@ class FakeLink:
 
     async def close(self) -> None:
         pass
+
+
+class TalkingLink(ServiceLink):
+    """A session whose chunks come at once and whose answers take their time, the last one's from then on; keeps when each
+    question came.
+    """
+
+    def __init__(self, *answers_s: float) -> None:
+        self._answers_s = answers_s
+        self.asked_s: list[float] = []
+
+    async def open(self) -> None:
+        pass
+
+    async def ask(self, tick: int) -> Answer:
+        return Answer(batch_size=1)
+
+    async def generate(self, tokens: int, previous_text: str, tick: int) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        self.asked_s.append(time.monotonic())
+        await asyncio.sleep(self._answers_s[min(len(self.asked_s), len(self._answers_s)) - 1])
+        yield inference_pb2.GenerateResponse(text="go", token_count=tokens)
+        yield inference_pb2.GenerateResponse(token_count=tokens, finished=True, full_text="go")
+
+    async def close(self) -> None:
+        pass
+
+
+def summarise(tally: Tally, **changed: float) -> dict[str, object]:
+    values = {"robots": 1, "seconds": 10.0, "replan_interval_steps": 10}
+    unmeasured = {"server_cpu_s": float("nan"), "server_loop_cpu_s": float("nan")}
+    return report.summarise(tally, **{**values, **unmeasured, **changed})  # type: ignore[arg-type]
 
 
 async def drive(link: FakeLink, **changed: object) -> Tally:
@@ -122,9 +156,68 @@ async def test_a_server_that_drains_is_left_and_met_again_without_an_error() -> 
     assert tally.chunks == tally.requests
 
 
+async def test_robots_connect_before_their_first_request_so_that_it_goes_out_in_time() -> None:
+    class SlowToOpen(FakeLink):
+        async def open(self) -> None:
+            await asyncio.sleep(0.2)
+            await super().open()
+
+    link = SlowToOpen(lambda tick: Answer(batch_size=1))
+    tally = await drive(link, begins_s=time.monotonic() + 0.3, seconds=0.5, rate_hz=10.0)
+    assert link.ticks[0] == 0
+    assert tally.lag_ms[0] < 100.0
+
+
+async def test_questions_come_at_their_own_rate_however_long_answers_take_and_robots_are_out_of_step() -> None:
+    begins_s = time.monotonic() + 0.1
+    plan = make_plan(fleet=2, begins_s=begins_s, seconds=1.5, ask_every_s=0.3)
+    links = [TalkingLink(0.2), TalkingLink(0.2)]
+    tally = Tally()
+    robots = [worker.SimulatedRobot(plan, index, link, tally, asyncio.Event()) for index, link in enumerate(links)]
+    await asyncio.gather(*(robot.run() for robot in robots))
+    for link, first_s in zip(links, (0.0, 0.15), strict=True):
+        planned_s = [begins_s + first_s + 0.3 * number for number in range(5)]
+        assert link.asked_s[:5] == pytest.approx(planned_s, abs=0.1)
+    assert tally.text_tokens == [20] * tally.texts
+    assert tally.texts >= 8
+
+
+async def test_after_an_answer_that_took_too_long_the_next_question_comes_at_once_and_none_is_made_up_for() -> None:
+    link = TalkingLink(0.7, 0.01)
+    begins_s = time.monotonic() + 0.1
+    plan = make_plan(begins_s=begins_s, seconds=1.5, ask_every_s=0.2)
+    await worker.SimulatedRobot(plan, 0, link, Tally(), asyncio.Event()).run()
+    assert link.asked_s == pytest.approx([begins_s + at_s for at_s in (0.0, 0.7, 0.8, 1.0, 1.2, 1.4)], abs=0.08)
+
+
+async def test_what_the_server_asks_and_which_weights_served_is_counted_and_told_chunk_by_chunk_where_asked_for() -> None:
+    def answer(tick: int) -> Answer:
+        return Answer(batch_size=1, version=1 + tick // 8, replan_interval_steps=10 if tick < 4 else 13)
+
+    before_s = time.time()
+    tally = await drive(FakeLink(answer), with_timeline=True)
+    assert tally.versions == {1: 8, 2: tally.chunks - 8}
+    assert tally.replan_steps == {10: 4, 13: tally.chunks - 4}
+    result = summarise(tally, seconds=0.3)
+    assert result["chunks_by_version"] == {1: 8, 2: tally.chunks - 8}
+    assert result["chunks_by_asked_interval_steps"] == {10: 4, 13: tally.chunks - 4}
+    assert result["chunks_per_s"] == pytest.approx(tally.chunks / 0.3)
+    times, latencies, versions = zip(*result["timeline"], strict=True)
+    assert before_s - 0.01 <= times[0] <= times[-1] <= time.time() + 0.01
+    assert list(latencies) == tally.latency_ms
+    assert versions == (1,) * 8 + (2,) * (tally.chunks - 8)
+    printed = io.StringIO()
+    Console(width=120, file=printed).print(report.table({"ours": result}, "test"))
+    assert "10; 10 to 13" in printed.getvalue()
+    assert "8 of version 1" in printed.getvalue()
+    assert (await drive(FakeLink(answer))).timeline == []
+
+
 def test_tallies_of_processes_add_up_and_survive_their_pipe() -> None:
     one = Tally(requests=2, latency_ms=[1.0], stage_ms={"queue": [1.0]}, errors={"a": 1}, batch_sizes={2: 1}, cpu_s=0.5)
     other = Tally(requests=3, latency_ms=[2.0], stage_ms={"total": [4.0]}, errors={"a": 1, "b": 2}, batch_sizes={2: 2})
+    one.timeline, other.timeline = [(2.5, 1.0, 1)], [(2.0, 2.0, 0)]
+    one.versions, other.versions = {1: 1}, {0: 1}
     total = Tally()
     for tally in (one, other):
         total.add(Tally.model_validate(json.loads(tally.model_dump_json())))
@@ -132,20 +225,23 @@ def test_tallies_of_processes_add_up_and_survive_their_pipe() -> None:
     assert total.errors == {"a": 2, "b": 2}
     assert total.stage_ms == {"queue": [1.0], "total": [4.0]}
     assert total.batch_sizes == {2: 3}
+    assert total.versions == {1: 1, 0: 1}
+    assert summarise(total)["timeline"] == [(2.0, 2.0, 0), (2.5, 1.0, 1)]
 
 
 def test_the_summary_has_what_the_file_promises() -> None:
     tally = Tally(
         requests=100, chunks=99, missed_deadlines=3, latency_ms=[float(number) for number in range(1, 101)], cpu_s=0.1
     )
-    result = report.summarise(tally, robots=4, seconds=10.0, server_cpu_s=0.5, server_loop_cpu_s=0.1)
+    result = summarise(tally, robots=4, seconds=10.0, server_cpu_s=0.5, server_loop_cpu_s=0.1)
     assert (result["requests"], result["errors"], result["missed_deadlines"]) == (100, 0, 3)
     assert result["latency_ms"] == {"p50": 50.5, "p99": pytest.approx(99.01), "mean": 50.5, "max": 100.0}
     assert result["server_cpu_ms_per_request"] == pytest.approx(5.0)
     assert result["client_cpu_ms_per_request"] == pytest.approx(1.0)
     assert result["server_loop_cpu_ms_per_request"] == pytest.approx(1.0)
     json.dumps(result)
-    empty = report.summarise(Tally(), robots=1, seconds=0.0, server_cpu_s=float("nan"), server_loop_cpu_s=float("nan"))
+    assert "timeline" not in result
+    empty = summarise(Tally(), robots=1, seconds=0.0)
     assert empty["latency_ms"]["p50"] is None
     assert empty["server_cpu_ms_per_request"] is None
     console = Console(width=120, record=True, quiet=True)
@@ -179,6 +275,11 @@ def test_what_the_server_does_not_serve_is_said_before_any_robot_begins() -> Non
         main._choose(models, main.Settings(model="arm", ask_every_s=1.0))
     assert main._choose(models, main.Settings(model="leg", ask_every_s=1.0)).name == "leg"
     assert main._choose((arm,), main.Settings()).name == "arm"
+
+
+def test_a_timeline_needs_a_file_to_go_into() -> None:
+    with pytest.raises(InvalidInput, match="--json"):
+        main.main(main.Settings(timeline=True, address="127.0.0.1:1"))
 
 
 def test_comparing_with_a_server_elsewhere_needs_the_checkpoint() -> None:
