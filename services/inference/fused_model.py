@@ -233,6 +233,11 @@ class FusedModel(ServedModel):
 
     # -- units: the engine's thread ------------------------------------------------------------------------------------
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether units are launched and run while the host goes on."""
+        return self.device.type == "cuda"
+
     def launched(self, launch: Callable[[], None]) -> Callable[[], float]:
         """See launches.timed()."""
         return launches.timed(self.device, launch)
@@ -241,9 +246,7 @@ class FusedModel(ServedModel):
         """Takes a slot for each row."""
         for row in rows:
             row.slot = self._take_slot()
-        pictures = self._fitting([picture for row in rows for picture in row.pictures])
-        see = self.fused.vision if isinstance(pictures, torch.Tensor) else self.fused.vision_of_bytes
-        tokens = see(pictures)  # type: ignore[operator]
+        tokens = self._seen([picture for row in rows for picture in row.pictures])
         self.fused.prefix([
             PrefixRow(slot=_slot(row), picture_tokens=seen, picture_valid=_valid(row), tokens=row.read.prompt.tokens)
             for row, seen in zip(rows, tokens.view(len(rows), -1, tokens.shape[-1]), strict=True)
@@ -344,6 +347,10 @@ class FusedModel(ServedModel):
         slot = self.slots.take()
         assert slot is not None, "the scheduler keeps no more rows in work than there are slots"
         return slot
+
+    def _seen(self, pictures: Pictures) -> torch.Tensor:
+        fitting = self._fitting(pictures)
+        return self.fused.vision(fitting) if isinstance(fitting, torch.Tensor) else self.fused.vision_of_bytes(fitting)
 
     def _fitting(self, pictures: Pictures) -> torch.Tensor | Pictures:
         """As the network takes them: bytes of its size, or numbers on the device."""

@@ -58,6 +58,10 @@ class ServiceTimes:
         """Mean and two deviations; 0 where nothing is known."""
         return self._estimate_s(group, num_rows, now_s, 2.0)
 
+    def likely_s(self, group: Hashable, num_rows: int, now_s: float) -> float:
+        """The mean; 0 where nothing is known."""
+        return self._estimate_s(group, num_rows, now_s, 0.0)
+
     def at_best_s(self, group: Hashable, num_rows: int, now_s: float) -> float:
         """Mean less two deviations; 0 where nothing is known."""
         return self._estimate_s(group, num_rows, now_s, -2.0)

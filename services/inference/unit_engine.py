@@ -1,4 +1,8 @@
-"""The thread that runs a GPU: prepared units of chunks and texts, one after the other, as the scheduler decides.
+"""The thread that gives a GPU its work: prepared units of chunks and texts, one after the other, as the scheduler decides.
+
+Units are launched and not waited for: the next one is decided shortly before the device is free, so that it never waits for
+Python, and as late as that, so that a chunk that comes in between is not passed over. A second thread waits for what the
+device has done, and tells the robots. Of text units one is launched at a time: what a text needs next depends on its token.
 
 Between two units weights may change. A version comes in when no chunk is in progress: those begun are finished first, which
 takes a few expert steps and no prefix, so every chunk is of one version.
@@ -8,47 +12,36 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
+import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import numpy as np
 
-from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
+from manyhands.errors import InternalError, TooLate, Unreachable
 
 from . import unit_warm_up
 from .capacity import DeviceCapacity
 from .engine import Progress, is_fatal
-from .engine_port import Answer, Job, Outcome, Question, Superseded, TextEnd
-from .fused_model import ChunkRow, FusedModel, TextRowInWork
+from .engine_port import Job, Question, Superseded, TextEnd
+from .fused_model import FusedModel, Take
+from .launches import DeviceLine
 from .text_writer import Heard, text_request
 from .timed_change import TimedChange
+from .unit_answers import (
+    ChunkInWork,
+    LaunchedUnit,
+    TextInWork,
+    answer_chunk,
+    end_of,
+    send_pieces,
+    told,
+    too_late,
+)
 from .unit_scheduler import UnitScheduler
-from .units import ChunkWork, TextWork, Unit, UnitKind
-
-logger = logging.getLogger(__name__)
-
-# Units that the device may have before it: one that runs and one behind it.
-MAX_AHEAD = 1
-
-
-@dataclass(kw_only=True)
-class _Chunk:
-    job: Job
-    row: ChunkRow
-    began_s: float = 0.0
-    prefix_s: float = 0.0
-
-
-@dataclass(kw_only=True)
-class _Text:
-    heard: Heard
-    row: TextRowInWork
-    num_sent: int = 0
+from .units import ACTION_KINDS, ChunkWork, TextWork, Unit, UnitKind
 
 
 class UnitEngine:
@@ -73,16 +66,19 @@ class UnitEngine:
         self.models = dict(models)
         self._clock = clock
         self._on_fatal = on_fatal
-        self._scheduler: UnitScheduler[_Chunk, _Text] = UnitScheduler(max_rows=max_rows, max_texts=max_texts)
+        self._scheduler: UnitScheduler[ChunkInWork, TextInWork] = UnitScheduler(max_rows=max_rows, max_texts=max_texts)
         self._changed = threading.Condition()
         # Slots to give back, at once; and changes of weights, when no chunk is in progress.
         self._between: list[Callable[[], None]] = []
         self._swaps: list[Callable[[], None]] = []
         self._capacity: dict[str, DeviceCapacity] = {}
-        # Of units that the device may still run.
-        self._ahead: deque[Callable[[], None]] = deque()
+        self._device = DeviceLine()
+        self._launched: queue.SimpleQueue[LaunchedUnit | None] = queue.SimpleQueue()
+        # Whether the scheduler had nothing to run when it was asked last, and nothing has changed since.
+        self._is_waiting = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._results = threading.Thread(target=self._collect, name="results", daemon=True)
         self._ready: Future[None] = Future()
         self._text_ids = itertools.count(1)
         self._progress: Progress = lambda phase, done, total: None
@@ -96,13 +92,15 @@ class UnitEngine:
         self._progress = progress or self._progress
         self._thread.start()
         self._ready.result()
+        self._results.start()
 
     def stop(self) -> None:
-        """Finishes the chunks and texts in hand, then ends the thread."""
+        """Finishes the chunks and texts in hand, then ends the threads."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
+            self._wake()
         self._thread.join()
+        self._results.join()
 
     # -- requests: any thread ------------------------------------------------------------------------------------------
 
@@ -112,7 +110,7 @@ class UnitEngine:
         try:
             row = model.chunk_row(job.row)
         except Exception as error:  # Whatever is wrong with one robot's request must not end the engine of all.
-            job.done(_told(error, f"request {request_id} of session {owner}"))
+            job.done(told(error, f"request {request_id} of session {owner}"))
             return
         work = ChunkWork(
             owner=owner,
@@ -122,20 +120,20 @@ class UnitEngine:
             num_steps=model.num_steps,
             arrived_s=arrived_s,
             deadline_s=deadline_s,
-            payload=_Chunk(job=job, row=row),
+            payload=ChunkInWork(job=job, row=row),
         )
         now_s = self._clock()
         with self._changed:
             stopping, replaced, accepted = self._stopping, None, False
             if not stopping:
                 replaced, accepted = self._scheduler.submit(work, now_s)
-                self._changed.notify()
+                self._wake()
         if replaced is not None:
             replaced.payload.job.done(Superseded())
         if stopping:
             job.done(Unreachable("the server is going away; open a session again"))
         elif not accepted:
-            job.done(_too_late(work, now_s))
+            job.done(too_late(work, now_s))
 
     def ask(self, question: Question, heard: Heard) -> Callable[[], None]:
         """As EnginePort.ask."""
@@ -143,7 +141,7 @@ class UnitEngine:
         try:
             row = model.text_row(question.sample, text_request(question))
         except Exception as error:
-            heard(TextEnd(error=_told(error, f"a question to {question.model}")))
+            heard(TextEnd(error=told(error, f"a question to {question.model}")))
             return lambda: None
         text_id = next(self._text_ids)
         work = TextWork(
@@ -156,13 +154,13 @@ class UnitEngine:
             max_tokens=row.rules.max_new_tokens,
             arrived_s=self._clock(),
             deadline_s=question.until_s,
-            payload=_Text(heard=heard, row=row),
+            payload=TextInWork(heard=heard, row=row),
         )
         with self._changed:
             stopping = self._stopping
             if not stopping:
                 self._scheduler.ask(work)
-                self._changed.notify()
+                self._wake()
         if stopping:
             heard(TextEnd(error=Unreachable("the server is going away; open a session again")))
         return lambda: self._hush(text_id)
@@ -171,14 +169,14 @@ class UnitEngine:
         """Nobody listens to this answer any more."""
         with self._changed:
             self._release_later(self._scheduler.withdraw_text(text_id))
-            self._changed.notify()
+            self._wake()
 
     def withdraw(self, owner: str) -> None:
         """Drops what an owner has waiting and in progress; nobody is told."""
         with self._changed:
             chunks, texts = self._scheduler.withdraw(owner)
             self._release_later((*chunks, *texts))
-            self._changed.notify()
+            self._wake()
 
     def pending(self) -> int:
         with self._changed:
@@ -199,11 +197,16 @@ class UnitEngine:
             if self._stopping:
                 raise Unreachable("the server is going away")
             self._swaps.append(timed)
-            self._changed.notify()
+            self._wake()
         return timed.done.result()
 
-    def _release_later(self, works: Sequence[ChunkWork[_Chunk] | TextWork[_Text]]) -> None:
-        """A unit that runs may still write into their slots."""
+    def _wake(self) -> None:
+        """Something changed; the lock is held."""
+        self._is_waiting = False
+        self._changed.notify()
+
+    def _release_later(self, works: Sequence[ChunkWork[ChunkInWork] | TextWork[TextInWork]]) -> None:
+        """On the engine's thread; a unit that is launched may still write into their slots, those behind it write later."""
         for work in works:
             self._between.append(functools.partial(self.models[work.model].release, work.payload.row))
 
@@ -227,131 +230,158 @@ class UnitEngine:
             return
         self._ready.set_result(None)
         while True:
+            swaps: list[Callable[[], None]] = []
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._between or self._swaps or len(self._scheduler))
+                self._wait_for_turn()
                 between, self._between = self._between, []
-                swaps: list[Callable[[], None]] = []
-                if self._swaps and not self._scheduler.num_in_progress:
-                    swaps, self._swaps = self._swaps, []
-                now_s = self._clock()
-                decision = self._scheduler.next_unit(now_s, only_begun=bool(self._swaps))
-                is_over = self._stopping and not len(self._scheduler)
+                if not between:
+                    # The device has nothing before it then: how long it pauses is what a change itself takes.
+                    if self._swaps and not self._scheduler.num_in_progress and not self._device:
+                        swaps, self._swaps = self._swaps, []
+                    now_s = self._clock()
+                    decision = self._scheduler.next_unit(self._device.free_s(now_s), only_begun=bool(self._swaps))
+                    self._is_waiting = decision.unit is None and not swaps
+                    is_over = self._stopping and not len(self._scheduler) and not self._device
             for change in (*between, *swaps):
                 change()
+            if between:
+                continue
             for late in decision.late_chunks:
-                late.payload.job.done(_too_late(late, now_s))
+                late.payload.job.done(too_late(late, now_s))
             for late_text in decision.late_texts:
                 self._end_text(late_text, TextEnd(error=TooLate("the text was not finished in time", field="deadline")))
             if decision.unit is not None:
-                self._run_unit(decision.unit)
+                self._launch(decision.unit)
             elif is_over:
+                self._launched.put(None)
                 return
 
-    def _run_unit(self, unit: Unit[_Chunk, _Text]) -> None:
-        started_s = self._clock()
-        model = self.models[unit.model]
-        known = {text.work.text_id: len(text.work.payload.row.tokens) for text in unit.texts}
-        try:
-            self._do(model, unit)
-            if unit.kind is UnitKind.EXPERT and all(row.num_steps_left > 1 for row in unit.rows):
-                self._run_on(model, unit)
+    def _wait_for_turn(self) -> None:
+        """Until something can be run, and the device is about to need it; the lock is held."""
+        while not self._between:
+            has_work = self._swaps or len(self._scheduler) or self._stopping
+            if not has_work or self._is_waiting:
+                self._changed.wait()
+                continue
+            patience_s = self._device.patience_s(self._clock())
+            if patience_s == 0.0:
                 return
-            self._ahead.clear()
-            model.wait()
+            self._changed.wait(patience_s)
+
+    def _launch(self, unit: Unit[ChunkInWork, TextInWork]) -> None:
+        model = self.models[unit.model]
+        takes: list[Take] = []
+        try:
+            wait = model.launched(lambda: takes.append(self._do(model, unit)))
         except Exception as error:
-            self._fail(unit, error)
+            with self._changed:
+                self._scheduler.failed(unit, self._clock())
+            self._tell_failed(unit, error)
             return
         now_s = self._clock()
-        new = {text.work.text_id: len(text.work.payload.row.tokens) - known[text.work.text_id] for text in unit.texts}
-        ended = [text.work.text_id for text in unit.texts if text.work.payload.row.has_ended]
-        for row in unit.rows:
-            chunk = row.work.payload
-            if unit.kind is UnitKind.PREFIX:
-                chunk.began_s, chunk.prefix_s = started_s, now_s - started_s
+        chunks: Sequence[ChunkWork[ChunkInWork]] = ()
         with self._changed:
-            finished = self._scheduler.finished(unit, now_s - started_s, now_s, num_new_tokens=new, ended=ended)
-        for text in unit.texts:
-            self._send_pieces(text.work.payload)
-        for work in finished.chunks:
-            self._end_chunk(model, work, now_s, unit.size)
-        for text_work in finished.texts:
-            if text_work.payload.row.is_broken:
-                logger.error("version %d of %s has no text that is a number", model.version.number, model.name)
-                self._end_text(text_work, TextEnd(error=InternalError("the model's text is not finite")))
-            else:
-                self._end_text(text_work, TextEnd(version=model.version))
+            expected_s = self._scheduler.times.likely_s(unit.group, unit.size, now_s) if model.runs_ahead else 0.0
+            self._device.add(expected_s, now_s)
+            if unit.kind in ACTION_KINDS:
+                # What follows does not depend on what came out, so it is decided while the device works.
+                chunks = self._scheduler.finished(unit, None, now_s).chunks
+        self._launched.put(
+            LaunchedUnit(
+                unit=unit,
+                model=model,
+                version=model.version,
+                wait=wait,
+                take=takes[0],
+                chunks=chunks,
+                fetch=model.fetch([work.payload.row for work in chunks]),
+            )
+        )
 
-    def _run_on(self, model: FusedModel, unit: Unit[_Chunk, _Text]) -> None:
-        """An Euler step that gives nothing to anybody yet: what follows is decided while the device still works.
-
-        So the device does not idle while Python thinks. How long the step took is not known then, and needs not be: prepared
-        units always take the same, and the last step of a chunk is measured.
-        """
-        if len(self._ahead) >= MAX_AHEAD:
-            self._ahead.popleft()()
-        self._ahead.append(model.mark())
-        with self._changed:
-            self._scheduler.finished(unit, None, self._clock())
-
-    def _do(self, model: FusedModel, unit: Unit[_Chunk, _Text]) -> None:
+    def _do(self, model: FusedModel, unit: Unit[ChunkInWork, TextInWork]) -> Take:
         if unit.kind is UnitKind.PREFIX:
             model.run_prefix([row.work.payload.row for row in unit.rows])
         elif unit.kind is UnitKind.EXPERT:
             model.run_expert([(row.work.payload.row, row.step) for row in unit.rows])
         elif unit.kind is UnitKind.TEXT_PREFIX:
-            model.run_text_prefix(unit.texts[0].work.payload.row)
+            return model.run_text_prefix(unit.texts[0].work.payload.row)
         elif unit.kind is UnitKind.DRAFT_CHECK:
-            model.run_draft(unit.texts[0].work.payload.row)
+            return model.run_draft(unit.texts[0].work.payload.row)
         else:
-            model.run_text([text.work.payload.row for text in unit.texts])
+            return model.run_text([text.work.payload.row for text in unit.texts])
+        return _nothing
 
-    def _end_chunk(self, model: FusedModel, work: ChunkWork[_Chunk], now_s: float, batch_size: int) -> None:
-        payload = work.payload
-        actions, model_actions = model.chunk(payload.row)
-        is_finite = bool(np.isfinite(actions).all() and np.isfinite(model_actions).all())
-        model.release(payload.row, wipe=not is_finite)
-        finished_s = self._clock()
-        outcome: Outcome
-        if is_finite:
-            outcome = Answer(
-                actions=actions,
-                model_actions=model_actions,
-                version=model.version,
-                queue_s=payload.began_s - work.arrived_s,
-                prefix_s=payload.prefix_s,
-                sample_s=now_s - payload.began_s - payload.prefix_s,
-                postprocess_s=finished_s - now_s,
-                batch_size=batch_size,
-            )
-        else:
-            logger.error("version %d of %s answered a chunk that is not finite", model.version.number, model.name)
-            outcome = InternalError("the model's chunk is not finite; no action was sent")
-        payload.job.done(outcome)
+    # -- the thread of results -----------------------------------------------------------------------------------------
 
-    def _send_pieces(self, text: _Text) -> None:
-        row = text.row
-        for token in row.tokens[text.num_sent :]:
-            piece = row.pieces.add(token)
-            if piece is not None:
-                text.heard(piece)
-        text.num_sent = len(row.tokens)
+    def _collect(self) -> None:
+        while (launched := self._launched.get()) is not None:
+            known = {text.work.text_id: len(text.work.payload.row.tokens) for text in launched.unit.texts}
+            try:
+                try:
+                    seconds = launched.wait()
+                finally:
+                    self._device_is_done()
+                done_s = self._clock()
+                launched.take()
+                chunks = launched.fetch()
+            except Exception as error:
+                if launched.unit.kind not in ACTION_KINDS:
+                    with self._changed:
+                        self._scheduler.failed(launched.unit, self._clock())
+                        self._wake()
+                self._tell_failed(launched.unit, error)
+            else:
+                self._take_in(launched, seconds, done_s, known)
+                for work, chunk in zip(launched.chunks, chunks, strict=True):
+                    is_finite = answer_chunk(work, chunk, launched, done_s, self._clock())
+                    self._give_back(work, wipe=not is_finite)
 
-    def _end_text(self, work: TextWork[_Text], end: TextEnd) -> None:
-        self.models[work.model].release(work.payload.row, wipe=work.payload.row.is_broken)
+    def _device_is_done(self) -> None:
+        """With the unit that was launched first."""
+        with self._changed:
+            self._device.done(self._clock())
+            self._changed.notify()
+
+    def _take_in(self, launched: LaunchedUnit, seconds: float, done_s: float, known: Mapping[Hashable, int]) -> None:
+        """Tells the scheduler; known: tokens of texts before the unit."""
+        unit = launched.unit
+        new = {text.work.text_id: len(text.work.payload.row.tokens) - known[text.work.text_id] for text in unit.texts}
+        ended = [text.work.text_id for text in unit.texts if text.work.payload.row.has_ended]
+        if unit.kind is UnitKind.PREFIX:
+            for row in unit.rows:
+                row.work.payload.began_s, row.work.payload.prefix_s = done_s - seconds, seconds
+        texts: Sequence[TextWork[TextInWork]] = ()
+        with self._changed:
+            if unit.kind in ACTION_KINDS:
+                self._scheduler.times.observe(unit.group, unit.size, seconds, done_s)
+            else:
+                texts = self._scheduler.finished(unit, seconds, done_s, num_new_tokens=new, ended=ended).texts
+            self._wake()
+        for text in unit.texts:
+            send_pieces(text.work.payload)
+        for text_work in texts:
+            self._end_text(text_work, end_of(text_work, launched))
+
+    def _end_text(self, work: TextWork[TextInWork], end: TextEnd) -> None:
+        self._give_back(work, wipe=work.payload.row.is_broken)
+        work.payload.is_over = True
         work.payload.heard(end)
 
-    def _fail(self, unit: Unit[_Chunk, _Text], error: Exception) -> None:
-        """All rows of the unit: what may be wrong with a single one was looked for before it got here."""
+    def _give_back(self, work: ChunkWork[ChunkInWork] | TextWork[TextInWork], *, wipe: bool = False) -> None:
         with self._changed:
-            self._scheduler.failed(unit, self._clock())
-        told = _told(error, f"a {unit.kind.value} unit of {unit.model}")
+            self._between.append(functools.partial(self.models[work.model].release, work.payload.row, wipe=wipe))
+            self._wake()
+
+    def _tell_failed(self, unit: Unit[ChunkInWork, TextInWork], error: Exception) -> None:
+        """All rows of the unit: what may be wrong with a single one was looked for before it got here."""
+        answer = told(error, f"a {unit.kind.value} unit of {unit.model}")
         if self._on_fatal is not None and is_fatal(error):
             self._on_fatal(error)
         for row in unit.rows:
-            self.models[unit.model].release(row.work.payload.row)
-            row.work.payload.job.done(told)
+            self._give_back(row.work)
+            row.work.payload.job.done(answer)
         for text in unit.texts:
-            self._end_text(text.work, TextEnd(error=told))
+            self._end_text(text.work, TextEnd(error=answer))
 
     # -- before the first robot ----------------------------------------------------------------------------------------
 
@@ -366,16 +396,5 @@ class UnitEngine:
         self._progress(f"preparing {name}: {what}", done, total)
 
 
-def _told(error: Exception, what: str) -> ManyhandsError:
-    """What a client hears of an error; what it could not have known goes to the log."""
-    if isinstance(error, ManyhandsError):
-        return error
-    logger.error("%s failed", what, exc_info=error)
-    return InternalError("the model failed on this request; the server's log has the reason")
-
-
-def _too_late(work: ChunkWork[_Chunk], now_s: float) -> TooLate:
-    left_ms = max(0.0, work.deadline_s - now_s) * 1e3
-    return TooLate(
-        f"{left_ms:.1f} ms are left, less than a chunk takes; give a longer deadline or replan less often", field="deadline"
-    )
+def _nothing() -> None:
+    """Actions are no tokens."""

@@ -61,7 +61,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         self._line: Line[ChunkWork[ChunkT]] = Line()
         self._rows: dict[str, Row[ChunkT]] = {}
         self._texts: TextLine[ChunkT, TextT] = TextLine(max_texts=max_texts)
-        self._running: Unit[ChunkT, TextT] | None = None
+        self._text_runs = False
         self._busy_at_least_until_s = 0.0
         # Chunks that a text unit has held up once: (owner, request_id).
         self._held_up: set[tuple[str, int]] = set()
@@ -95,7 +95,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             self._line.inherit(work)
             return replaced, False
         self._line.add(work)
-        if self._running is not None and self._running.kind not in ACTION_KINDS:
+        if self._text_runs:
             self._held_up.add(_key(work))
         return replaced, True
 
@@ -131,7 +131,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         late_chunks = self._refuse_late(now_s)
         late_texts = self._texts.drop_late(now_s) if len(self._texts) else ()
         unit = self._action_unit(now_s)
-        text = self._texts.next_unit() if len(self._texts) else None
+        text = self._next_text()
         if text is not None and (unit is None or self._text_goes_first(*text, now_s)):
             unit = text[0]
         if unit is not None:
@@ -149,6 +149,9 @@ class UnitScheduler(Generic[ChunkT, TextT]):
     ) -> Finished[ChunkT, TextT]:
         """Reports the unit that ran; answers what it completed.
 
+        Action units may be reported when they are launched, since what follows does not depend on what comes out of them;
+        then tell times of the duration later. Text units are reported when they are done.
+
         Args:
             duration_s: None where it was not measured: the device may still be at it.
             num_new_tokens: By text_id where it is not what the kind of unit gives: one for a step and for the last slice of
@@ -157,9 +160,9 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """
         if duration_s is not None:
             self.times.observe(unit.group, unit.size, duration_s, now_s)
-        self._running = None
-        self._busy_at_least_until_s = now_s
+            self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
+            self._text_runs = False
             return Finished(
                 texts=self._texts.finished(unit, now_s, num_new_tokens=num_new_tokens or {}, ended=frozenset(ended))
             )
@@ -175,21 +178,22 @@ class UnitScheduler(Generic[ChunkT, TextT]):
 
     def failed(self, unit: Unit[ChunkT, TextT], now_s: float) -> None:
         """The unit raised: its rows and texts leave, unanswered by the scheduler."""
-        self._running = None
         self._busy_at_least_until_s = now_s
+        if unit.kind not in ACTION_KINDS:
+            self._text_runs = False
         for row in unit.rows:
             self._forget(row)
         for text in unit.texts:
             self._texts.withdraw(text_id=text.work.text_id)
 
     def _begin(self, unit: Unit[ChunkT, TextT], now_s: float) -> None:
-        self._running = unit
         self._busy_at_least_until_s = now_s + self.times.at_best_s(unit.group, unit.size, now_s)
         if unit.kind is UnitKind.PREFIX:
             for row in unit.rows:
                 self._line.start(row.work)
                 self._rows[row.work.owner] = row
         elif unit.kind is not UnitKind.EXPERT:
+            self._text_runs = True
             self._texts.begin(unit)
             self._held_up.update(_key(work) for work in self._line.ordered())
             self._held_up.update(_key(row.work) for row in self._rows.values())
@@ -297,8 +301,13 @@ class UnitScheduler(Generic[ChunkT, TextT]):
                 return False
         return True
 
+    def _next_text(self) -> tuple[Unit[ChunkT, TextT], float] | None:
+        """None also while a text unit is not finished: what is next depends on its tokens, and a chunk that comes meanwhile
+        would wait for two."""
+        return self._texts.next_unit() if len(self._texts) and not self._text_runs else None
+
     def _text_is_overdue(self, now_s: float) -> bool:
-        text = self._texts.next_unit() if len(self._texts) else None
+        text = self._next_text()
         return text is not None and now_s - text[1] > MAX_TEXT_WAIT_S
 
     def _text_goes_first(self, unit: Unit[ChunkT, TextT], waited_since_s: float, now_s: float) -> bool:

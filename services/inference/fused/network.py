@@ -349,9 +349,7 @@ class FusedPi052:
             place[...] = 0 if picture is None else picture
         self._picture_bytes.send_place(into)
 
-    def _send_prompts(
-        self, inputs: Mapping[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Tokens]]
-    ) -> None:
+    def _send_prompts(self, inputs: Mapping[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Tokens]]) -> None:
         """Slots, valid cameras, tokens and valid tokens: they lie one behind the other, so one copy brings all."""
         num_rows, length = inputs["tokens"].shape
         cameras = self.settings.num_cameras

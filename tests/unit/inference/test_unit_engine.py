@@ -214,7 +214,7 @@ def test_a_draft_changes_nothing_but_the_time(engine, policy, previous):
 
 def read_prompt(model, row):
     for _ in range(model.num_prefix_slices):
-        model.run_text_prefix(row)
+        model.run_text_prefix(row)()
 
 
 @pytest.mark.parametrize("num_right", [12, 5, 1, 0])
@@ -225,16 +225,16 @@ def test_a_draft_gives_what_it_foresaw_and_one_token_more(policy, num_right):
     slow = model.text_row(observed, TextRequest(kind=TextKind.SUBTASK))
     read_prompt(model, slow)
     while len(slow.tokens) < 12:
-        model.run_text([slow])
+        model.run_text([slow])()
     model.release(slow)
     draft = [token if place < num_right else token + 1 for place, token in enumerate(slow.tokens)]
     quick = dataclasses.replace(model.text_row(observed, TextRequest(kind=TextKind.SUBTASK)), draft=draft)
     read_prompt(model, quick)
-    model.run_draft(quick)
+    model.run_draft(quick)()
     expected = {12: 12, 5: 6, 1: 2, 0: 1}[num_right]  # No more than asked for.
     assert len(quick.tokens) == expected
     while len(quick.tokens) < 12:
-        model.run_text([quick])
+        model.run_text([quick])()
     assert quick.tokens[:12] == slow.tokens
 
 
@@ -298,9 +298,10 @@ def amid_a_prefix(engine, monkeypatch, happens):
     def run(name, rows):
         at = getattr(rows, "num_slices", None)
         ran.append(name if at is None else f"slice {at}")
-        runs[name](rows)
+        take = runs[name](rows)
         if at == 0 and ran.count("slice 0") == 1:
             happens()
+        return take
 
     for name in runs:
         monkeypatch.setattr(model, name, functools.partial(run, name))
@@ -488,7 +489,7 @@ def test_an_answer_longer_than_there_is_room_for_is_refused(engine):
     assert error.field == "max_new_tokens"
 
 
-@pytest.mark.parametrize(("policy_type", "question_s", "max_texts"), [("pi052", 0.02 + 0.004, 4), ("pi05", 0.0, 1)])
+@pytest.mark.parametrize(("policy_type", "question_s", "max_texts"), [("pi052", 2 * 0.02 + 0.004, 4), ("pi05", 0.0, 1)])
 def test_what_is_promised_is_one_chunk_after_the_other_and_what_a_question_needs(policy_type, question_s, max_texts):
     """Full batches would give 4 / (0.040 + num_steps * 0.004): more than the scheduler makes while everybody is in time."""
     model = FusedModel("tiny", make_policy(policy_type), CPU, max_rows=4, max_texts=4)
