@@ -76,17 +76,6 @@ def text_share(demands: Sequence[TextDemand], device: DeviceCapacity) -> float:
     return min(MAX_TEXT_SHARE, prefixes + steps_per_s * device.text_step_s)
 
 
-def chunks_per_s(*, prefix_s: float, step_s: float, num_steps: int) -> float:
-    """What a device makes of units, one chunk after the other: prefix_s and step_s are those of a single row.
-
-    This is what the scheduler does, which lets rows share steps only when somebody would be late else: up to this rate less
-    than one row is in the expert at a time (rate x num_steps x step_s < 1). Above it latencies grow to near the deadline,
-    however long that is, before the device makes more. Shared steps are the reserve for bursts.
-    """
-    chunk_s = prefix_s + num_steps * step_s
-    return math.inf if chunk_s <= 0 else 1.0 / chunk_s
-
-
 def stretch(demands: Sequence[Demand], chunks_per_s: float | None, text_share: float = 0.0) -> float:
     """Factor, at least 1, by which everyone's interval must grow; 1 where nothing was measured."""
     if not chunks_per_s:

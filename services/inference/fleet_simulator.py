@@ -15,7 +15,7 @@ from random import Random
 
 from manyhands.errors import Overloaded
 
-from . import capacity
+from . import capacity, sharing
 from .service_times import ServiceTimes
 from .unit_scheduler import UnitScheduler
 from .units import PREFIX_SIZES, ChunkWork, TextWork, Unit, UnitKind, group
@@ -372,10 +372,11 @@ def _capacity(fleet: Fleet, durations: UnitDurations) -> capacity.DeviceCapacity
     """As an engine says that measured these durations."""
     check_s = durations.draft_check_s if fleet.draft_hit_share >= 0 else 0.0
     return capacity.DeviceCapacity(
-        chunks_per_s=capacity.chunks_per_s(
+        chunks_per_s=sharing.chunks_per_s(
             prefix_s=durations.of(UnitKind.PREFIX, 1),
-            step_s=durations.of(UnitKind.EXPERT, 1),
+            step_s=lambda rows: durations.of(UnitKind.EXPERT, rows),
             num_steps=fleet.num_steps,
+            max_rows=fleet.max_rows,
         ),
         question_s=durations.text_prefix_s + check_s,
         text_step_s=durations.of(UnitKind.TEXT, fleet.max_texts),

@@ -1,10 +1,10 @@
 """Which unit of work runs next, decided every time the device is free. Pure: no torch, no grpc, no threads, no clock.
 
 Chunks: earliest deadline first, and nothing ever waits for company. A row joins the expert at the next Euler step after its
-prefix. While everybody is in time anyway, a chunk is finished before the next prefix begins; under pressure (a chunk would
-be late, or text is overdue) prefixes go first, as far as the deadlines of chunks in progress allow, because ten joint steps
-are cheaper than ten for each. A chunk is refused only before it begins, and only when it would be late even at best; one in
-progress is never dropped.
+prefix. A chunk is finished before the next prefix begins, unless sharing steps saves enough of the device (sharing.py), or
+under pressure (a chunk would be late, or text is overdue): then prefixes go first, as far as the deadlines of chunks in
+progress allow, because ten joint steps are cheaper than ten for each. A chunk is refused only before it begins, and only
+when it would be late even at best; one in progress is never dropped.
 
 Text runs when no chunk needs the device. It may also go before chunks, but from a chunk's arrival to its answer at most one
 text unit runs, whoever asked and however many texts there are, the one that was running at its arrival included; and only
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Generic
 
+from . import sharing
 from .line import Line
 from .service_times import ServiceTimes
 from .text_line import TextLine
@@ -220,7 +221,11 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         waiting = [work for work in self._line.ordered() if work.owner not in self._rows]
         if len(rows) >= self._max_rows or not waiting:
             return self._expert_unit(rows)
-        pressed = self._text_is_overdue(now_s) or not self._all_in_time(now_s, rows, waiting, now_s)
+        pressed = (
+            self._text_is_overdue(now_s)
+            or self._sharing_pays(rows, waiting[0], now_s)
+            or not self._all_in_time(now_s, rows, waiting, now_s)
+        )
         prefix = self._prefix_unit(rows, waiting, pressed, now_s)
         if not rows:
             return prefix
@@ -228,6 +233,18 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         if (is_earlier or pressed) and self._rows_in_time(rows, prefix, now_s):
             return prefix
         return self._expert_unit(rows)
+
+    def _sharing_pays(self, rows: Sequence[Row[ChunkT]], work: ChunkWork[ChunkT], now_s: float) -> bool:
+        if not rows or rows[0].work.model != work.model:
+            return False
+        steps = group(UnitKind.EXPERT, work.model, work.bucket)
+        return sharing.pays(
+            prefix_s=self.times.likely_s(group(UnitKind.PREFIX, work.model, work.bucket), 1, now_s),
+            step_s=lambda num_rows: self.times.likely_s(steps, num_rows, now_s),
+            num_rows=len(rows),
+            steps_left=max(row.num_steps_left for row in rows),
+            num_steps=work.num_steps,
+        )
 
     def _in_progress(self) -> list[Row[ChunkT]]:
         return sorted(self._rows.values(), key=lambda row: row.work.deadline_s)

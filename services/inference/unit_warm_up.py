@@ -12,7 +12,8 @@ import numpy as np
 from policies.policy import TextKind, TextRequest
 from policies.prompted import Read
 
-from .capacity import DeviceCapacity, chunks_per_s
+from . import sharing
+from .capacity import DeviceCapacity
 from .engine import canary_row
 from .fused_model import ChunkRow, FusedModel, TextRowInWork
 from .service_times import ServiceTimes
@@ -61,7 +62,12 @@ def capacity_of(name: str, model: FusedModel, times: ServiceTimes) -> DeviceCapa
         assert known_s is not None, "every prepared unit was measured"
         return known_s
 
-    rate = chunks_per_s(prefix_s=took_s(UnitKind.PREFIX), step_s=took_s(UnitKind.EXPERT), num_steps=model.num_steps)
+    rate = sharing.chunks_per_s(
+        prefix_s=took_s(UnitKind.PREFIX),
+        step_s=lambda rows: times.likely_s(group(UnitKind.EXPERT, name, bucket), rows, 0.0),
+        num_steps=model.num_steps,
+        max_rows=settings.expert_rows[-1],
+    )
     if not model.policy.has_text_head:
         return DeviceCapacity(chunks_per_s=rate)
     max_texts = settings.text_rows[-1]

@@ -53,8 +53,8 @@ def test_questions_delay_chunks_by_less_than_one_of_their_prefixes() -> None:
 
 
 def test_what_is_promised_is_kept_where_a_single_row_cannot_be_hurried(tmp_path: Path) -> None:
-    """A device whose step of eight rows takes twice as long as that of one: shared steps would make 100 chunks a second,
-    one after the other 66 are made, and 24 robots at 5 Hz that ask every 2 s replan less often."""
+    """A device whose step of eight rows takes twice as long as that of one: one after the other 66 chunks a second are made,
+    106 with shared steps, and 20 robots at 5 Hz that ask every 2 s replan less often."""
     table = tmp_path / "gpu.json"
     table.write_text(
         json.dumps(
@@ -62,15 +62,16 @@ def test_what_is_promised_is_kept_where_a_single_row_cannot_be_hurried(tmp_path:
                 "prefix": {"1": 7.6, "2": 15.0, "4": 29.0},
                 "expert_step": {"1": 0.75, "2": 1.0, "4": 1.3, "8": 1.5, "16": 2.4},
                 "text_prefix": 7.8,
+                "text_prefix_slices": 6,
                 "text_step": {"1": 1.65, "32": 1.65},
             }
         )
     )
-    outcome = simulate(fleet(num_robots=24, max_rows=16, seconds=60.0, ramp_up_s=5.0), read_durations(table, 0.02))
-    assert outcome.chunks_per_s == pytest.approx(1 / 0.0151)
-    # 12 questions a second, and 20 steps a second that serve all.
-    assert outcome.text_share == pytest.approx(12 * 0.0078 + 20 * 0.00165)
-    assert outcome.stretch == pytest.approx(120 / (0.8 * 66.2 * (1 - outcome.text_share)), rel=0.01)
+    outcome = simulate(fleet(num_robots=20, max_rows=16, seconds=60.0, ramp_up_s=5.0), read_durations(table, 0.02))
+    assert outcome.chunks_per_s == pytest.approx(1 / (0.0076 + 0.015 / 8))
+    # 10 questions a second, and 20 steps a second that serve all.
+    assert outcome.text_share == pytest.approx(10 * 0.0078 + 20 * 0.00165)
+    assert outcome.stretch == pytest.approx(100 / (0.8 * 105.5 * (1 - outcome.text_share)), rel=0.01)
     assert outcome.num_missed == 0
     assert outcome.refused_robots == 0
 

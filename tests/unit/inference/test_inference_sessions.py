@@ -8,7 +8,7 @@ import pytest
 
 from manyhands.errors import AlreadyExists, InvalidInput, NotFound, Overloaded
 from manyhands.spec import Feature, FeatureKind, Spec
-from services.inference import capacity
+from services.inference import capacity, sharing
 from services.inference.capacity import Demand
 from services.inference.sessions import AdaptationKind, Fit, Session, Sessions, fit
 
@@ -214,17 +214,34 @@ def test_text_takes_its_share_of_the_capacity_and_delay_its_part_of_the_horizon(
     assert capacity.stretch([demand] * 4, 25.0, 0.5) == pytest.approx(2.0)
 
 
-def test_what_is_promised_needs_no_shared_steps() -> None:
-    """Rows in the expert at once, by Little's law, are less than one: nobody has to wait for company."""
-    for prefix_s, step_s in ((0.0076, 0.00075), (0.0059, 0.000163), (0.001, 0.010)):
-        rate = capacity.chunks_per_s(prefix_s=prefix_s, step_s=step_s, num_steps=10)
-        assert rate * 10 * step_s < 1.0
-        assert rate * (prefix_s + 10 * step_s) == pytest.approx(1.0)
+def test_what_is_promised_shares_steps_as_far_as_the_scheduler_does() -> None:
+    """Where ten steps alone cost as much as a prefix, eight rows share them; where they cost a quarter, none do."""
+    costly = {1: 0.75, 2: 1.0, 3: 1.3, 4: 1.3, 5: 1.5, 6: 1.5, 7: 1.5, 8: 1.5, 9: 2.4}
+    rate = sharing.chunks_per_s(prefix_s=7.6e-3, step_s=lambda rows: costly[rows] * 1e-3, num_steps=10, max_rows=9)
+    assert rate == pytest.approx(1 / (7.6e-3 + 15.0e-3 / 8))
+    few = sharing.chunks_per_s(prefix_s=7.6e-3, step_s=lambda rows: costly[rows] * 1e-3, num_steps=10, max_rows=2)
+    assert few == pytest.approx(1 / (7.6e-3 + 10.0e-3 / 2))
+    cheap = sharing.chunks_per_s(prefix_s=5.9e-3, step_s=lambda rows: (0.15 + 0.013 * rows) * 1e-3, num_steps=10, max_rows=8)
+    assert cheap == pytest.approx(1 / (5.9e-3 + 1.63e-3))
+
+
+def test_steps_are_shared_while_there_are_enough_left_of_them() -> None:
+    def pays(steps_left: int) -> bool:
+        return sharing.pays(
+            prefix_s=7.5e-3,
+            step_s=lambda rows: {1: 0.7, 2: 0.75}[rows] * 1e-3,
+            num_rows=1,
+            steps_left=steps_left,
+            num_steps=10,
+        )
+
+    assert pays(10)
+    assert not pays(3)  # 2.1 + 7 - 7.5 is less than half of a prefix.
 
 
 def test_admission_lengthens_intervals_first_and_refuses_with_a_reason_and_a_time() -> None:
     demand = Demand(rate_hz=20.0, interval_steps=4, horizon=16)
-    rate = capacity.chunks_per_s(prefix_s=0.030, step_s=0.001, num_steps=10)
+    rate = sharing.chunks_per_s(prefix_s=0.030, step_s=lambda rows: 0.001 * rows, num_steps=10, max_rows=8)
     assert rate == pytest.approx(25.0)
     assert capacity.admit([demand] * 3, demand, chunks_per_s=rate, retry_after_s=4.0) == pytest.approx(1.0)
     assert capacity.admit([demand] * 15, demand, chunks_per_s=rate, retry_after_s=4.0) == pytest.approx(4.0)

@@ -490,8 +490,7 @@ def test_an_answer_longer_than_there_is_room_for_is_refused(engine):
 
 
 @pytest.mark.parametrize(("policy_type", "question_s", "max_texts"), [("pi052", 2 * 0.02 + 0.004, 4), ("pi05", 0.0, 1)])
-def test_what_is_promised_is_one_chunk_after_the_other_and_what_a_question_needs(policy_type, question_s, max_texts):
-    """Full batches would give 4 / (0.040 + num_steps * 0.004): more than the scheduler makes while everybody is in time."""
+def test_what_is_promised_is_chunks_with_shared_steps_and_what_a_question_needs(policy_type, question_s, max_texts):
     model = FusedModel("tiny", make_policy(policy_type), CPU, max_rows=4, max_texts=4)
     times = ServiceTimes(forgets=False)
     longest = model.fused.settings.prompt_lengths[-1]
@@ -499,7 +498,7 @@ def test_what_is_promised_is_one_chunk_after_the_other_and_what_a_question_needs
         (UnitKind.PREFIX, 1, 0.010),
         (UnitKind.PREFIX, 4, 0.040),
         (UnitKind.EXPERT, 1, 0.002),
-        (UnitKind.EXPERT, 4, 0.004),
+        (UnitKind.EXPERT, 4, 0.0024),
         (UnitKind.TEXT_PREFIX, 1, 0.020),
         (UnitKind.DRAFT_CHECK, 1, 0.004),
         (UnitKind.TEXT, 1, 0.001),
@@ -507,7 +506,7 @@ def test_what_is_promised_is_one_chunk_after_the_other_and_what_a_question_needs
     ):
         times.observe(group(kind, "tiny", longest), size, seconds, 0.0)
     told = capacity_of("tiny", model, times)
-    assert told.chunks_per_s == pytest.approx(1 / (0.010 + model.num_steps * 0.002))
+    assert told.chunks_per_s == pytest.approx(1 / (0.010 + model.num_steps * 0.0024 / 4))
     assert told.question_s == pytest.approx(question_s)
     assert told.text_step_s == (0.003 if question_s else 0.0)
     assert told.max_texts == max_texts
