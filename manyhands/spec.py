@@ -63,6 +63,10 @@ class Feature:
             if values and len(values) != self.shape[0]:
                 raise InvalidInput(f"{label} has {len(values)} entries for {self.shape[0]} elements", field=self.name)
 
+    @cached_property
+    def _numpy_dtype(self) -> np.dtype[np.generic]:
+        return np.dtype(self.dtype)
+
     def to_proto(self) -> common_pb2.Feature:
         return common_pb2.Feature(
             name=self.name,
@@ -90,7 +94,8 @@ class Feature:
 
     def check(self, value: npt.NDArray[np.generic]) -> None:
         """Raises InvalidInput, naming the feature, unless value has this dtype and shape and only finite numbers."""
-        if value.dtype.name != self.dtype or value.shape != self.shape:
+        # A dtype's name is put together anew each time it is asked for; comparing is enough for all but other byte orders.
+        if value.shape != self.shape or (value.dtype != self._numpy_dtype and value.dtype.name != self.dtype):
             raise InvalidInput(
                 f"is {value.shape} {value.dtype.name}, the spec says {self.shape} {self.dtype}", field=self.name
             )

@@ -115,6 +115,7 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         self.cameras = (*(f.name for f in spec.images), *(f"{EMPTY_CAMERA}{i}" for i in range(config.num_empty_cameras)))
         if not spec.images:
             raise InvalidInput("has no camera; this policy needs at least one", field="spec.observation")
+        self._state_features = spec.states
         self.state_normalizer = Normalizer(config.state_normalization, vectors.size(spec.states))
         self.action_normalizer = Normalizer(config.action_normalization, self.robot_action_size)
 
@@ -192,7 +193,7 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     def _state(self, samples: Sequence[Sample]) -> torch.Tensor:
         """(B, S) in the robot's units."""
-        return torch.from_numpy(sample_checks.states(samples, self.spec.states)).to(self._statistics_device())
+        return torch.from_numpy(sample_checks.states(samples, self._state_features)).to(self._statistics_device())
 
     def _actions(self, samples: Sequence[Sample], state: torch.Tensor) -> torch.Tensor | None:
         """(B, T, R) normalised, finite."""
@@ -267,10 +268,14 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     def anchored(self, committed: CommittedPrefix, inputs: InputsT) -> CommittedPrefix:
         """What carried() gave, in the model space of inputs; zero beyond the robot's numbers, anything beyond its length."""
-        actions = committed.actions[..., : self.robot_action_size]
+        return dataclasses.replace(committed, actions=self.anchored_actions(committed.actions, inputs.state))
+
+    def anchored_actions(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """anchored() of the actions alone: (B, steps, A), at state (B, S) in the robot's units."""
+        actions = actions[..., : self.robot_action_size]
         if self.relative_action_mask() is not None:
-            actions = self._to_model_space(actions, inputs.state)
-        return dataclasses.replace(committed, actions=self._pad_actions(actions))
+            actions = self._to_model_space(actions, state)
+        return self._pad_actions(actions)
 
     @torch.no_grad()
     def postprocess(self, chunk: torch.Tensor, inputs: InputsT) -> npt.NDArray[np.float32]:
@@ -390,11 +395,14 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     def _normalised(self, state: torch.Tensor) -> npt.NDArray[np.float32]:
         """(B, S), finite."""
-        normalised: npt.NDArray[np.float32] = self.state_normalizer.normalize(state).cpu().numpy()
-        for column, name in enumerate(vectors.element_names(self.spec.states)):
-            if not np.isfinite(normalised[:, column]).all():
-                value = float(state[:, column].abs().max())
-                raise InvalidInput(f"reaches {value:.4g}, so far from its statistics that it overflows float32", field=name)
+        normalised = self.state_normalizer.normalize(state.numpy(force=True))
+        finite = np.isfinite(normalised)
+        if not finite.all():
+            column = int(finite.all(axis=0).argmin())
+            raise InvalidInput(
+                f"reaches {float(state[:, column].abs().max()):.4g}, so far from its statistics that it overflows float32",
+                field=vectors.element_names(self._state_features)[column],
+            )
         return normalised
 
     def _check_lengths(self, prompts: Sequence[Prompt], length: int) -> None:
@@ -412,7 +420,10 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         return self.prompter
 
     def _statistics_device(self) -> torch.device:
-        return next(iter(self.buffers()), torch.empty(0)).device  # One of the two may have none.
+        for normalizer in (self.state_normalizer, self.action_normalizer):
+            if normalizer.normalization is not Normalization.IDENTITY:
+                return normalizer.first.device
+        return next(iter(self.buffers()), torch.empty(0)).device
 
 
 def padded(values: Sequence[npt.NDArray[Any] | None], width: int, filler: int) -> torch.Tensor:

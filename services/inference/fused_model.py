@@ -21,7 +21,7 @@ from manyhands.errors import InvalidInput, Refused
 from policies import images, text
 from policies.pi052.config import ChunkMode
 from policies.pi052.policy import Pi052Policy
-from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
+from policies.policy import Sample, TextKind, TextRequest
 from policies.prompt import Pieces
 from policies.prompted import Read
 
@@ -194,15 +194,8 @@ class FusedModel(ServedModel):
     def _anchored(self, row: Row, read: Read) -> torch.Tensor | None:
         if row.prefix is None:
             return None
-        committed = CommittedPrefix(
-            actions=torch.from_numpy(np.array(row.prefix))[None],
-            length=torch.tensor([len(row.prefix)]),
-            delay_steps=torch.tensor([row.delay_steps]),
-            execution_horizon=torch.tensor([row.execution_horizon]),
-        )
-        anchored: Any = self.policy.anchored(committed, read)  # type: ignore[arg-type]  # It reads the state alone.
-        actions: torch.Tensor = anchored.actions[0]
-        return actions
+        # A copy: what comes through a slot is writable, what comes from a client's message is not, and torch warns of that.
+        return self.policy.anchored_actions(torch.from_numpy(np.array(row.prefix))[None], read.state)[0]
 
     def _pictures(self, sample: Sample) -> list[npt.NDArray[np.uint8] | None]:
         found: list[npt.NDArray[np.uint8] | None] = []
