@@ -6,8 +6,8 @@
     QUANTILE10  as MIN_MAX with q10 and q90
     IDENTITY    x
 
-A range of zero counts as 1e-8. Nothing is clipped. Tensors and NumPy arrays go through the same formulas and come out the same
-bits; for a single observation NumPy is several times faster, and it keeps the interpreter's lock while it is at it.
+A range of zero counts as 1e-8. Nothing is clipped. Tensors and NumPy arrays go through the same formulas and come out the
+same bits; for a single observation NumPy is several times faster, and does not let go of the interpreter in between.
 """
 
 from __future__ import annotations

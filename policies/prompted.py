@@ -41,7 +41,7 @@ class PromptedInputs(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Read:
-    """A sample's prompt, and its state (1, S) in the robot's units, which relative actions are anchored at."""
+    """A sample's prompt, and its state (1, S) in the robot's units, on the CPU, which relative actions are anchored at."""
 
     prompt: Prompt
     state: torch.Tensor
@@ -153,9 +153,10 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     def preprocess(self, samples: Sequence[Sample], device: torch.device) -> InputsT:
         sample_checks.check(samples, self.spec)
-        state = self._state(samples)
+        numbers = sample_checks.states(samples, self._state_features)
+        state = torch.from_numpy(numbers).to(self._statistics_device())
         actions = self._actions(samples, state)
-        prompts = self._prompts(samples, state, actions)
+        prompts = self._prompts(samples, numbers, actions)
         return self._inputs(samples, prompts, state, actions, self.config.prompt_length, device)
 
     @abc.abstractmethod
@@ -191,10 +192,6 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
                 raise InvalidInput(f"lacks every camera; one of {cameras} is needed", field="observation")
         return pictures, valid
 
-    def _state(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """(B, S) in the robot's units."""
-        return torch.from_numpy(sample_checks.states(samples, self._state_features)).to(self._statistics_device())
-
     def _actions(self, samples: Sequence[Sample], state: torch.Tensor) -> torch.Tensor | None:
         """(B, T, R) normalised, finite."""
         actions = sample_checks.actions(samples, self.horizon, self.robot_action_size)
@@ -207,10 +204,12 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
                 raise InvalidInput(f"reaches {value:.4g}, so far from its statistics that it overflows float32", field=name)
         return normalised
 
-    def _prompts(self, samples: Sequence[Sample], state: torch.Tensor, actions: torch.Tensor | None) -> list[Prompt]:
-        """For training where there are actions, else for acting. state in the robot's units, actions normalised."""
+    def _prompts(
+        self, samples: Sequence[Sample], numbers: npt.NDArray[np.float32], actions: torch.Tensor | None
+    ) -> list[Prompt]:
+        """For training where there are actions, else for acting. numbers (B, S) in the robot's units, actions normalised."""
         prompter = self._prompter()
-        normalised = self._normalised(state)
+        normalised = self._normalised(numbers)
         if actions is None:
             return [prompter.acting(sample, row) for sample, row in zip(samples, normalised, strict=True)]
         targets = actions.cpu().numpy()
@@ -329,15 +328,16 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         sample_checks.check([sample], self.spec)
         sample_checks.check_text(request.user_text, "user_text")
         sample_checks.check_text(request.previous_text, "previous_text")
-        state = self._state([sample])
-        return Read(prompt=self._prompter().asking(sample, request, self._normalised(state)[0]), state=state)
+        numbers = sample_checks.states([sample], self._state_features)
+        prompt = self._prompter().asking(sample, request, self._normalised(numbers)[0])
+        return Read(prompt=prompt, state=torch.from_numpy(numbers))
 
     def observation(self, sample: Sample) -> Read:
         """What an action chunk is made from, before it is padded."""
         sample_checks.check([sample], self.spec)
-        state = self._state([sample])
-        (prompt,) = self._prompts([sample], state, None)
-        return Read(prompt=prompt, state=state)
+        numbers = sample_checks.states([sample], self._state_features)
+        (prompt,) = self._prompts([sample], numbers, None)
+        return Read(prompt=prompt, state=torch.from_numpy(numbers))
 
     @abc.abstractmethod
     def text_state(self, inputs: InputsT) -> Any:
@@ -376,13 +376,14 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         """acting; subtask, where there is a text head; training, where the sample has actions."""
         prompter = self._prompter()
         sample_checks.check([sample], self.spec)
-        state = self._state([sample])
-        numbers = self._normalised(state)[0]
-        made: dict[str, Callable[[], Prompt]] = {"acting": lambda: prompter.acting(sample, numbers)}
+        numbers = sample_checks.states([sample], self._state_features)
+        state = torch.from_numpy(numbers).to(self._statistics_device())
+        normalised = self._normalised(numbers)[0]
+        made: dict[str, Callable[[], Prompt]] = {"acting": lambda: prompter.acting(sample, normalised)}
         if self.has_text_head:
-            made["subtask"] = lambda: prompter.asking(sample, TextRequest(kind=TextKind.SUBTASK), numbers)
+            made["subtask"] = lambda: prompter.asking(sample, TextRequest(kind=TextKind.SUBTASK), normalised)
         if sample.actions is not None:
-            made["training"] = lambda: self._prompts([sample], state, self._actions([sample], state))[0]
+            made["training"] = lambda: self._prompts([sample], numbers, self._actions([sample], state))[0]
         shown = {}
         for use, make in made.items():
             try:
@@ -393,16 +394,15 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _normalised(self, state: torch.Tensor) -> npt.NDArray[np.float32]:
-        """(B, S), finite."""
-        normalised = self.state_normalizer.normalize(state.numpy(force=True))
+    def _normalised(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """States (B, S) for prompts, finite. On the CPU wherever the policy is: the same bins everywhere."""
+        normalised = self.state_normalizer.normalize(numbers)
         finite = np.isfinite(normalised)
         if not finite.all():
             column = int(finite.all(axis=0).argmin())
-            raise InvalidInput(
-                f"reaches {float(state[:, column].abs().max()):.4g}, so far from its statistics that it overflows float32",
-                field=vectors.element_names(self._state_features)[column],
-            )
+            value = float(np.abs(numbers[:, column]).max())
+            name = vectors.element_names(self._state_features)[column]
+            raise InvalidInput(f"reaches {value:.4g}, so far from its statistics that it overflows float32", field=name)
         return normalised
 
     def _check_lengths(self, prompts: Sequence[Prompt], length: int) -> None:

@@ -210,6 +210,10 @@ class EngineHost:
                     self._post_load(engine)
 
     def _take(self, engine: LocalEngine, answers: Answers, request: Request) -> None:
+        if request.is_ahead:
+            engine.expect(request.model, request.row)
+            return
+
         def done(outcome: Outcome) -> None:
             with self._newest_lock:
                 if self._newest.get(request.owner) == request.token:

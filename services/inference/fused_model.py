@@ -8,6 +8,7 @@ Shapes: I cameras, T horizon, A action size of the model, R of the robot.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput, Refused
-from policies import images, text
+from policies import images, samples, text
 from policies.pi052.config import ChunkMode
 from policies.pi052.policy import Pi052Policy
 from policies.policy import Sample, TextKind, TextRequest
@@ -31,6 +32,9 @@ from .fused.network import FusedPi052, FusedSettings, PrefixRow, TextRow
 from .fused.slots import Slots
 from .fused.units import NO_LOCATIONS, TOO_SHORT
 from .models import AnyPolicy, ServedModel, canary_sample
+from .rows_ahead import RowsAhead, inputs_of
+
+logger = logging.getLogger(__name__)
 
 # Most prompts are short; padding costs as much as words.
 PROMPT_LENGTHS = (48, 96)
@@ -38,6 +42,8 @@ PROMPT_LENGTHS = (48, 96)
 MAX_TEXTS = 32
 # Kept of the previous answer to the same question: it often comes again.
 MAX_DRAFT_TOKENS = 32
+# Rows prepared before their pictures are there: one a robot, while those are decoded.
+MAX_AHEAD = 64
 
 
 @dataclass(kw_only=True)
@@ -132,6 +138,7 @@ class FusedModel(ServedModel):
         self.device = device
         self.fused = FusedPi052(config.network, settings, device, dtype=dtype, kernels=kernels)
         self.fused.weights.refill(policy.network.state_dict())
+        self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_AHEAD)
 
     @property
     def slots(self) -> Slots:
@@ -149,13 +156,28 @@ class FusedModel(ServedModel):
 
     def chunk_row(self, row: Row) -> ChunkRow:
         """InvalidInput where the policy refuses the observation."""
-        policy = self.policy
         sample = sample_of(row.sample)
-        read = policy.observation(sample)
+        made = self._ahead.take(inputs_of(row))
+        if made is None:
+            made = self._without_pictures(row)
+        else:
+            samples.check([sample], self.policy.spec)  # Of its pictures nothing was known.
+        made.pictures = self._pictures(sample)
+        return made
+
+    def expect(self, row: Row) -> None:
+        """Prepares all of a row but its pictures, before it comes with them."""
+        try:
+            self._ahead.put(inputs_of(row), self._without_pictures(row))
+        except Exception as error:  # The row itself says so, to whom it concerns.
+            logger.debug("a row cannot be prepared ahead: %s", error)
+
+    def _without_pictures(self, row: Row) -> ChunkRow:
+        read = self.policy.observation(sample_of(row.sample))
         return ChunkRow(
             read=read,
-            pictures=self._pictures(sample),
-            noise=policy.draw_noise([row.seed])[0],
+            pictures=(),
+            noise=self.policy.draw_noise([row.seed])[0],
             committed=self._anchored(row, read),
             delay_steps=row.delay_steps,
             execution_horizon=row.execution_horizon,
@@ -277,7 +299,9 @@ class FusedModel(ServedModel):
         if not np.isfinite(self.canary()).all():
             self.fused.weights.revert()
             raise Refused("its canary chunk is not finite")
-        return super().replace(policy, version, digests)
+        previous = super().replace(policy, version, digests)
+        self._ahead.clear()  # Made with the statistics of before.
+        return previous
 
     def canary(self) -> npt.NDArray[np.float32]:
         """(T, R) for a plain observation."""

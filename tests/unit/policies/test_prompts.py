@@ -343,9 +343,3 @@ def test_an_acting_prompt_is_the_same_tokens_as_the_encoder_gives_one_by_one(tok
     assert encoded.ids == encoded.tokens.tolist()
     assert encoded.offsets.tolist() == [[index, index + 1] for index in range(7)]
     assert tokenizer.encode("").offsets.shape == (0, 2)
-
-
-def test_state_bins_lie_where_the_edges_are():
-    edges = np.linspace(-1, 1, 257).astype(np.float32)
-    assert state_bins(edges) == " ".join(map(str, [*range(256), 255]))
-    assert state_bins(np.nextafter(edges[1:3], np.float32(-2))) == "0 1"
