@@ -179,7 +179,7 @@ class EngineHost:
             selector.register(line.connection, selectors.EVENT_READ)
             for fd in (line.wake_fd, answers.wake_fd, self._request_bell.filled_fd):
                 selector.register(fd, selectors.EVENT_READ)
-            waits_for_slots = False
+            waits_for_slots = has_unsent = False
             capacity_at_s = load_at_s = 0.0
             while True:
                 selector.select(CAPACITY_PERIOD_S)
@@ -193,8 +193,10 @@ class EngineHost:
                     if message.WhichOneof("message") == "stop":
                         return
                     self._obey(engine, message)
-                unsent = line.flush()
-                selector.modify(line.connection, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0))
+                if line.flush() != has_unsent:
+                    has_unsent = not has_unsent
+                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if has_unsent else 0)
+                    selector.modify(line.connection, events)
                 # Free slots are waited for only while something needs one: a wake-up per chunk saved.
                 if answers.flush() != waits_for_slots:
                     waits_for_slots = not waits_for_slots

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar, cast
 
 ResultT = TypeVar("ResultT")
 
 
-async def side_by_side(executor: Executor, pieces: Sequence[Callable[[], ResultT]]) -> list[ResultT]:
-    """What the pieces answer, in their order; each runs on a thread of the executor's.
+def side_by_side(executor: Executor, pieces: Sequence[Callable[[], ResultT]]) -> Awaitable[list[ResultT]]:
+    """What the pieces answer, in their order; each runs on a thread of the executor's, from now on.
 
     The loop is woken once, when the last piece is done: to the loop a request is one event, however many cameras it has.
-
-    Raises:
-        What the first piece that failed raised, first in their order.
+    Awaiting raises what the first piece that failed raised, first in their order.
     """
-    if not pieces:
-        return []
     loop = asyncio.get_running_loop()
     all_done: asyncio.Future[None] = loop.create_future()
     results: list[ResultT | None] = [None] * len(pieces)
@@ -47,10 +43,15 @@ async def side_by_side(executor: Executor, pieces: Sequence[Callable[[], ResultT
             except RuntimeError:  # The loop is closed: nobody listens any more.
                 pass
 
+    async def collect() -> list[ResultT]:
+        await all_done
+        for error in errors:
+            if error is not None:
+                raise error
+        return cast("list[ResultT]", results)
+
+    if not pieces:
+        tell()
     for index in range(len(pieces)):
         executor.submit(run, index)
-    await all_done
-    for error in errors:
-        if error is not None:
-            raise error
-    return cast("list[ResultT]", results)
+    return collect()

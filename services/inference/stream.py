@@ -248,9 +248,10 @@ class RobotStream:
             # The session's own, not what load makes of it: a chunk depends on nothing but its request.
             default_execution_horizon=session.asked_interval_steps,
         )
+        pictures = side_by_side(self._desk.decoders, tuple(sent.sample.pictures.values()))
         if sent.sample.pictures:
             self._desk.engine.expect(session.model, sent.without_pictures())
-        return sent.row(await side_by_side(self._desk.decoders, tuple(sent.sample.pictures.values())))
+        return sent.row(await pictures)
 
     def _submit(self, asked: _Asked, row: Row, decode_s: float) -> None:
         def done(outcome: Outcome) -> None:
