@@ -116,8 +116,9 @@ class Normalizer(nn.Module):
 
 def _range(first: Numbers, second: Numbers) -> Numbers:
     width = second - first
-    width[width == 0] = EPSILON
-    return width
+    if isinstance(width, torch.Tensor):
+        return torch.where(width == 0, EPSILON, width)
+    return np.where(width == 0, np.float32(EPSILON), width)
 
 
 def compute_statistics(values: npt.NDArray[np.generic]) -> dict[str, npt.NDArray[np.float64]]:
