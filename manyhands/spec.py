@@ -63,6 +63,10 @@ class Feature:
             if values and len(values) != self.shape[0]:
                 raise InvalidInput(f"{label} has {len(values)} entries for {self.shape[0]} elements", field=self.name)
 
+    @cached_property
+    def _numpy_dtype(self) -> np.dtype[np.generic]:
+        return np.dtype(self.dtype)
+
     def to_proto(self) -> common_pb2.Feature:
         return common_pb2.Feature(
             name=self.name,
@@ -90,7 +94,8 @@ class Feature:
 
     def check(self, value: npt.NDArray[np.generic]) -> None:
         """Raises InvalidInput, naming the feature, unless value has this dtype and shape and only finite numbers."""
-        if value.dtype.name != self.dtype or value.shape != self.shape:
+        # A dtype's name is put together anew each time it is asked for; comparing is enough for all but other byte orders.
+        if value.shape != self.shape or (value.dtype != self._numpy_dtype and value.dtype.name != self.dtype):
             raise InvalidInput(
                 f"is {value.shape} {value.dtype.name}, the spec says {self.shape} {self.dtype}", field=self.name
             )
@@ -187,6 +192,19 @@ def decode_in_order(
         InvalidInput: Names the first feature that is missing, misplaced, of a wrong shape or size, or not finite. Shapes and
             declared picture sizes are checked before anything is decoded.
     """
+    check_in_order(values, features)
+    return {feature.name: decode_as(value, feature) for value, feature in zip(values, features, strict=True)}
+
+
+def decode_as(value: common_pb2.NamedValue, feature: Feature) -> npt.NDArray[np.generic]:
+    """One value, which must be this feature; InvalidInput names it."""
+    array = codec.decode_value(value)
+    feature.check(array)
+    return array
+
+
+def check_in_order(values: Sequence[common_pb2.NamedValue], features: Sequence[Feature]) -> None:
+    """All of decode_in_order() that can be said without decoding; InvalidInput likewise."""
     sent = [value.name for value in values]
     expected = [feature.name for feature in features]
     if sent != expected:
@@ -201,7 +219,6 @@ def decode_in_order(
                 raise InvalidInput("comes twice", field=name)
         wrong = next(s for s, e in zip(sent, expected, strict=True) if s != e)
         raise InvalidInput(f"is out of order: got {', '.join(sent)}, expected {', '.join(expected)}", field=wrong)
-    arrays: dict[str, npt.NDArray[np.generic]] = {}
     for value, feature in zip(values, features, strict=True):
         if feature.kind is FeatureKind.IMAGE:
             if value.WhichOneof("value") != "image":
@@ -213,7 +230,3 @@ def decode_in_order(
                 )
         elif value.WhichOneof("value") != "tensor" or tuple(value.tensor.shape) != feature.shape:
             raise InvalidInput(f"has shape {tuple(value.tensor.shape)}, the spec says {feature.shape}", field=feature.name)
-        array = codec.decode_value(value)
-        feature.check(array)
-        arrays[feature.name] = array
-    return arrays

@@ -53,16 +53,21 @@ def check(picture: object, *, field: str) -> npt.NDArray[np.uint8]:
         raise InvalidInput(
             f"is of type {type(picture).__name__}, must be a NumPy array (height, width, 3) uint8", field=field
         )
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not 0 < picture.size <= 3 * MAX_PIXELS:
+        raise InvalidInput(_fault(picture), field=field)
+    return picture
+
+
+def _fault(picture: npt.NDArray[np.generic]) -> str:
+    """What is wrong with an array that is no camera's picture; put into words only then, as every picture is checked."""
     form = f"is {picture.shape} {picture.dtype.name}; a camera is (height, width, 3) uint8 RGB"
     if picture.ndim != 3 or picture.shape[2] != 3:
-        raise InvalidInput(f"{form}. {_remedy(picture.shape)}", field=field)
+        return f"{form}. {_remedy(picture.shape)}"
     if 0 in picture.shape:
-        raise InvalidInput(f"{form} of at least one pixel; leave a camera out that saw nothing", field=field)
+        return f"{form} of at least one pixel; leave a camera out that saw nothing"
     if picture.shape[0] * picture.shape[1] > MAX_PIXELS:
-        raise InvalidInput(f"{form} of at most {MAX_PIXELS} pixels; scale it down first", field=field)
-    if picture.dtype != np.uint8:
-        raise InvalidInput(f"{form}, 0 to 255; scale and round it", field=field)
-    return picture
+        return f"{form} of at most {MAX_PIXELS} pixels; scale it down first"
+    return f"{form}, 0 to 255; scale and round it"
 
 
 def to_unit_range(picture: npt.NDArray[np.generic], *, field: str) -> torch.Tensor:

@@ -255,10 +255,10 @@ class Policy(nn.Module, abc.ABC, Generic[InputsT]):
     def draw_noise(self, seeds: Sequence[int]) -> torch.Tensor:
         """(B, H, A) float32 standard normal on the CPU, row b from seeds[b] alone."""
         rows = [
-            torch.randn(self.horizon, self.model_action_size, generator=torch.Generator().manual_seed(seed))
+            torch.randn(1, self.horizon, self.model_action_size, generator=torch.Generator().manual_seed(seed))
             for seed in seeds
         ]
-        return torch.stack(rows)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def used_observations(self) -> frozenset[str]:
         """Names of the spec's observation features that preprocess() reads: what a robot has to send."""

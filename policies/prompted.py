@@ -41,7 +41,7 @@ class PromptedInputs(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Read:
-    """A sample's prompt, and its state (1, S) in the robot's units, which relative actions are anchored at."""
+    """A sample's prompt, and its state (1, S) in the robot's units, on the CPU, which relative actions are anchored at."""
 
     prompt: Prompt
     state: torch.Tensor
@@ -115,6 +115,7 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         self.cameras = (*(f.name for f in spec.images), *(f"{EMPTY_CAMERA}{i}" for i in range(config.num_empty_cameras)))
         if not spec.images:
             raise InvalidInput("has no camera; this policy needs at least one", field="spec.observation")
+        self._state_features = spec.states
         self.state_normalizer = Normalizer(config.state_normalization, vectors.size(spec.states))
         self.action_normalizer = Normalizer(config.action_normalization, self.robot_action_size)
 
@@ -152,9 +153,10 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     def preprocess(self, samples: Sequence[Sample], device: torch.device) -> InputsT:
         sample_checks.check(samples, self.spec)
-        state = self._state(samples)
+        numbers = sample_checks.states(samples, self._state_features)
+        state = torch.from_numpy(numbers).to(self._statistics_device())
         actions = self._actions(samples, state)
-        prompts = self._prompts(samples, state, actions)
+        prompts = self._prompts(samples, numbers, actions)
         return self._inputs(samples, prompts, state, actions, self.config.prompt_length, device)
 
     @abc.abstractmethod
@@ -190,10 +192,6 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
                 raise InvalidInput(f"lacks every camera; one of {cameras} is needed", field="observation")
         return pictures, valid
 
-    def _state(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """(B, S) in the robot's units."""
-        return torch.from_numpy(sample_checks.states(samples, self.spec.states)).to(self._statistics_device())
-
     def _actions(self, samples: Sequence[Sample], state: torch.Tensor) -> torch.Tensor | None:
         """(B, T, R) normalised, finite."""
         actions = sample_checks.actions(samples, self.horizon, self.robot_action_size)
@@ -206,10 +204,12 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
                 raise InvalidInput(f"reaches {value:.4g}, so far from its statistics that it overflows float32", field=name)
         return normalised
 
-    def _prompts(self, samples: Sequence[Sample], state: torch.Tensor, actions: torch.Tensor | None) -> list[Prompt]:
-        """For training where there are actions, else for acting. state in the robot's units, actions normalised."""
+    def _prompts(
+        self, samples: Sequence[Sample], numbers: npt.NDArray[np.float32], actions: torch.Tensor | None
+    ) -> list[Prompt]:
+        """For training where there are actions, else for acting. numbers (B, S) in the robot's units, actions normalised."""
         prompter = self._prompter()
-        normalised = self._normalised(state)
+        normalised = self._normalised(numbers)
         if actions is None:
             return [prompter.acting(sample, row) for sample, row in zip(samples, normalised, strict=True)]
         targets = actions.cpu().numpy()
@@ -267,10 +267,14 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     def anchored(self, committed: CommittedPrefix, inputs: InputsT) -> CommittedPrefix:
         """What carried() gave, in the model space of inputs; zero beyond the robot's numbers, anything beyond its length."""
-        actions = committed.actions[..., : self.robot_action_size]
+        return dataclasses.replace(committed, actions=self.anchored_actions(committed.actions, inputs.state))
+
+    def anchored_actions(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """anchored() of the actions alone: (B, steps, A), at state (B, S) in the robot's units."""
+        actions = actions[..., : self.robot_action_size]
         if self.relative_action_mask() is not None:
-            actions = self._to_model_space(actions, inputs.state)
-        return dataclasses.replace(committed, actions=self._pad_actions(actions))
+            actions = self._to_model_space(actions, state)
+        return self._pad_actions(actions)
 
     @torch.no_grad()
     def postprocess(self, chunk: torch.Tensor, inputs: InputsT) -> npt.NDArray[np.float32]:
@@ -324,15 +328,16 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         sample_checks.check([sample], self.spec)
         sample_checks.check_text(request.user_text, "user_text")
         sample_checks.check_text(request.previous_text, "previous_text")
-        state = self._state([sample])
-        return Read(prompt=self._prompter().asking(sample, request, self._normalised(state)[0]), state=state)
+        numbers = sample_checks.states([sample], self._state_features)
+        prompt = self._prompter().asking(sample, request, self._normalised(numbers)[0])
+        return Read(prompt=prompt, state=torch.from_numpy(numbers))
 
     def observation(self, sample: Sample) -> Read:
         """What an action chunk is made from, before it is padded."""
         sample_checks.check([sample], self.spec)
-        state = self._state([sample])
-        (prompt,) = self._prompts([sample], state, None)
-        return Read(prompt=prompt, state=state)
+        numbers = sample_checks.states([sample], self._state_features)
+        (prompt,) = self._prompts([sample], numbers, None)
+        return Read(prompt=prompt, state=torch.from_numpy(numbers))
 
     @abc.abstractmethod
     def text_state(self, inputs: InputsT) -> Any:
@@ -371,13 +376,14 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         """acting; subtask, where there is a text head; training, where the sample has actions."""
         prompter = self._prompter()
         sample_checks.check([sample], self.spec)
-        state = self._state([sample])
-        numbers = self._normalised(state)[0]
-        made: dict[str, Callable[[], Prompt]] = {"acting": lambda: prompter.acting(sample, numbers)}
+        numbers = sample_checks.states([sample], self._state_features)
+        state = torch.from_numpy(numbers).to(self._statistics_device())
+        normalised = self._normalised(numbers)[0]
+        made: dict[str, Callable[[], Prompt]] = {"acting": lambda: prompter.acting(sample, normalised)}
         if self.has_text_head:
-            made["subtask"] = lambda: prompter.asking(sample, TextRequest(kind=TextKind.SUBTASK), numbers)
+            made["subtask"] = lambda: prompter.asking(sample, TextRequest(kind=TextKind.SUBTASK), normalised)
         if sample.actions is not None:
-            made["training"] = lambda: self._prompts([sample], state, self._actions([sample], state))[0]
+            made["training"] = lambda: self._prompts([sample], numbers, self._actions([sample], state))[0]
         shown = {}
         for use, make in made.items():
             try:
@@ -388,13 +394,15 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _normalised(self, state: torch.Tensor) -> npt.NDArray[np.float32]:
-        """(B, S), finite."""
-        normalised: npt.NDArray[np.float32] = self.state_normalizer.normalize(state).cpu().numpy()
-        for column, name in enumerate(vectors.element_names(self.spec.states)):
-            if not np.isfinite(normalised[:, column]).all():
-                value = float(state[:, column].abs().max())
-                raise InvalidInput(f"reaches {value:.4g}, so far from its statistics that it overflows float32", field=name)
+    def _normalised(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """States (B, S) for prompts, finite. On the CPU wherever the policy is: the same bins everywhere."""
+        normalised = self.state_normalizer.normalize(numbers)
+        finite = np.isfinite(normalised)
+        if not finite.all():
+            column = int(finite.all(axis=0).argmin())
+            value = float(np.abs(numbers[:, column]).max())
+            name = vectors.element_names(self._state_features)[column]
+            raise InvalidInput(f"reaches {value:.4g}, so far from its statistics that it overflows float32", field=name)
         return normalised
 
     def _check_lengths(self, prompts: Sequence[Prompt], length: int) -> None:
@@ -412,7 +420,10 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
         return self.prompter
 
     def _statistics_device(self) -> torch.device:
-        return next(iter(self.buffers()), torch.empty(0)).device  # One of the two may have none.
+        for normalizer in (self.state_normalizer, self.action_normalizer):
+            if normalizer.normalization is not Normalization.IDENTITY:
+                return normalizer.first.device
+        return next(iter(self.buffers()), torch.empty(0)).device
 
 
 def padded(values: Sequence[npt.NDArray[Any] | None], width: int, filler: int) -> torch.Tensor:

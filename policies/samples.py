@@ -59,11 +59,11 @@ def check_text(text: object, field: str) -> str:
 
 def states(samples: Sequence[Sample], features: Sequence[Feature]) -> npt.NDArray[np.float32]:
     """(B, S): the features one after the other; InvalidInput names one that is missing, misshapen or not finite."""
-    return np.stack([_state(sample, features) for sample in samples])
+    return np.array([_state(sample, features) for sample in samples], dtype=np.float32)
 
 
 def _state(sample: Sample, features: Sequence[Feature]) -> npt.NDArray[np.float32]:
-    parts = [np.zeros(0, dtype=np.float32)]
+    parts: list[npt.NDArray[np.float32]] = []
     for feature in features:
         if feature.name not in sample.observation:
             raise InvalidInput(f"is missing from the observation; it is {feature.shape} {feature.dtype}", field=feature.name)
@@ -74,12 +74,19 @@ def _state(sample: Sample, features: Sequence[Feature]) -> npt.NDArray[np.float3
                 f"is of type {kind}, must be a NumPy array {feature.shape} {feature.dtype}", field=feature.name
             )
         feature.check(value)
-        with np.errstate(over="ignore"):
-            narrow = value.astype(np.float32)
-        if not np.isfinite(narrow).all():
-            raise InvalidInput(f"holds {value[~np.isfinite(narrow)][0]}, which float32 cannot hold", field=feature.name)
-        parts.append(narrow)
-    return np.concatenate(parts)
+        parts.append(_narrowed(value, feature))
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([np.zeros(0, dtype=np.float32), *parts])
+
+
+def _narrowed(value: npt.NDArray[np.generic], feature: Feature) -> npt.NDArray[np.float32]:
+    """value, finite; itself where it is float32."""
+    with np.errstate(over="ignore"):
+        narrow = value.astype(np.float32, copy=False)
+    if narrow is not value and not np.isfinite(narrow).all():
+        raise InvalidInput(f"holds {value[~np.isfinite(narrow)][0]}, which float32 cannot hold", field=feature.name)
+    return narrow
 
 
 def actions(samples: Sequence[Sample], horizon: int, size: int) -> npt.NDArray[np.float32] | None:

@@ -30,6 +30,7 @@ from ..recipes.render import Message, Messages, PromptDropout, fallback, plain_t
 from .tokenizer import Tokenizer
 
 _NUM_STATE_BINS = 256
+_STATE_EDGES = np.linspace(-1, 1, _NUM_STATE_BINS + 1)[:-1]
 _SPOKEN = re.compile(r"<say>(.*?)</say>", re.DOTALL)
 
 
@@ -145,5 +146,4 @@ def state_bins(state: npt.NDArray[np.float32]) -> str:
     """
     if not np.isfinite(state).all():
         raise InvalidInput(f"holds {state[~np.isfinite(state)][0]} at {int(np.argmin(np.isfinite(state)))}", field="state")
-    edges = np.linspace(-1, 1, _NUM_STATE_BINS + 1)[:-1]
-    return " ".join(str(index - 1) for index in np.digitize(state, edges))
+    return " ".join(map(str, (np.digitize(state, _STATE_EDGES) - 1).tolist()))

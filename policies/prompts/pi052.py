@@ -129,7 +129,7 @@ class Pi052Prompter:
         return self._tokenizer.decode(tokens).lstrip()
 
     def answer(self, text: str) -> list[int]:
-        return [*self._tokenizer.encode(f" {text}").tokens.tolist(), self.eos_token]
+        return [*self._tokenizer.encode(f" {text}").ids, self.eos_token]
 
     def shown(self, prompt: Prompt) -> str:
         return conversations.shown(prompt, self._tokenizer)
@@ -156,11 +156,13 @@ class Pi052Prompter:
                 spans.append((len(text), len(text) + len(content)))
             text += f"{content}\n"
         encoded = self._tokenizer.encode(text + (_GENERATION_HEADER if ask else ""))
-        begin, end = encoded.offsets.T
-        is_target = np.zeros(len(encoded.tokens), dtype=np.bool_)
-        for first, behind in spans:
-            is_target |= (begin < behind) & (end > first) & (end > begin)
-        return np.concatenate([[self._bos], encoded.tokens]), np.concatenate([[False], is_target])
+        tokens = np.array([self._bos, *encoded.ids], dtype=np.int64)
+        is_target = np.zeros(len(tokens), dtype=np.bool_)
+        if spans:  # What acts has none, and needs no offsets.
+            begin, end = encoded.offsets.T
+            for first, behind in spans:
+                is_target[1:] |= (begin < behind) & (end > first) & (end > begin)
+        return tokens, is_target
 
     def wrap_codes(self, codes: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """FAST codes as the language tower reads them: tokens (f,), and True (f,) on codes."""
@@ -196,4 +198,4 @@ class Pi05Prompter(Pi052Prompter):
     def _tokens(self, sample: Sample, state: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         task = sample.task.strip().replace("_", " ").replace("\n", " ")
         text = f"Task: {task}, State: {state_bins(state)};\nAction: "
-        return np.concatenate([[self._bos], self._tokenizer.encode(text).tokens])
+        return np.array([self._bos, *self._tokenizer.encode(text).ids], dtype=np.int64)

@@ -78,7 +78,7 @@ class SmolVLA2Prompter:
         return self._tokenizer.decode(tokens).lstrip()
 
     def answer(self, text: str) -> list[int]:
-        return [*self._tokenizer.encode(f" {text}").tokens.tolist(), self.eos_token]
+        return [*self._tokenizer.encode(f" {text}").ids, self.eos_token]
 
     def shown(self, prompt: Prompt) -> str:
         return conversations.shown(prompt, self._tokenizer)
@@ -89,7 +89,7 @@ class SmolVLA2Prompter:
         is_target = np.zeros(len(tokens), dtype=np.bool_)
         for index, message in enumerate(messages):
             if message.is_target:
-                first, behind = (len(self._tokenizer.encode(_chat(messages[:n])).tokens) for n in (index, index + 1))
+                first, behind = (len(self._tokenizer.encode(_chat(messages[:n])).ids) for n in (index, index + 1))
                 is_target[first:behind] = True
         return tokens, is_target
 

@@ -6,11 +6,11 @@ Special tokens are never added by themselves; each policy writes its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Encoding
 from tokenizers import Tokenizer as RawTokenizer
 
 from manyhands.errors import Corrupt, InvalidInput, NotFound
@@ -18,15 +18,28 @@ from manyhands.errors import Corrupt, InvalidInput, NotFound
 TOKENIZER_FILE = "tokenizer.json"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Attributes:
-    tokens: (l,) int64.
-    offsets: (l, 2) int64, the characters [begin, end) a token stands for.
-    """
+    """A text's tokens."""
 
-    tokens: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
+    def __init__(self, raw: Encoding) -> None:
+        self._raw = raw
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens as numbers."""
+        ids: list[int] = self._raw.ids
+        return ids
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """(l,) int64."""
+        return np.asarray(self.ids, dtype=np.int64)
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """(l, 2) int64, the characters [begin, end) a token stands for. Made when asked for: it costs as much as the tokens,
+        and only prompts with targets need it."""
+        return np.asarray(self._raw.offsets, dtype=np.int64).reshape(-1, 2)
 
 
 class Tokenizer:
@@ -60,11 +73,7 @@ class Tokenizer:
             raise Corrupt(f"{source} is no tokenizer: {error}", field="tokenizer") from None
 
     def encode(self, text: str) -> Encoded:
-        encoding = self._raw.encode(text, add_special_tokens=False)
-        return Encoded(
-            tokens=np.asarray(encoding.ids, dtype=np.int64),
-            offsets=np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2),
-        )
+        return Encoded(self._raw.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Iterable[int], *, with_special: bool = False) -> str:
         text: str = self._raw.decode(list(tokens), skip_special_tokens=not with_special)

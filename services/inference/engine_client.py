@@ -22,7 +22,7 @@ from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate,
 
 from . import engine_messages
 from .capacity import DeviceCapacity
-from .engine_port import EngineLoad, Job, ModelDescription, Outcome, Question, Superseded, Swap, SwapResult, TextEnd
+from .engine_port import EngineLoad, Job, ModelDescription, Outcome, Question, Row, Superseded, Swap, SwapResult, TextEnd
 from .engine_program import EngineProgram
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
 from .slot_layout import Request, SlotLayout
@@ -151,6 +151,15 @@ class EngineClient:
                 self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
             self._waiting[owner] = _Asked(request=request, done=job.done)
 
+    def expect(self, model: str, row: Row) -> None:
+        """As EnginePort.expect; where no slot is free, rows that are ready need them more."""
+        if self._waiting or self._ended is not None or not self._has_slot():
+            return
+        ahead = Request(
+            token=next(_tokens), owner="", request_id=0, arrived_s=0.0, deadline_s=0.0, model=model, row=row, is_ahead=True
+        )
+        self._write(ahead)
+
     def withdraw(self, owner: str) -> None:
         self._waiting.pop(owner, None)
         # The engine tells nobody of them: kept here, they would be waited for until it seemed to hang.
@@ -214,6 +223,17 @@ class EngineClient:
 
     def _put(self, request: Request, done: Callable[[Outcome], None]) -> None:
         """Into the slot that there is."""
+        self._in_flight[request.token] = _InFlight(owner=request.owner, deadline_s=request.deadline_s, done=done)
+        error = self._write(request)
+        if error is not None:
+            del self._in_flight[request.token]
+            logger.error(
+                "request %d of session %s cannot be handed to the engine: %s", request.request_id, request.owner, error
+            )
+            done(error)
+
+    def _write(self, request: Request) -> InternalError | None:
+        """Answers why it does not fit its slot, which is free then."""
         assert self._requests is not None
         assert self._layout is not None
         body = self._requests.reserve()
@@ -221,14 +241,12 @@ class EngineClient:
         try:
             self._layout.write_request(body, request)
         except InternalError as error:
-            logger.exception("request %d of session %s cannot be handed to the engine", request.request_id, request.owner)
-            done(error)
-            return
-        self._in_flight[request.token] = _InFlight(owner=request.owner, deadline_s=request.deadline_s, done=done)
+            return error
         try:
             self._requests.publish()
         except RingBroken as error:
             self._broken(error)
+        return None
 
     def _put_waiting(self) -> None:
         while self._waiting:

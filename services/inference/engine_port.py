@@ -205,6 +205,12 @@ class EnginePort(Protocol):
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
         """Puts a row in line. Its outcome, and that of the owner's row it replaces, goes to job.done."""
 
+    def expect(self, model: str, row: Row) -> None:
+        """Tells of a row that is about to be submitted, without its pictures, which are still being decoded.
+
+        The engine may prepare what it can; nothing depends on it, and the row may never come.
+        """
+
     def withdraw(self, owner: str) -> None:
         """Drops what an owner has waiting; nobody need be told."""
 

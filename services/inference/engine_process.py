@@ -180,7 +180,7 @@ class EngineHost:
             selector.register(line.connection, selectors.EVENT_READ)
             for fd in (line.wake_fd, answers.wake_fd, self._request_bell.filled_fd):
                 selector.register(fd, selectors.EVENT_READ)
-            waits_for_slots = False
+            waits_for_slots = has_unsent = False
             capacity_at_s = load_at_s = 0.0
             while True:
                 selector.select(CAPACITY_PERIOD_S)
@@ -194,8 +194,10 @@ class EngineHost:
                     if message.WhichOneof("message") == "stop":
                         return
                     self._obey(engine, message)
-                unsent = line.flush()
-                selector.modify(line.connection, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0))
+                if line.flush() != has_unsent:
+                    has_unsent = not has_unsent
+                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if has_unsent else 0)
+                    selector.modify(line.connection, events)
                 # Free slots are waited for only while something needs one: a wake-up per chunk saved.
                 if answers.flush() != waits_for_slots:
                     waits_for_slots = not waits_for_slots
@@ -211,6 +213,10 @@ class EngineHost:
                     self._post_load(engine)
 
     def _take(self, engine: LocalEngine, answers: Answers, request: Request) -> None:
+        if request.is_ahead:
+            engine.expect(request.model, request.row)
+            return
+
         def done(outcome: Outcome) -> None:
             with self._newest_lock:
                 if self._newest.get(request.owner) == request.token:

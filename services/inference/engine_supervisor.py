@@ -21,7 +21,7 @@ from . import operator_metrics
 from .capacity import DeviceCapacity
 from .engine_client import HUNG_S, EngineClient, Listeners
 from .engine_messages import same_model
-from .engine_port import EngineLoad, Job, ModelDescription, Question, Swap, SwapResult, TextEnd
+from .engine_port import EngineLoad, Job, ModelDescription, Question, Row, Swap, SwapResult, TextEnd
 from .restarts import WITHIN_S, RestartPolicy
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,10 @@ class EngineSupervisor:
             job.done(self._away())
             return
         self._client.submit(owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job)
+
+    def expect(self, model: str, row: Row) -> None:
+        if self._client is not None:
+            self._client.expect(model, row)
 
     def withdraw(self, owner: str) -> None:
         if self._client is not None:

@@ -7,8 +7,8 @@ Shapes: I cameras, T horizon, A action size of the model, R of the robot.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,10 @@ import torch
 
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput, Refused
-from policies import images, text
+from policies import images, samples, text
 from policies.pi052.config import ChunkMode
 from policies.pi052.policy import Pi052Policy
-from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
+from policies.policy import Sample, TextKind, TextRequest
 from policies.prompt import Pieces
 from policies.prompted import Read
 
@@ -31,8 +31,11 @@ from .fused.network import FusedPi052, Pictures
 from .fused.settings import FusedSettings, PrefixRow, TextRow
 from .fused.slots import Slots
 from .fused.starts import ChunkStart
-from .fused.units import NO_LOCATIONS, TOO_SHORT
 from .models import AnyPolicy, ServedModel
+from .rows_ahead import RowsAhead, inputs_of
+from .rows_in_work import Chunk, ChunkRow, Take, TextRowInWork, slot_of, valid_of
+
+logger = logging.getLogger(__name__)
 
 # Most prompts are short; padding costs as much as words.
 PROMPT_LENGTHS = (48, 96)
@@ -40,61 +43,8 @@ PROMPT_LENGTHS = (48, 96)
 MAX_TEXTS = 32
 # Kept of the previous answer to the same question: it often comes again.
 MAX_DRAFT_TOKENS = 32
-
-
-# (T, R) in the robot's units and (T, A) as it is carried.
-Chunk = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-# Takes a text unit's tokens in, when the device has done it; on any thread.
-Take = Callable[[], None]
-
-
-@dataclass(kw_only=True)
-class ChunkRow:
-    """A chunk's inputs, on the CPU until its prefix runs.
-
-    Attributes:
-        pictures: By camera of the policy, None where the robot has none.
-        start: Noise, and what is committed in this observation's model space.
-        slot: While in work.
-    """
-
-    read: Read
-    pictures: Sequence[npt.NDArray[np.uint8] | None]
-    start: ChunkStart
-    slot: int | None = None
-
-
-@dataclass(kw_only=True)
-class TextRowInWork:
-    """A question's inputs and its answer so far.
-
-    Attributes:
-        draft: What greedy decoding is likely to give, the end token included; empty for none.
-        num_slices: Of its prefix that have run.
-        drawn: Its newest token where that is not the likeliest and the device does not know it yet.
-    is_broken: Its logits were not numbers.
-    """
-
-    read: Read
-    pictures: Sequence[npt.NDArray[np.uint8] | None]
-    rules: text.Decoding
-    pieces: Pieces
-    generator: torch.Generator
-    draft: Sequence[int] = ()
-    tokens: list[int] = field(default_factory=list)
-    num_slices: int = 0
-    drawn: int | None = None
-    is_broken: bool = False
-    slot: int | None = None
-
-    @property
-    def flags(self) -> int:
-        short = TOO_SHORT if len(self.tokens) < self.rules.min_new_tokens else 0
-        return short | (NO_LOCATIONS if self.rules.suppress_locations else 0)
-
-    @property
-    def has_ended(self) -> bool:
-        return self.is_broken or (bool(self.tokens) and self.tokens[-1] == self.rules.end_token)
+# Rows prepared before their pictures are there: one a robot, while those are decoded.
+MAX_AHEAD = 64
 
 
 class FusedModel(ServedModel):
@@ -143,6 +93,7 @@ class FusedModel(ServedModel):
         self.device = device
         self.fused = FusedPi052(config.network, settings, device, dtype=dtype, kernels=kernels)
         self.fused.weights.refill(policy.network.state_dict())
+        self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_AHEAD)
 
     @property
     def slots(self) -> Slots:
@@ -165,14 +116,29 @@ class FusedModel(ServedModel):
 
     def chunk_row(self, row: Row) -> ChunkRow:
         """InvalidInput where the policy refuses the observation."""
-        policy = self.policy
         sample = sample_of(row.sample)
-        read = policy.observation(sample)
+        made = self._ahead.take(inputs_of(row))
+        if made is None:
+            made = self._without_pictures(row)
+        else:
+            samples.check([sample], self.policy.spec)  # Of its pictures nothing was known.
+        made.pictures = self._pictures(sample)
+        return made
+
+    def expect(self, row: Row) -> None:
+        """Prepares all of a row but its pictures, before it comes with them."""
+        try:
+            self._ahead.put(inputs_of(row), self._without_pictures(row))
+        except Exception as error:  # The row itself says so, to whom it concerns.
+            logger.debug("a row cannot be prepared ahead: %s", error)
+
+    def _without_pictures(self, row: Row) -> ChunkRow:
+        read = self.policy.observation(sample_of(row.sample))
         return ChunkRow(
             read=read,
-            pictures=self._pictures(sample),
+            pictures=(),
             start=ChunkStart.of(
-                policy.draw_noise([row.seed])[0],
+                self.policy.draw_noise([row.seed])[0],
                 committed=self._anchored(row, read),
                 delay_steps=row.delay_steps,
                 execution_horizon=row.execution_horizon,
@@ -214,15 +180,8 @@ class FusedModel(ServedModel):
     def _anchored(self, row: Row, read: Read) -> torch.Tensor | None:
         if row.prefix is None:
             return None
-        committed = CommittedPrefix(
-            actions=torch.from_numpy(np.array(row.prefix))[None],
-            length=torch.tensor([len(row.prefix)]),
-            delay_steps=torch.tensor([row.delay_steps]),
-            execution_horizon=torch.tensor([row.execution_horizon]),
-        )
-        anchored: Any = self.policy.anchored(committed, read)  # type: ignore[arg-type]  # It reads the state alone.
-        actions: torch.Tensor = anchored.actions[0]
-        return actions
+        # A copy: what comes through a slot is writable, what comes from a client's message is not, and torch warns of that.
+        return self.policy.anchored_actions(torch.from_numpy(np.array(row.prefix))[None], read.state)[0]
 
     def _pictures(self, sample: Sample) -> list[npt.NDArray[np.uint8] | None]:
         found: list[npt.NDArray[np.uint8] | None] = []
@@ -248,14 +207,14 @@ class FusedModel(ServedModel):
             row.slot = self._take_slot()
         tokens = self._seen([picture for row in rows for picture in row.pictures])
         self.fused.prefix([
-            PrefixRow(slot=_slot(row), picture_tokens=seen, picture_valid=_valid(row), tokens=row.read.prompt.tokens)
+            PrefixRow(slot=slot_of(row), picture_tokens=seen, picture_valid=valid_of(row), tokens=row.read.prompt.tokens)
             for row, seen in zip(rows, tokens.view(len(rows), -1, tokens.shape[-1]), strict=True)
         ])  # fmt: skip
-        self.fused.begin_chunks([(_slot(row), row.start) for row in rows])
+        self.fused.begin_chunks([(slot_of(row), row.start) for row in rows])
 
     def run_expert(self, rows: Sequence[tuple[ChunkRow, int]]) -> None:
         """An Euler step of each row, which is at its own."""
-        self.fused.expert_step([(_slot(row), step) for row, step in rows])
+        self.fused.expert_step([(slot_of(row), step) for row, step in rows])
 
     def run_text_prefix(self, row: TextRowInWork) -> Take:
         """The next slice of a question's prefix; the last gives the first token of its answer.
@@ -264,18 +223,18 @@ class FusedModel(ServedModel):
         """
         if row.num_slices == 0:
             row.slot = self._take_slot() if row.slot is None else row.slot
-            self.fused.begin_question(row.slot, self._fitting(row.pictures), _valid(row), row.read.prompt.tokens)
+            self.fused.begin_question(row.slot, self._fitting(row.pictures), valid_of(row), row.read.prompt.tokens)
         self.fused.prefix_slice(row.num_slices)
         row.num_slices += 1
         if row.num_slices < self.num_prefix_slices:
             return _nothing
-        return self._taking([row], *self.fused.first_text([TextRow(slot=_slot(row), flags=row.flags)]))
+        return self._taking([row], *self.fused.first_text([TextRow(slot=slot_of(row), flags=row.flags)]))
 
     def run_draft(self, row: TextRowInWork) -> Take:
         """As many tokens of the draft as greedy decoding agrees with, and the one after; none if the first one differs."""
         if not row.draft or row.has_ended or row.tokens[0] != row.draft[0] or len(row.draft) < 2:
             return _nothing
-        found = self.fused.check_draft([TextRow(slot=_slot(row), flags=row.flags)], [row.draft[1:]])
+        found = self.fused.check_draft([TextRow(slot=slot_of(row), flags=row.flags)], [row.draft[1:]])
         tokens, counts = (self._to_host(tensor) for tensor in found)
 
         def take() -> None:
@@ -289,11 +248,11 @@ class FusedModel(ServedModel):
     def run_text(self, rows: Sequence[TextRowInWork]) -> Take:
         """The next token of each."""
         self._send_drawn(rows)
-        return self._taking(rows, *self.fused.text_step([TextRow(slot=_slot(row), flags=row.flags) for row in rows]))
+        return self._taking(rows, *self.fused.text_step([TextRow(slot=slot_of(row), flags=row.flags) for row in rows]))
 
     def fetch(self, rows: Sequence[ChunkRow]) -> Callable[[], list[Chunk]]:
         """Sends finished chunks to the host; what is answered makes the robots' chunks of them, when they have arrived."""
-        made = [self._to_host(self.slots.actions[_slot(row)]) for row in rows]
+        made = [self._to_host(self.slots.actions[slot_of(row)]) for row in rows]
         return lambda: [self._chunk(row, actions[None]) for row, actions in zip(rows, made, strict=True)]
 
     def _chunk(self, row: ChunkRow, made: torch.Tensor) -> Chunk:
@@ -324,7 +283,9 @@ class FusedModel(ServedModel):
         if not np.isfinite(self.canary()).all():
             self.fused.weights.revert()
             raise Refused("its canary chunk is not finite")
-        return super().replace(policy, version, digests)
+        previous = super().replace(policy, version, digests)
+        self._ahead.clear()  # Made with the statistics of before.
+        return previous
 
     def canary(self) -> npt.NDArray[np.float32]:
         """(T, R) for a plain observation."""
@@ -402,7 +363,7 @@ class FusedModel(ServedModel):
         """Tokens that were drawn, and are not the likeliest, into the slots."""
         for row in rows:
             if row.drawn is not None:
-                self.fused.set_token(_slot(row), row.drawn)
+                self.fused.set_token(slot_of(row), row.drawn)
                 row.drawn = None
 
 
@@ -421,20 +382,11 @@ def _nothing() -> None:
     """There is nothing to take."""
 
 
-def _valid(row: ChunkRow | TextRowInWork) -> list[bool]:
-    return [picture is not None for picture in row.pictures]
-
-
 def _pictures_fit(policy: Pi052Policy) -> bool:
     """Whether every camera has the network's size."""
     network = policy.config.network
     sizes = {feature.shape[:2] for feature in policy.spec.images}
     return sizes == {(network.image_height, network.image_width)}
-
-
-def _slot(row: ChunkRow | TextRowInWork) -> int:
-    assert row.slot is not None
-    return row.slot
 
 
 def _buckets(largest: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from manyhands.security import SecuritySettings
 from .capacity import DeviceCapacity
 from .device_memory import device_memory
 from .engine import Engine, Progress
-from .engine_port import EngineLoad, Job, Question, Swap, SwapResult, TextEnd
+from .engine_port import EngineLoad, Job, Question, Row, Swap, SwapResult, TextEnd
 from .fused_model import MAX_TEXTS, FusedModel
 from .models import ServedModel
 from .text_writer import TextWriter
@@ -98,6 +98,11 @@ class LocalEngine:
         self.engine_of(job.model).submit(
             owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job
         )
+
+    def expect(self, model: str, row: Row) -> None:
+        served = self.models[model]
+        if isinstance(served, FusedModel):
+            served.expect(row)
 
     def withdraw(self, owner: str) -> None:
         for engine in self._engines:

@@ -1,11 +1,14 @@
 """A request's bytes to a row that the model can run. Everything is checked here, before it can meet another robot's row.
 
-Runs in worker threads: decoding and resizing pictures release the GIL.
+In two halves: what is quick, on the event loop, and the pictures, which threads decode and resize side by side. Those let go
+of the interpreter while they work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import cv2
@@ -16,7 +19,7 @@ from manyhands import codec, stamps
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput
 from manyhands.inference.v1 import inference_pb2
-from manyhands.spec import Feature, FeatureKind, Spec, decode_in_order
+from manyhands.spec import Feature, FeatureKind, Spec, check_in_order, decode_as
 
 from .engine_port import Observed, Row
 from .sessions import Fit
@@ -24,6 +27,57 @@ from .sessions import Fit
 MAX_DEADLINE_S = 60.0
 MAX_TASK_CHARACTERS = 4096
 PREFIX_FIELD: Final = "committed_prefix"
+
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentSample:
+    """An observation that is checked, but for what is inside its pictures.
+
+    Attributes:
+        arrays: By feature name, in order; None in the place of a picture.
+        pictures: By feature name: makes one, in the model's size. On any thread; raises InvalidInput.
+    """
+
+    arrays: Mapping[str, Array | None]
+    pictures: Mapping[str, Callable[[], Array]]
+    task: str
+
+    def observed(self, pictures: Sequence[Array]) -> Observed:
+        """pictures: What self.pictures made, in their order."""
+        made = dict(zip(self.pictures, pictures, strict=True))
+        arrays = {name: made[name] if array is None else array for name, array in self.arrays.items()}
+        return Observed(observation=arrays, task=self.task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentRow:
+    """A request that is checked, but for what is inside its pictures; the rest is as Row has it."""
+
+    sample: SentSample
+    prefix: npt.NDArray[np.float32] | None
+    delay_steps: int
+    execution_horizon: int
+    seed: int
+
+    def row(self, pictures: Sequence[Array]) -> Row:
+        """pictures: As SentSample.observed() takes them."""
+        return self._row(self.sample.observed(pictures))
+
+    def without_pictures(self) -> Row:
+        arrays = {name: array for name, array in self.sample.arrays.items() if array is not None}
+        return self._row(Observed(observation=arrays, task=self.sample.task))
+
+    def _row(self, observed: Observed) -> Row:
+        return Row(
+            sample=observed,
+            prefix=self.prefix,
+            delay_steps=self.delay_steps,
+            execution_horizon=self.execution_horizon,
+            seed=self.seed,
+        )
 
 
 def deadline_s(request: inference_pb2.ActRequest) -> float:
@@ -34,7 +88,7 @@ def deadline_s(request: inference_pb2.ActRequest) -> float:
     return seconds
 
 
-def prepare_row(
+def check_row(
     request: inference_pb2.ActRequest,
     *,
     robot_fit: Fit,
@@ -42,8 +96,8 @@ def prepare_row(
     horizon: int,
     model_action_size: int,
     default_execution_horizon: int,
-) -> Row:
-    """Decodes and checks one request.
+) -> SentRow:
+    """Checks one request and decodes all but its pictures.
 
     Raises:
         InvalidInput: Names the field or feature, its value, the limit.
@@ -57,8 +111,8 @@ def prepare_row(
         )
     if request.current_index < 0:
         raise InvalidInput(f"is {request.current_index}; it must not be negative", field="current_index")
-    return Row(
-        sample=prepare_sample(request.observation.values, request.task, robot_fit=robot_fit, model_spec=model_spec),
+    return SentRow(
+        sample=check_sample(request.observation.values, request.task, robot_fit=robot_fit, model_spec=model_spec),
         prefix=_prefix(request, horizon, model_action_size),
         delay_steps=request.delay_steps,
         execution_horizon=request.execution_horizon or default_execution_horizon,
@@ -67,13 +121,31 @@ def prepare_row(
 
 
 def prepare_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_fit: Fit, model_spec: Spec) -> Observed:
-    """The observation as the model's spec has it: pictures resized, vectors padded; cameras the robot lacks are absent."""
+    """The observation as the model's spec has it: pictures resized, vectors padded; cameras the robot lacks are absent.
+
+    Raises:
+        InvalidInput: Names the feature, its value, the limit.
+    """
+    sent = check_sample(values, task, robot_fit=robot_fit, model_spec=model_spec)
+    return sent.observed([make() for make in sent.pictures.values()])
+
+
+def check_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_fit: Fit, model_spec: Spec) -> SentSample:
+    """prepare_sample() but for the pictures."""
     if len(task) > MAX_TASK_CHARACTERS:
         raise InvalidInput(f"has {len(task)} characters, at most {MAX_TASK_CHARACTERS}", field="task")
     wanted = {feature.name: feature for feature in model_spec.observation}
     expected = _as_sent(values, robot_fit.required, wanted)
-    arrays = decode_in_order(values, expected)
-    return Observed(observation={name: _adapt(array, wanted[name]) for name, array in arrays.items()}, task=task)
+    check_in_order(values, expected)
+    arrays: dict[str, Array | None] = {}
+    pictures: dict[str, Callable[[], Array]] = {}
+    for value, feature in zip(values, expected, strict=True):
+        make = functools.partial(_adapted, value, feature, wanted[feature.name])
+        if feature.kind is FeatureKind.IMAGE:
+            arrays[feature.name], pictures[feature.name] = None, make
+        else:
+            arrays[feature.name] = make()
+    return SentSample(arrays=arrays, pictures=pictures, task=task)
 
 
 def _as_sent(
@@ -81,7 +153,7 @@ def _as_sent(
 ) -> list[Feature]:
     """The required features; a camera that the robot already resized to the model's size is expected in that size."""
     if len(values) != len(required):
-        return list(required)  # decode_in_order names what is wrong.
+        return list(required)  # check_in_order names what is wrong.
     expected: list[Feature] = []
     for value, feature in zip(values, required, strict=True):
         models = wanted[feature.name]
@@ -90,7 +162,8 @@ def _as_sent(
     return expected
 
 
-def _adapt(array: npt.NDArray[np.generic], wanted: Feature) -> npt.NDArray[np.generic]:
+def _adapted(value: common_pb2.NamedValue, sent: Feature, wanted: Feature) -> Array:
+    array = decode_as(value, sent)
     if array.shape == wanted.shape:
         return array
     if wanted.kind is FeatureKind.IMAGE:

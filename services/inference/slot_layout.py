@@ -32,8 +32,8 @@ _MAX_FEATURES = 64
 _NO_PREFIX = -1
 
 # token, request_id, arrived_s, deadline_s, seed, features that are there (a bit each), model, delay_steps,
-# execution_horizon, prefix steps, bytes of owner, bytes of task.
-_REQUEST = struct.Struct("<QqddqQIiiiII")
+# execution_horizon, prefix steps, bytes of owner, bytes of task, whether it is told ahead.
+_REQUEST = struct.Struct("<QqddqQIiiiII?")
 _OWNER_AT = 128
 _TASK_AT = _OWNER_AT + _MAX_OWNER_BYTES
 _REQUEST_ARRAYS_AT = _TASK_AT + _MAX_TASK_BYTES
@@ -52,7 +52,11 @@ class BadSlot(InternalError):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A row on its way to the engine; token is the front end's name for it, never used twice. Stamps on CLOCK_MONOTONIC."""
+    """A row on its way to the engine; token is the front end's name for it, never used twice. Stamps on CLOCK_MONOTONIC.
+
+    Attributes:
+        is_ahead: Not asked for yet: see EnginePort.expect. It has no pictures, no owner, no times, and is not answered.
+    """
 
     token: int
     owner: str
@@ -61,6 +65,7 @@ class Request:
     deadline_s: float
     model: str
     row: Row
+    is_ahead: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +128,14 @@ class SlotLayout:
         body[_TASK_AT : _TASK_AT + len(task)] = task
         _REQUEST.pack_into(
             body, 0, request.token, request.request_id, request.arrived_s, request.deadline_s, row.seed, present, index,
-            row.delay_steps, row.execution_horizon, steps, len(owner), len(task),
+            row.delay_steps, row.execution_horizon, steps, len(owner), len(task), request.is_ahead,
         )  # fmt: skip
 
     def read_request(self, body: memoryview) -> Request:
         """A copy of what the slot holds; BadSlot where it cannot be."""
         (
             token, request_id, arrived_s, deadline_s, seed, present, index, delay_steps, execution_horizon, steps,
-            owner_bytes, task_bytes,
+            owner_bytes, task_bytes, is_ahead,
         ) = _REQUEST.unpack_from(body, 0)  # fmt: skip
         model = self._model(index)
         features = self._features[index]
@@ -164,6 +169,7 @@ class SlotLayout:
             deadline_s=deadline_s,
             model=model.name,
             row=row,
+            is_ahead=is_ahead,
         )
 
     def write_answer(self, body: memoryview, token: int, model: str, outcome: Outcome) -> None:

@@ -30,8 +30,9 @@ from manyhands.inference.v1 import inference_pb2
 
 from .engine_port import Answer, EnginePort, Job, Model, Outcome, Row, Superseded
 from .operator_notes import OperatorNotes
-from .prepare import deadline_s, prepare_row
+from .prepare import check_row, deadline_s
 from .sessions import Session, Sessions
+from .side_by_side import side_by_side
 from .subtask_question import SubtaskQuestion
 
 logger = logging.getLogger(__name__)
@@ -238,21 +239,19 @@ class RobotStream:
     async def _decode(self, asked: _Asked) -> Row:
         session = asked.session
         served = self._desk.models[session.model]
-
-        def decode() -> Row:
-            return prepare_row(
-                asked.request,
-                robot_fit=session.fit,
-                model_spec=served.used_spec,
-                horizon=served.horizon,
-                model_action_size=served.model_action_size,
-                # The session's own, not what load makes of it: a chunk depends on nothing but its request.
-                default_execution_horizon=session.asked_interval_steps,
-            )
-
-        if any(value.WhichOneof("value") == "image" for value in asked.request.observation.values):
-            return await self._loop.run_in_executor(self._desk.decoders, decode)
-        return decode()
+        sent = check_row(
+            asked.request,
+            robot_fit=session.fit,
+            model_spec=served.used_spec,
+            horizon=served.horizon,
+            model_action_size=served.model_action_size,
+            # The session's own, not what load makes of it: a chunk depends on nothing but its request.
+            default_execution_horizon=session.asked_interval_steps,
+        )
+        pictures = side_by_side(self._desk.decoders, tuple(sent.sample.pictures.values()))
+        if sent.sample.pictures:
+            self._desk.engine.expect(session.model, sent.without_pictures())
+        return sent.row(await pictures)
 
     def _submit(self, asked: _Asked, row: Row, decode_s: float) -> None:
         def done(outcome: Outcome) -> None:
@@ -292,7 +291,6 @@ class RobotStream:
             "total": now_s - asked.received_s,
         }
         # Sent also when late: it costs nothing any more, and the robot judges its age.
-        self._desk.notes.answered(session, asked.request, answer, stage_s, is_late=now_s > asked.deadline_s)
         times = {stage: stamps.to_duration(seconds) for stage, seconds in stage_s.items()}
         chunk = inference_pb2.Chunk(
             actions=codec.encode_tensor(answer.actions[:, : session.fit.action_size]),
@@ -309,6 +307,11 @@ class RobotStream:
                 chunk=chunk,
             )
         )
+        # Behind the answer, which the stream sends in its next step: nobody waits for what operators read.
+        self._loop.call_soon(self._note, session, asked, answer, stage_s, now_s > asked.deadline_s)
+
+    def _note(self, session: Session, asked: _Asked, answer: Answer, stage_s: Mapping[str, float], is_late: bool) -> None:
+        self._desk.notes.answered(session, asked.request, answer, stage_s, is_late=is_late)
 
     def _refuse(
         self, request: inference_pb2.ActRequest, why: ManyhandsError | Superseded, stage_s: Mapping[str, float]

@@ -15,7 +15,8 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, ManyhandsError, TooLate
 
 from .engine_port import Answer, Job, Outcome, TextEnd
-from .fused_model import Chunk, ChunkRow, FusedModel, Take, TextRowInWork
+from .fused_model import FusedModel
+from .rows_in_work import Chunk, ChunkRow, Take, TextRowInWork
 from .text_writer import Heard
 from .units import ChunkWork, TextWork, Unit
 

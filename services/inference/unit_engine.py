@@ -26,8 +26,9 @@ from . import unit_warm_up
 from .capacity import DeviceCapacity
 from .engine import Progress, is_fatal
 from .engine_port import Job, Question, Superseded, TextEnd
-from .fused_model import FusedModel, Take
+from .fused_model import FusedModel
 from .launches import DeviceLine
+from .rows_in_work import Take
 from .text_writer import Heard, text_request
 from .timed_change import TimedChange
 from .unit_answers import (

@@ -15,7 +15,8 @@ from policies.prompted import Read
 from . import sharing
 from .capacity import DeviceCapacity
 from .engine import canary_row
-from .fused_model import ChunkRow, FusedModel, TextRowInWork
+from .fused_model import FusedModel
+from .rows_in_work import ChunkRow, TextRowInWork
 from .service_times import ServiceTimes
 from .units import UnitKind, group
 

@@ -29,6 +29,7 @@ from services.inference.engine_port import (
     ModelDescription,
     Outcome,
     Question,
+    Row,
     Swap,
     SwapResult,
     TextEnd,
@@ -74,7 +75,12 @@ def description(camera_size: int) -> ModelDescription:
 
 
 class FakeEngine:
-    """Answers each row at once, on the thread that submits it; the first action of a chunk is the row's seed."""
+    """Answers each row at once, on the thread that submits it.
+
+    The first two numbers of a chunk are the row's seed and how many rows were told ahead so far.
+    """
+
+    num_expected = 0
 
     def __init__(self, camera_size: int) -> None:
         self.models = {"fake": description(camera_size)}
@@ -90,7 +96,7 @@ class FakeEngine:
         while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
             pass
         actions = np.zeros((HORIZON, STATE_SIZE), dtype=np.float32)
-        actions[0, 0] = job.row.seed
+        actions[0, :2] = job.row.seed, self.num_expected
         job.done(
             Answer(
                 actions=actions,
@@ -103,6 +109,9 @@ class FakeEngine:
                 batch_size=1,
             )
         )
+
+    def expect(self, model: str, row: Row) -> None:
+        self.num_expected += 1
 
     def withdraw(self, owner: str) -> None:
         pass

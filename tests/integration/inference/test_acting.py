@@ -9,6 +9,7 @@ from manyhands import channel, stamps
 from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refusal, Reply
 from manyhands.errors import NotFound
 from manyhands.inference.v1 import inference_pb2_grpc
+from services.inference.engine_port import Row
 from tests.support.inference_lab import (
     ACTION_SIZE,
     HORIZON,
@@ -141,3 +142,17 @@ def test_status_names_stages_sessions_and_models(client: InferenceClient, stream
     assert (session.robot_id, session.chunk_count, session.connected) == ("left", 5, True)
     assert stamps.to_seconds(session.latency_p99) >= stamps.to_seconds(session.latency_p50) > 0
     assert status.models[0].name == "tiny"
+
+
+def test_the_engine_hears_of_a_row_while_its_pictures_are_decoded(
+    service: InProcessService, stream: ActStream, policy: GatedPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, Row]] = []
+    monkeypatch.setattr(service.engine, "expect", lambda model, row: told.append((model, row)))
+    ask(stream, 7, task="tidy up")
+    np.testing.assert_array_equal(next_chunk(stream).actions, local_chunk(policy, make_observation(7), 7, task="tidy up"))
+    ((model, row),) = told
+    assert (model, row.seed, row.sample.task) == (service.servicer.sessions.get(stream.session_id).model, 7, "tidy up")
+    assert {name: array.tolist() for name, array in row.sample.observation.items()} == {
+        "observation.state": make_observation(7)["observation.state"].tolist()
+    }

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,17 @@ async def test_rows_go_and_chunks_come_many_times_round_the_ring() -> None:
         together = [submit(supervisor, seed, owner=f"robot{seed}") for seed in range(100)]
         outcomes = await asyncio.wait_for(asyncio.gather(*together), 10.0)
         assert [outcome.actions[0, 0] for outcome in outcomes if isinstance(outcome, Answer)] == list(range(100))
+
+
+async def test_a_row_told_ahead_is_heard_and_is_not_answered() -> None:
+    async with running() as supervisor:
+        for seed in range(3 * REQUEST_SLOTS):
+            told = row(seed)
+            vectors = {name: array for name, array in told.sample.observation.items() if array.ndim == 1}
+            supervisor.expect("fake", replace(told, sample=replace(told.sample, observation=vectors)))
+            outcome = await asyncio.wait_for(submit(supervisor, seed), 10.0)
+            assert isinstance(outcome, Answer)
+            assert outcome.actions[0, :2].tolist() == [seed, seed + 1]
 
 
 async def test_chunks_that_the_front_end_does_not_take_wait_in_the_engine() -> None:

@@ -75,6 +75,7 @@ def requests(draw: st.DrawFn) -> Request:
             execution_horizon=draw(st.integers(0, chosen.horizon)),
             seed=draw(st.integers(-(1 << 63), (1 << 63) - 1)),
         ),
+        is_ahead=draw(st.booleans()),
     )
 
 
@@ -86,11 +87,12 @@ def test_a_request_comes_out_as_it_went_in_whatever_was_in_the_slot_before(first
     LAYOUT.write_request(body, second)
     read = LAYOUT.read_request(body)
     body[:] = bytes(len(body))  # What was read is a copy.
-    assert (read.token, read.owner, read.request_id, read.model) == (
+    assert (read.token, read.owner, read.request_id, read.model, read.is_ahead) == (
         second.token,
         second.owner,
         second.request_id,
         second.model,
+        second.is_ahead,
     )
     assert (read.arrived_s, read.deadline_s) == (second.arrived_s, second.deadline_s)
     assert read.row.sample.task == second.row.sample.task

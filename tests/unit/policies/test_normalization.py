@@ -74,3 +74,30 @@ def test_relative_actions_touch_only_the_masked_numbers_and_come_back():
     relative = to_relative(actions, state, mask)
     torch.testing.assert_close(relative[0, 1], torch.tensor([3.0 - 10.0, 4.0, 5.0 - 30.0]))
     torch.testing.assert_close(to_absolute(relative, state, mask), actions)
+
+
+@pytest.mark.parametrize("normalization", list(Normalization))
+def test_arrays_and_tensors_become_the_same_bits(normalization: Normalization) -> None:
+    random = np.random.default_rng(1)
+    normalizer = Normalizer(normalization, 64)
+    rows = random.normal(size=(50, 64)) * 10.0 ** random.integers(-6, 6, 64)
+    rows[:, 7] = 3.0  # A range of zero.
+    normalizer.set(compute_statistics(rows), field="action")
+    values = (random.normal(size=(200, 64)) * 10.0 ** random.integers(-8, 38, (200, 64))).astype(np.float32)
+    tensor = torch.from_numpy(values)
+    for of_arrays, of_tensors in (
+        (normalizer.normalize(values), normalizer.normalize(tensor)),
+        (normalizer.unnormalize(values), normalizer.unnormalize(tensor)),
+    ):
+        assert of_arrays.dtype == np.float32
+        assert of_arrays.tobytes() == of_tensors.numpy().tobytes()
+
+
+def test_statistics_that_change_count_at_once() -> None:
+    normalizer = make(Normalization.QUANTILES)
+    before = normalizer.normalize(X.numpy())
+    with torch.no_grad():
+        normalizer.second.add_(1.0)
+    after = normalizer.normalize(X.numpy())
+    assert (before != after).any()
+    assert after.tobytes() == normalizer.normalize(X).numpy().tobytes()

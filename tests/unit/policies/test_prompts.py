@@ -332,3 +332,14 @@ def test_halves_go_to_the_even_token():
 
 def test_state_bins_at_the_edges():
     assert state_bins(np.array([-1.001, -1.0, 1.0, 9.0])) == "-1 0 255 255"
+
+
+def test_an_acting_prompt_is_the_same_tokens_as_the_encoder_gives_one_by_one(tokenizer):
+    made = prompter(tokenizer).acting(sample("tidy up"), STATE)
+    assert made.tokens.dtype == np.int64
+    assert made.tokens.tolist() == ids(tokenizer, "User: tidy up, State: 128 0 255;\n")
+    encoded = tokenizer.encode("tidy up")
+    assert encoded.tokens.dtype == encoded.offsets.dtype == np.int64
+    assert encoded.ids == encoded.tokens.tolist()
+    assert encoded.offsets.tolist() == [[index, index + 1] for index in range(7)]
+    assert tokenizer.encode("").offsets.shape == (0, 2)
