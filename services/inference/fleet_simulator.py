@@ -87,6 +87,7 @@ class Fleet:
     ramp_up_s: float = 5.0
     max_rows: int = 8
     max_texts: int = 32
+    max_prefixes: int = 2
 
 
 @dataclass(kw_only=True)
@@ -177,7 +178,10 @@ class _Simulation:
         ]
         self._by_name = {robot.name: robot for robot in self._robots}
         self._scheduler: UnitScheduler[None, bool] = UnitScheduler(
-            max_rows=fleet.max_rows, max_texts=fleet.max_texts, times=_warmed_up(fleet, durations)
+            max_rows=fleet.max_rows,
+            max_texts=fleet.max_texts,
+            max_prefixes=fleet.max_prefixes,
+            times=_warmed_up(fleet, durations),
         )
         self._device = _capacity(fleet, durations)
         self._outcome = Outcome(robots=self._robots, chunks_per_s=self._device.chunks_per_s)

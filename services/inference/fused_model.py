@@ -224,7 +224,7 @@ class FusedModel(ServedModel):
         if row.num_slices == 0:
             row.slot = self._take_slot() if row.slot is None else row.slot
             self.fused.begin_question(row.slot, self._fitting(row.pictures), valid_of(row), row.read.prompt.tokens)
-        self.fused.prefix_slice(row.num_slices)
+        self.fused.prefix_slice(slot_of(row), row.num_slices)
         row.num_slices += 1
         if row.num_slices < self.num_prefix_slices:
             return _nothing
@@ -265,6 +265,7 @@ class FusedModel(ServedModel):
         if row.slot is not None:
             if wipe:
                 self.slots.wipe(row.slot)
+            self.fused.give_up_question(row.slot)
             self.slots.give_back(row.slot)
             row.slot = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from .units import ChunkT, TextT, TextWork, Unit, UnitKind
@@ -23,18 +23,18 @@ class TextLine(Generic[ChunkT, TextT]):
 
     Args:
         max_texts: In progress at once, which is what their caches have room for.
+        max_prefixes: Questions amid their prefix at once, which is what there are buffers for.
     """
 
-    def __init__(self, *, max_texts: int) -> None:
-        if max_texts < 1:
-            raise ValueError(f"max_texts ({max_texts}) must be at least 1")
+    def __init__(self, *, max_texts: int, max_prefixes: int = 1) -> None:
+        for name, value in (("max_texts", max_texts), ("max_prefixes", max_prefixes)):
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
         self._max_texts = max_texts
+        self._max_prefixes = max_prefixes
         self._waiting: dict[Hashable, TextWork[TextT]] = {}
         self._texts: dict[Hashable, TextInProgress[TextT]] = {}
         self._earliest_deadline_s = math.inf
-        # Asked for at every decision, changed by few.
-        self._next: tuple[Unit[ChunkT, TextT], float] | None = None
-        self._is_next_known = True
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._texts)
@@ -46,7 +46,6 @@ class TextLine(Generic[ChunkT, TextT]):
     def add(self, work: TextWork[TextT]) -> None:
         self._waiting[work.text_id] = work
         self._earliest_deadline_s = min(self._earliest_deadline_s, work.deadline_s)
-        self._is_next_known = False
 
     def withdraw(self, *, owner: str = "", text_id: Hashable = None) -> tuple[TextWork[TextT], ...]:
         """Forgets one text, or all of an owner; answers those that were there."""
@@ -72,16 +71,8 @@ class TextLine(Generic[ChunkT, TextT]):
         self._forget(late)
         return tuple(late)
 
-    def next_unit(self) -> tuple[Unit[ChunkT, TextT], float] | None:
-        """What would run, and since when it has waited. Not begun until begin()."""
-        if not self._is_next_known:
-            self._next = self._choose()
-            self._is_next_known = True
-        return self._next
-
     def begin(self, unit: Unit[ChunkT, TextT]) -> None:
         """The unit runs now."""
-        self._is_next_known = False
         for text in unit.texts:
             if self._waiting.pop(text.work.text_id, None) is not None:
                 self._texts[text.work.text_id] = text
@@ -95,7 +86,6 @@ class TextLine(Generic[ChunkT, TextT]):
         ended: frozenset[Hashable],
     ) -> tuple[TextWork[TextT], ...]:
         """Takes a unit's tokens in; answers the texts that are complete."""
-        self._is_next_known = False
         complete: list[TextWork[TextT]] = []
         for text in unit.texts:
             text_id = text.work.text_id
@@ -115,19 +105,25 @@ class TextLine(Generic[ChunkT, TextT]):
         self._forget(complete)
         return tuple(complete)
 
-    def _choose(self) -> tuple[Unit[ChunkT, TextT], float] | None:
+    def next_unit(self, pausing: Collection[Hashable] = ()) -> tuple[Unit[ChunkT, TextT], float] | None:
+        """What would run, and since when it has waited. Not begun until begin().
+
+        Args:
+            pausing: text_ids that may not go on now, and UnitKind.TEXT where no text may decode.
+        """
         candidates: list[tuple[float, int, tuple[TextInProgress[TextT], ...]]] = []
-        decoding = [text for text in self._texts.values() if text.kind is UnitKind.TEXT]
+        able = [text for text in self._texts.values() if text.work.text_id not in pausing]
+        decoding = [text for text in able if text.kind is UnitKind.TEXT and UnitKind.TEXT not in pausing]
         if decoding:
             longest = min(decoding, key=_touched)
             together = tuple(text for text in decoding if text.work.model == longest.work.model)
             candidates.append((longest.touched_s, 1, together))
-        drafted = [text for text in self._texts.values() if text.kind is UnitKind.DRAFT_CHECK]
+        drafted = [text for text in able if text.kind is UnitKind.DRAFT_CHECK]
         if drafted:
             first = min(drafted, key=_touched)
             candidates.append((first.touched_s, 0, (first,)))
-        beginning = self._beginning()
-        if beginning is not None:
+        beginning = self._beginning(able)
+        if beginning is not None and beginning.kind not in pausing:  # One without a prefix of its own decodes at once.
             candidates.append((beginning.touched_s, 2, (beginning,)))
         if not candidates:
             return None
@@ -140,19 +136,19 @@ class TextLine(Generic[ChunkT, TextT]):
         )
         return unit, waited_since_s
 
-    def _beginning(self) -> TextInProgress[TextT] | None:
-        """Whose prefix goes on: the one begun, else the first question in line while there is room."""
-        begun = next((text for text in self._texts.values() if text.kind is UnitKind.TEXT_PREFIX), None)
+    def _beginning(self, able: Sequence[TextInProgress[TextT]]) -> TextInProgress[TextT] | None:
+        """Whose prefix goes on: one begun, the first question first; else that of the next in line, while there is room."""
+        begun = next((text for text in able if text.kind is UnitKind.TEXT_PREFIX), None)
         if begun is not None:
             return begun
-        if not self._waiting or len(self._texts) >= self._max_texts:
+        num_begun = sum(text.kind is UnitKind.TEXT_PREFIX for text in self._texts.values())
+        if not self._waiting or len(self._texts) >= self._max_texts or num_begun >= self._max_prefixes:
             return None
         num_texts = Counter(text.work.owner for text in self._texts.values())
         work = min(self._waiting.values(), key=lambda work: (num_texts[work.owner], work.deadline_s, work.arrived_s))
         return TextInProgress(work=work, is_checked=work.num_draft_tokens == 0, touched_s=work.arrived_s)
 
     def _forget(self, works: list[TextWork[TextT]]) -> None:
-        self._is_next_known = False
         for work in works:
             self._waiting.pop(work.text_id, None)
             self._texts.pop(work.text_id, None)

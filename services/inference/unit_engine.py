@@ -67,7 +67,11 @@ class UnitEngine:
         self.models = dict(models)
         self._clock = clock
         self._on_fatal = on_fatal
-        self._scheduler: UnitScheduler[ChunkInWork, TextInWork] = UnitScheduler(max_rows=max_rows, max_texts=max_texts)
+        self._scheduler: UnitScheduler[ChunkInWork, TextInWork] = UnitScheduler(
+            max_rows=max_rows,
+            max_texts=max_texts,
+            max_prefixes=min((model.fused.settings.questions_at_once for model in models.values()), default=1),
+        )
         self._changed = threading.Condition()
         # Slots to give back, at once; and changes of weights, when no chunk is in progress.
         self._between: list[Callable[[], None]] = []

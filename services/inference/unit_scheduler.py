@@ -6,10 +6,10 @@ under pressure (a chunk would be late, or text is overdue): then prefixes go fir
 progress allow, because ten joint steps are cheaper than ten for each. A chunk is refused only before it begins, and only
 when it would be late even at best; one in progress is never dropped.
 
-Text runs when no chunk needs the device. It may also go before chunks, but from a chunk's arrival to its answer at most one
-text unit runs, whoever asked and however many texts there are, the one that was running at its arrival included; and only
-when all deadlines still hold, or after the text has waited for MAX_TEXT_WAIT_S. So no question delays another robot's chunk
-by more than one text unit, and text is never starved while chunks come to an end.
+Text runs when no chunk needs the device. It may also go before chunks, but of one question at most one text unit from a
+chunk's arrival to its answer, the one that was running at its arrival included; and of all the decoding, which texts do
+together, at most one step. And only when all deadlines still hold, or after the text has waited for MAX_TEXT_WAIT_S. So no
+question delays another robot's chunk by more than one text unit, and text is never starved while chunks come to an end.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from .units import (
 # Longer than text waits at the load that is promised. With 0.1 it went before chunks that it made late, and gained little:
 # p99 of whole answers in simulated time fell by a quarter on a slow device, and by about a tenth on others.
 MAX_TEXT_WAIT_S = 0.3
+# Of the time a robot gives, for what comes behind the device: the answer's way back, and estimates that are wrong.
+RESERVE_SHARE = 0.05
 # A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper.
 WORTHWHILE_SAVING = 0.1
 
@@ -54,18 +56,21 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         times: Estimates by Unit.group and size; fill them before the first robot comes, by running each prepared unit.
     """
 
-    def __init__(self, *, max_rows: int = 8, max_texts: int = 32, times: ServiceTimes | None = None) -> None:
+    def __init__(
+        self, *, max_rows: int = 8, max_texts: int = 32, max_prefixes: int = 1, times: ServiceTimes | None = None
+    ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows ({max_rows}) must be at least 1")
         self.times = times or ServiceTimes(forgets=False)
         self._max_rows = max_rows
         self._line: Line[ChunkWork[ChunkT]] = Line()
         self._rows: dict[str, Row[ChunkT]] = {}
-        self._texts: TextLine[ChunkT, TextT] = TextLine(max_texts=max_texts)
-        self._text_runs = False
+        self._texts: TextLine[ChunkT, TextT] = TextLine(max_texts=max_texts, max_prefixes=max_prefixes)
+        # Who would hold up a chunk that comes now: the text unit that runs. Empty: none runs.
+        self._holding_up: frozenset[Hashable] = frozenset()
         self._busy_at_least_until_s = 0.0
-        # Chunks that a text unit has held up once: (owner, request_id).
-        self._held_up: set[tuple[str, int]] = set()
+        # By chunk that is there, (owner, request_id): whom it has waited for and must not wait for again.
+        self._held_up: dict[tuple[str, int], set[Hashable]] = {}
 
     def __len__(self) -> int:
         """Chunks and texts, waiting and in progress."""
@@ -91,13 +96,13 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """
         replaced = self._line.replace(work.owner)
         if replaced is not None:
-            self._held_up.discard(_key(replaced))
+            self._held_up.pop(_key(replaced), None)
         if max(now_s, self._busy_at_least_until_s) + self._at_best_s(work, now_s) > work.deadline_s:
             self._line.inherit(work)
             return replaced, False
         self._line.add(work)
-        if self._text_runs:
-            self._held_up.add(_key(work))
+        if self._holding_up:
+            self._held_up[_key(work)] = set(self._holding_up)
         return replaced, True
 
     def ask(self, work: TextWork[TextT]) -> None:
@@ -111,7 +116,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         row = self._rows.pop(owner, None)
         chunks = [work for work in (waiting, row.work if row else None) if work is not None]
         for work in chunks:
-            self._held_up.discard(_key(work))
+            self._held_up.pop(_key(work), None)
         return tuple(chunks), self._texts.withdraw(owner=owner)
 
     def withdraw_text(self, text_id: Hashable) -> tuple[TextWork[TextT], ...]:
@@ -131,8 +136,8 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             return Decision(unit=unit)
         late_chunks = self._refuse_late(now_s)
         late_texts = self._texts.drop_late(now_s) if len(self._texts) else ()
-        unit = self._action_unit(now_s)
         text = self._next_text()
+        unit = self._action_unit(now_s, is_text_overdue=text is not None and now_s - text[1] > MAX_TEXT_WAIT_S)
         if text is not None and (unit is None or self._text_goes_first(*text, now_s)):
             unit = text[0]
         if unit is not None:
@@ -163,7 +168,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             self.times.observe(unit.group, unit.size, duration_s, now_s)
             self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
-            self._text_runs = False
+            self._holding_up = frozenset()
             return Finished(
                 texts=self._texts.finished(unit, now_s, num_new_tokens=num_new_tokens or {}, ended=frozenset(ended))
             )
@@ -181,7 +186,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """The unit raised: its rows and texts leave, unanswered by the scheduler."""
         self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
-            self._text_runs = False
+            self._holding_up = frozenset()
         for row in unit.rows:
             self._forget(row)
         for text in unit.texts:
@@ -194,13 +199,14 @@ class UnitScheduler(Generic[ChunkT, TextT]):
                 self._line.start(row.work)
                 self._rows[row.work.owner] = row
         elif unit.kind is not UnitKind.EXPERT:
-            self._text_runs = True
             self._texts.begin(unit)
-            self._held_up.update(_key(work) for work in self._line.ordered())
-            self._held_up.update(_key(row.work) for row in self._rows.values())
+            texts = {text.work.text_id for text in unit.texts}
+            self._holding_up = frozenset(texts | {UnitKind.TEXT} if unit.kind is UnitKind.TEXT else texts)
+            for work in (*self._line.ordered(), *(row.work for row in self._rows.values())):
+                self._held_up.setdefault(_key(work), set()).update(self._holding_up)
 
     def _forget(self, row: Row[ChunkT]) -> bool:
-        self._held_up.discard(_key(row.work))
+        self._held_up.pop(_key(row.work), None)
         if self._rows.get(row.work.owner) is not row:
             return False  # Withdrawn while it ran.
         del self._rows[row.work.owner]
@@ -213,16 +219,16 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         late = [work for work in waiting if now_s + self._at_best_s(work, now_s) > work.deadline_s]
         for work in late:
             self._line.refuse(work)
-            self._held_up.discard(_key(work))
+            self._held_up.pop(_key(work), None)
         return tuple(late)
 
-    def _action_unit(self, now_s: float) -> Unit[ChunkT, TextT] | None:
+    def _action_unit(self, now_s: float, *, is_text_overdue: bool) -> Unit[ChunkT, TextT] | None:
         rows = self._in_progress()
         waiting = [work for work in self._line.ordered() if work.owner not in self._rows]
         if len(rows) >= self._max_rows or not waiting:
             return self._expert_unit(rows)
         pressed = (
-            self._text_is_overdue(now_s)
+            is_text_overdue
             or self._sharing_pays(rows, waiting[0], now_s)
             or not self._all_in_time(now_s, rows, waiting, now_s)
         )
@@ -287,15 +293,13 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         prefix_s = self.times.careful_s(prefixes, len(works), now_s)
         num_rows = len(rows) + len(works)
         steps_s = first.num_steps * self.times.careful_s(group(UnitKind.EXPERT, first.model, first.bucket), num_rows, now_s)
-        return all(now_s + prefix_s + steps_s <= work.deadline_s for work in works)
+        return all(now_s + prefix_s + steps_s <= _due_s(work) for work in works)
 
     def _rows_in_time(self, rows: Sequence[Row[ChunkT]], prefix: Unit[ChunkT, TextT], now_s: float) -> bool:
         """Whether chunks in progress keep their deadlines if prefix runs before their next step, which its rows join."""
         at_s = now_s + self.times.careful_s(prefix.group, prefix.size, now_s)
         num_rows = len(rows) + prefix.size
-        return all(
-            at_s + row.num_steps_left * self._step_s(row.work, num_rows, now_s) <= row.work.deadline_s for row in rows
-        )
+        return all(at_s + row.num_steps_left * self._step_s(row.work, num_rows, now_s) <= _due_s(row.work) for row in rows)
 
     def _all_in_time(
         self,
@@ -308,29 +312,25 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         free_s = at_s
         for row in rows:
             done_s = at_s + row.num_steps_left * self._step_s(row.work, len(rows), now_s)
-            if done_s > row.work.deadline_s:
+            if done_s > _due_s(row.work):
                 return False
             free_s = max(free_s, done_s)
         for work in waiting:
             prefix_s = self.times.careful_s(group(UnitKind.PREFIX, work.model, work.bucket), 1, now_s)
             free_s += prefix_s + work.num_steps * self._step_s(work, 1, now_s)
-            if free_s > work.deadline_s:
+            if free_s > _due_s(work):
                 return False
         return True
 
     def _next_text(self) -> tuple[Unit[ChunkT, TextT], float] | None:
         """None also while a text unit is not finished: what is next depends on its tokens, and a chunk that comes meanwhile
         would wait for two."""
-        return self._texts.next_unit() if len(self._texts) and not self._text_runs else None
-
-    def _text_is_overdue(self, now_s: float) -> bool:
-        text = self._next_text()
-        return text is not None and now_s - text[1] > MAX_TEXT_WAIT_S
+        if not len(self._texts) or self._holding_up:
+            return None
+        return self._texts.next_unit(set[Hashable]().union(*self._held_up.values()))
 
     def _text_goes_first(self, unit: Unit[ChunkT, TextT], waited_since_s: float, now_s: float) -> bool:
         """Whether a text unit may run although chunks need the device."""
-        if self._held_up:
-            return False
         if now_s - waited_since_s > MAX_TEXT_WAIT_S:
             return True
         at_s = now_s + self.times.careful_s(unit.group, unit.size, now_s)
@@ -344,6 +344,11 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         prefix_s = self.times.at_best_s(group(UnitKind.PREFIX, work.model, work.bucket), 1, now_s)
         step_s = self.times.at_best_s(group(UnitKind.EXPERT, work.model, work.bucket), 1, now_s)
         return prefix_s + work.num_steps * step_s
+
+
+def _due_s(work: ChunkWork[ChunkT]) -> float:
+    """When a chunk should be done that is to be with its robot in time."""
+    return work.deadline_s - RESERVE_SHARE * (work.deadline_s - work.arrived_s)
 
 
 def _key(work: ChunkWork[ChunkT]) -> tuple[str, int]:

@@ -180,7 +180,7 @@ def begin_in_slices(fused: FusedPi052, one: Request, between: Callable[[], None]
     for at in range(fused.num_prefix_slices):
         if at > 0:
             between()
-        fused.prefix_slice(at)
+        fused.prefix_slice(slot, at)
     return slot
 
 

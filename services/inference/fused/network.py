@@ -54,6 +54,7 @@ class FusedPi052:
     """Attributes:
     weights: stage() and commit() change them under the captured graphs.
     slots: Where rows live.
+    num_prefix_slices: Units that a question's prefix comes in.
     """
 
     def __init__(
@@ -100,14 +101,20 @@ class FusedPi052:
         self._picture_bytes = Uploads(device, most * settings.num_cameras * each, torch.uint8, num_places=4)
         self._question_bytes = torch.zeros(settings.num_cameras, *self._picture_shape, dtype=torch.uint8, device=device)
         self._pool = GraphPool(device)
-        self._slices = PrefixSlices(
-            self.units,
-            self._pool,
-            lambda length: self._inputs("prefix_slices", 1, length),
-            num_cameras=settings.num_cameras,
-            longest_prompt=max(settings.prompt_lengths),
-            num_slices=settings.prefix_slices,
-        )
+        # By slot, the questions amid their prefix; places that are free.
+        self._questions: dict[int, PrefixSlices] = {}
+        self._free_places = [
+            PrefixSlices(
+                self.units,
+                self._pool,
+                lambda length: self._inputs("prefix_slices", 1, length),
+                num_cameras=settings.num_cameras,
+                longest_prompt=max(settings.prompt_lengths),
+                num_slices=settings.prefix_slices,
+            )
+            for _ in range(settings.questions_at_once)
+        ]
+        self.num_prefix_slices = self._free_places[0].num_slices
         self._each_step = torch.arange(settings.num_steps, dtype=torch.int32, device=device)
         self._recorded: dict[tuple[str, int, int], Recorded[Any]] = {}
 
@@ -119,7 +126,8 @@ class FusedPi052:
         wanted = self._buckets()
         for done, (name, rows, length) in enumerate(wanted):
             if name == "prefix_slices":
-                self._slices.prepare(length)
+                for place in (*self._free_places, *self._questions.values()):
+                    place.prepare(length)
             else:
                 self._bucket(name, rows, length)
             if progress is not None:
@@ -246,19 +254,17 @@ class FusedPi052:
         self._send_prompts(inputs, [(row.slot, row.picture_valid, row.tokens) for row in rows])
         recorded.run()
 
-    @property
-    def num_prefix_slices(self) -> int:
-        return self._slices.num_slices
-
     @torch.inference_mode()
     def begin_question(
         self, slot: int, pictures: torch.Tensor | Pictures, picture_valid: Sequence[bool], tokens: Tokens
     ) -> None:
         """Brings a question to the device: I pictures as of vision() or vision_of_bytes(), and its prompt.
 
-        One prefix is in progress at a time: that of a question that began before and has not ended is given up.
+        As many prefixes are in progress at a time as questions_at_once says; one that ends early is given up.
         """
-        inputs = self._slices.begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
+        if slot not in self._questions:
+            self._questions[slot] = self._free_places.pop()
+        inputs = self._questions[slot].begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
         if isinstance(pictures, torch.Tensor):
             inputs["pictures"].copy_(pictures, non_blocking=True)
         else:
@@ -267,9 +273,17 @@ class FusedPi052:
         self._send_prompts(inputs, [(slot, picture_valid, tokens)])
 
     @torch.inference_mode()
-    def prefix_slice(self, at: int) -> None:
-        """Slice number at of the question's prefix; behind the last its slot is as after vision() and prefix()."""
-        self._slices.run(at)
+    def prefix_slice(self, slot: int, at: int) -> None:
+        """Slice number at of a question's prefix; behind the last its slot is as after vision() and prefix()."""
+        assert slot in self._questions, f"slot {slot} has no prefix in progress: begin_question() comes first"
+        self._questions[slot].run(at)
+        if at == self.num_prefix_slices - 1:
+            self.give_up_question(slot)
+
+    def give_up_question(self, slot: int) -> None:
+        """Its place is another's, if it has one."""
+        if slot in self._questions:
+            self._free_places.append(self._questions.pop(slot))
 
     @torch.inference_mode()
     def expert_step(self, rows: Sequence[tuple[int, int]]) -> None:

@@ -4,7 +4,7 @@ A slice is some neighbouring layers, by the same functions that whole passes of 
 cut is decided by what layers cost, so that slices are about equally long.
 
 What a slice leaves for the next lies in buffers of its own: a chunk's prefix, its steps and other texts may run in between.
-There is one set of buffers, for the one question that a model is at.
+There is one set of buffers for each question that may be amid its prefix.
 
 Shapes: I cameras, P tokens of a camera, L prompt tokens, S = I * P + L, D width.
 """

@@ -28,6 +28,7 @@ class FusedSettings:
     prompt_lengths: Buckets; a prompt is padded to the next.
     prefix_rows, expert_rows, text_rows: Buckets of rows in one pass.
     prefix_slices: That a question's prefix comes in; None: each about as long as a text step; 0: there are no questions.
+    questions_at_once: Amid their prefix, each with some 10 MB of its own.
     draft_length: Tokens of a draft checked in one pass; 0: no drafts.
     decoding: Which tokens are special or no text; the rest of it is a request's.
     max_guidance_weight: Of guided chunking.
@@ -47,6 +48,7 @@ class FusedSettings:
     expert_rows: tuple[int, ...] = (1, 2, 4, 8, 16)
     text_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     prefix_slices: int | None = None
+    questions_at_once: int = 2
     draft_length: int = 0
     decoding: text.Decoding = field(default_factory=text.Decoding)
     max_guidance_weight: float = rtc.DEFAULT_MAX_GUIDANCE_WEIGHT

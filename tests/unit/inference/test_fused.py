@@ -217,14 +217,35 @@ def test_a_question_may_be_given_up_amid_its_prefix(model: torch.nn.Module) -> N
         assert given_up is not None
         fused.begin_question(given_up, asked[1].pictures, asked[1].picture_valid, asked[1].tokens)
         for at in range(num_run):
-            fused.prefix_slice(at)
+            fused.prefix_slice(given_up, at)
+        fused.give_up_question(given_up)
         fused.slots.give_back(given_up)
         slot = lab.begin_in_slices(fused, asked[2])
         assert slot == given_up
         assert lab.fused_ids(fused, [slot], NO_LOCATIONS, 4) == [expected]
         fused.slots.give_back(slot)
-        with pytest.raises(AssertionError, match="comes next"):
-            fused.prefix_slice(num_run)
+        with pytest.raises(AssertionError, match="no prefix in progress"):
+            fused.prefix_slice(slot, num_run)
+
+
+def test_questions_amid_their_prefixes_do_not_meet(model: torch.nn.Module) -> None:
+    """Their slices in turns, of different prompt lengths and pictures; and a slice out of its order is a mistake."""
+    fused, asked = fused_of(model, prefix_slices=4, questions_at_once=2), mixed_requests()[:2]
+    rules = text.Decoding(max_new_tokens=4, end_token=-5)
+    slots = [fused.slots.take(), fused.slots.take()]
+    for slot, one in zip(slots, asked, strict=True):
+        assert slot is not None
+        fused.begin_question(slot, one.pictures, one.picture_valid, one.tokens)
+    for at in range(fused.num_prefix_slices):
+        for slot in slots:
+            assert slot is not None
+            if at == 1:
+                with pytest.raises(AssertionError, match="comes next"):
+                    fused.prefix_slice(slot, 2)
+            fused.prefix_slice(slot, at)
+    for slot, one in zip(slots, asked, strict=True):
+        assert slot is not None
+        assert lab.fused_ids(fused, [slot], NO_LOCATIONS, 4) == [lab.plain_ids(model, one, rules)]
 
 
 def test_slices_of_a_full_size_network_are_about_equal_and_no_longer_than_a_text_step() -> None:

@@ -324,7 +324,7 @@ def test_a_question_that_ends_amid_its_prefix_gives_its_slot_back(engine, policy
     gate, holding = hold(engine)
     with monkeypatch.context() as amid:
         stop, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=6)
-        broken = functools.partial(amid.setattr, engine.models["tiny"].fused, "prefix_slice", lambda at: 1 / 0)
+        broken = functools.partial(amid.setattr, engine.models["tiny"].fused, "prefix_slice", lambda slot, at: 1 / 0)
         ran = amid_a_prefix(engine, amid, stop if how == "withdrawn" else broken)
         gate.set()
         holding.join()
@@ -371,7 +371,7 @@ def test_weights_that_change_amid_a_prefix_make_it_begin_again(policy, monkeypat
 def test_the_scheduler_is_told_of_the_longest_slice(policy, monkeypatch):
     model = FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1)
     run = model.fused.prefix_slice
-    monkeypatch.setattr(model.fused, "prefix_slice", lambda at: (run(at), time.sleep(0.05 if at == 0 else 0.0)))
+    monkeypatch.setattr(model.fused, "prefix_slice", lambda slot, at: (run(slot, at), time.sleep(0.05 if at == 0 else 0.0)))
     times = ServiceTimes(forgets=False)
     unit_warm_up.measure("tiny", model, times, 0.0)
     for bucket in model.fused.settings.prompt_lengths:
