@@ -187,7 +187,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             )
         with watching_text(request, session, self.notes.traces) as watch:
             model = self._served(session.model)
-            async for response in text.generate(request, model, session, self.engine, self._questions, self._clock):
+            answers = text.generate(
+                request, model, session, self.engine, self._questions, self.decoders, self._clock
+            )  # fmt: skip
+            async for response in answers:
                 self.sessions.touch(session, self._clock())
                 watch.heard(response)
                 yield response

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 
 from manyhands import stamps
 from manyhands.errors import InvalidInput, ManyhandsError, Overloaded, Refused, TooLate
@@ -98,11 +99,13 @@ async def generate(
     session: Session,
     engine: EnginePort,
     questions: Questions,
+    decoders: Executor,
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[inference_pb2.GenerateResponse]:
     """Tokens as they come; the engine stops when nobody listens any more.
 
     Args:
+        decoders: Where pictures are decoded, so that streams do not wait for it.
         clock: That session.question_rate counts by.
 
     Raises:
@@ -118,7 +121,6 @@ async def generate(
             field="session_id",
             retry_after_s=1.0,
         )
-    question = question_of(request, model, session)
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[str | TextEnd] = asyncio.Queue()
 
@@ -129,11 +131,13 @@ async def generate(
             pass
 
     session.num_questions += 1
-    session.question_rate.asked(clock())
     questions.begin(heard)
-    stop_listening = engine.ask(question, hear)
+    stop_listening: Callable[[], None] = _nothing
     text, count = "", 0
     try:
+        question = await loop.run_in_executor(decoders, question_of, request, model, session)
+        session.question_rate.asked(clock())
+        stop_listening = engine.ask(question, hear)
         while isinstance(piece := await _next_piece(heard, question), str):
             text, count = text + piece, count + 1
             session.question_rate.heard(clock())
@@ -157,3 +161,7 @@ async def _next_piece(heard: asyncio.Queue[str | TextEnd], question: Question) -
         return await asyncio.wait_for(heard.get(), max(0.0, left_s))
     except TimeoutError:
         raise TooLate(f"the text was not finished within {question.allowed_s:g} s", field="deadline") from None
+
+
+def _nothing() -> None:
+    """The engine was not asked yet."""

@@ -101,8 +101,7 @@ def whole(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
     slots = list(range(8))
 
     def one_chunk() -> torch.Tensor:
-        fused.begin_chunks([(0, starts[0])])
-        fused.whole_chunk(0, pictures[0], asked[0].picture_valid, asked[0].tokens)
+        fused.whole_chunk(0, pictures[0], asked[0].picture_valid, asked[0].tokens, starts[0])
         return fused.slots.actions[0].cpu()
 
     def eight_chunks(together: int) -> torch.Tensor:

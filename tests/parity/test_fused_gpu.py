@@ -125,8 +125,7 @@ def test_a_whole_chunk_is_that_of_the_plain_module(networks: tuple[Pi052Network,
     fused, one = fused_of(served), lab.request(SIZES, 3, num_tokens, horizon=HORIZON)
     slot = fused.slots.take()
     assert slot is not None
-    fused.begin_chunks([(slot, lab.start(one))])
-    fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens)
+    fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens, lab.start(one))
     assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(plain, one)) < TOLERANCE
 
 

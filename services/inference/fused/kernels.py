@@ -339,10 +339,10 @@ class ManyOps(_Shared):
 
 # By the most queries of all rows, after those of text and of a prefix; found by trying on one H200.
 ATTEND_TILES = {
-    400: AttendTile(64, 64, 8, 3, 2 * MULTIPROCESSORS),
-    800: AttendTile(64, 64, 4, 3, MULTIPROCESSORS // 2),
+    400: AttendTile(64, 64, 8, 3, MULTIPROCESSORS),
+    800: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
     1600: AttendTile(64, 64, 4, 2, MULTIPROCESSORS),
-    3200: AttendTile(64, 32, 4, 2, 2 * MULTIPROCESSORS),
+    3200: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
 }
 
 
@@ -358,11 +358,13 @@ def _attend_tile(num_rows: int, queries: int) -> AttendTile:
 
 
 def _pieces(most: int, tiles: int, n: int, programs: int) -> tuple[int, int]:
-    """Keys of one piece, in whole blocks of n, and how many pieces, so that there are about so many programs."""
+    """Keys of one piece, in whole blocks of n, and how many pieces, so that there are at most about so many programs.
+
+    A row's own keys are in the last piece: as a piece more they made programs wait that had no multiprocessor left.
+    """
     blocks = -(-most // n)
     piece = -(-blocks // max(1, min(blocks, programs // tiles)))
-    pieces = -(-blocks // piece)
-    return piece * n, pieces + 1 if pieces > 1 else 1
+    return piece * n, -(-blocks // piece)
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

@@ -329,13 +329,15 @@ class FusedPi052:
         pictures: torch.Tensor | Pictures,
         picture_valid: Sequence[bool],
         tokens: Tokens,
+        start: ChunkStart,
     ) -> None:
-        """Vision, prefix() and every expert_step() of one row, after begin_chunks(): for a robot that is alone.
+        """Vision, prefix(), begin_chunks() and every expert_step() of one row: for a robot that is alone.
 
         Three graphs and not one: while the device is at a first one, the host launches the next.
         """
         seen = self.vision(pictures) if isinstance(pictures, torch.Tensor) else self.vision_of_bytes(pictures)
         self.prefix([PrefixRow(slot=slot, picture_tokens=seen, picture_valid=picture_valid, tokens=tokens)])
+        self.begin_chunks([(slot, start)])
         steps = self._bucket("all_steps", 1, 0)
         self._uploads.send([slot], steps.inputs["slots"])
         steps.run()

@@ -40,7 +40,7 @@ def attend_kernel(
     HEADS: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
     SEES_OWN: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The last piece has the row's own keys, and with PIECES 1 all; then out is (B, T, H, E), else it is
+    """The last piece has the row's own keys too. With PIECES 1 out is (B, T, H, E), else it is
     (B, T * H, PIECES, E) float32, normed, with lse. keys, values: Descriptors over (slots * capacity, E) with blocks (N, E).
     scale: Of scores, in powers of two."""
     row = tl.program_id(2)

@@ -101,8 +101,7 @@ def test_a_whole_chunk_is_its_units_one_after_the_other(model: torch.nn.Module) 
     slot = fused.slots.take()
     assert slot is not None
     assert one.committed is not None
-    fused.begin_chunks([(slot, lab.start(one))])
-    fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens)
+    fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens, lab.start(one))
     assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one)) < TOLERANCE
 
 
