@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SWITCH_INTERVAL_S = 0.001
+# Rows are prepared and answers made while the engine's thread must launch the next unit: it waits for the interpreter no longer.
+SWITCH_INTERVAL_S = 0.0002
 # How often the front end hears what the model can do.
 CAPACITY_PERIOD_S = 0.25
 # Asking a driver for its memory is not free.

@@ -289,10 +289,10 @@ class FusedModel(ServedModel):
         return previous
 
     def canary(self) -> npt.NDArray[np.float32]:
-        """(T, R) for a plain observation."""
+        """(T, R) for a plain observation, after some of its steps: what is no number in one of them stays none."""
         row = self.chunk_row(canary_row(self.policy))
         self.run_prefix([row])
-        for step in range(self.num_steps):
+        for step in sorted({0, self.num_steps // 2, self.num_steps - 1}):
             self.run_expert([(row, step)])
         arrived = self.fetch([row])
         self.wait()

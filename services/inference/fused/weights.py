@@ -10,8 +10,7 @@ second time, and the pass that divides by the root mean square multiplies by the
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from manyhands.errors import InvalidInput
 from policies.flow_matching import embed_time
 from policies.pi052.config import NetworkConfig
 
+from .courier import Courier
 from .layout import Layout, layout
 
 State = Mapping[str, torch.Tensor]
@@ -71,6 +71,7 @@ class FusedWeights:
         self._spare: torch.Tensor | None = None
         self._previous: torch.Tensor | None = None
         self._staged = False
+        self._courier = Courier(device)
         self.views = self._layout.views(self._buffer)
         self.language = [self._layer(f"language.layers.{index}") for index in range(config.language.depth)]
         self.expert = [self._layer(f"expert.layers.{index}") for index in range(config.expert.depth)]
@@ -98,9 +99,9 @@ class FusedWeights:
         if self._spare is None or self._previous is None:
             self._spare, self._previous = torch.zeros_like(self._buffer), torch.zeros_like(self._buffer)
         self._staged = False
-        with _side_stream(self.device):
-            _fill(self._layout.views(self._spare), state, self.config, self.num_steps, self.device)
-            self._previous.copy_(self._buffer)
+        with self._courier.journey():
+            _fill(self._layout.views(self._spare), _Source(state, self._courier, self.device), self.config, self.num_steps)
+            self._courier.copy(self._buffer, self._previous)
         self._staged = True
 
     @torch.inference_mode()
@@ -115,10 +116,6 @@ class FusedWeights:
         """Undoes the last commit(); once."""
         assert self._previous is not None, "nothing was committed"
         self._buffer.copy_(self._previous)
-
-    def free_spare(self) -> None:
-        """Gives the memory beside the serving weights back; the next stage() takes it again."""
-        self._spare, self._previous, self._staged = None, None, False
 
     def _layer(self, at: str) -> Layer:
         return Layer(
@@ -139,28 +136,12 @@ class FusedWeights:
         )
 
 
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Work inside runs on a stream of its own and is done at the end. On the CPU nothing changes."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
-
-
 def step_times(num_steps: int, device: torch.device) -> torch.Tensor:
     """(num_steps + 1,) float32: of each Euler step, and 0."""
     return torch.tensor([1.0 - step / num_steps for step in range(num_steps)] + [0.0], device=device)
 
 
-def _fill(
-    views: Mapping[str, torch.Tensor], state: State, config: NetworkConfig, num_steps: int, device: torch.device
-) -> None:
-    source = _Source(state, device)
+def _fill(views: Mapping[str, torch.Tensor], source: _Source, config: NetworkConfig, num_steps: int) -> None:
     _fill_vision(views, source, config)
     for index in range(config.language.depth):
         at = f"language.layers.{index}"
@@ -171,10 +152,10 @@ def _fill(
             )
     torch.add(source("language.norm.weight", (config.language.width,)).float(), 1.0, out=views["language.norm.scale"][0])
     for ours, theirs in (("token_table", "token_table.weight"), ("text_head", "text_head.weight")):
-        views[ours].copy_(source(theirs, tuple(views[ours].shape)))
+        source.bring(theirs, views[ours])
     for name in ("action_in.weight", "action_in.bias", "action_out.weight", "action_out.bias"):
         views[name].copy_(source(name, tuple(views[name].shape)))
-    condition = _condition(source, config, num_steps, device)
+    condition = _condition(source, config, num_steps)
     for index in range(config.expert.depth):
         at = f"expert.layers.{index}"
         _fill_matrices(views, source, at)
@@ -186,17 +167,26 @@ def _fill(
 class _Source:
     """The tensors of a state dict, on the device, or the reason why not."""
 
-    def __init__(self, state: State, device: torch.device) -> None:
+    def __init__(self, state: State, courier: Courier, device: torch.device) -> None:
         self._state = state
-        self._device = device
+        self._courier = courier
+        self.device = device
 
     def __call__(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A small one; large ones go by bring()."""
+        return self.on_host(name, shape).detach().to(self.device, non_blocking=True)
+
+    def bring(self, name: str, into: torch.Tensor) -> None:
+        self._courier.bring(self.on_host(name, tuple(into.shape)), into)
+
+    def on_host(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Where it is."""
         tensor = self._state.get(name)
         if tensor is None:
             raise InvalidInput("is missing from the weights", field=name)
         if shape is not None and tuple(tensor.shape) != shape:
             raise InvalidInput(f"has shape {tuple(tensor.shape)}, expected {shape}", field=name)
-        return tensor.detach().to(self._device, non_blocking=True)
+        return tensor
 
 
 def _fill_matrices(views: Mapping[str, torch.Tensor], source: _Source, at: str) -> None:
@@ -208,11 +198,11 @@ def _fill_parts(into: torch.Tensor, source: _Source, names: list[str]) -> None:
     """The named tensors, one below the other."""
     begin = 0
     for name in names:
-        part = source(name)
+        part = source.on_host(name)
         end = begin + part.shape[0]
         if end > into.shape[0] or part.shape[1:] != into.shape[1:]:
             raise InvalidInput(f"has shape {tuple(part.shape)}, which does not fit into {tuple(into.shape)}", field=name)
-        into[begin:end].copy_(part)
+        source.bring(name, into[begin:end])
         begin = end
     if begin != into.shape[0]:
         raise InvalidInput(f"give {begin} rows, expected {into.shape[0]}", field=" + ".join(names))
@@ -232,18 +222,17 @@ def _fill_vision(views: Mapping[str, torch.Tensor], source: _Source, config: Net
         *((f"vision.layers.{i}.{n}",) * 2 for i in range(size.depth) for n in ("norm_1", "o", "norm_2", "up", "down")),
     ):
         for kind in ("weight", "bias"):
-            into = views[f"{ours}.{kind}"]
-            into.copy_(source(f"{theirs}.{kind}", tuple(into.shape)))
+            source.bring(f"{theirs}.{kind}", views[f"{ours}.{kind}"])
     for index in range(size.depth):
         for kind in ("weight", "bias"):
             at = f"vision.layers.{index}"
             _fill_parts(views[f"{at}.qkv.{kind}"], source, [f"{at}.{name}.{kind}" for name in "qkv"])
 
 
-def _condition(source: _Source, config: NetworkConfig, num_steps: int, device: torch.device) -> torch.Tensor:
+def _condition(source: _Source, config: NetworkConfig, num_steps: int) -> torch.Tensor:
     """(num_steps + 1, E) float32: what the expert's norms take at each time."""
     width = config.expert.width
-    times = step_times(num_steps, device)
+    times = step_times(num_steps, source.device)
     hidden = embed_time(times, width, config.min_period, config.max_period)
     for name in ("time_in", "time_out"):
         weight, bias = source(f"{name}.weight", (width, width)).float(), source(f"{name}.bias", (width,)).float()
