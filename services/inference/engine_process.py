@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows are prepared and answers made while the engine's thread must launch the next unit: it waits for the interpreter no longer.
+# Rows are prepared and answers made while the thread of the engine must launch the next unit: it waits no longer than this.
 SWITCH_INTERVAL_S = 0.0002
 # How often the front end hears what the model can do.
 CAPACITY_PERIOD_S = 0.25

@@ -27,12 +27,14 @@ logger = logging.getLogger(__name__)
 class ChunkInWork:
     """Attributes:
     began_s, prefix_s: When its prefix began on the device, and how long that took; known when it is done.
+    is_over: It was answered; units that were launched before that may still come back.
     """
 
     job: Job
     row: ChunkRow
     began_s: float = 0.0
     prefix_s: float = 0.0
+    is_over: bool = False
 
 
 @dataclass(kw_only=True)
@@ -90,8 +92,15 @@ def answer_chunk(work: ChunkWork[ChunkInWork], chunk: Chunk, launched: LaunchedU
             "version %d of %s answered a chunk that is not finite", launched.version.number, launched.model.name
         )  # fmt: skip
         outcome = InternalError("the model's chunk is not finite; no action was sent")
-    payload.job.done(outcome)
+    end_chunk(payload, outcome)
     return is_finite
+
+
+def end_chunk(chunk: ChunkInWork, outcome: Outcome) -> None:
+    """Answers it, once."""
+    if not chunk.is_over:
+        chunk.is_over = True
+        chunk.job.done(outcome)
 
 
 def send_pieces(text: TextInWork) -> None:

@@ -36,6 +36,7 @@ from .unit_answers import (
     LaunchedUnit,
     TextInWork,
     answer_chunk,
+    end_chunk,
     end_of,
     send_pieces,
     told,
@@ -330,10 +331,9 @@ class UnitEngine:
                 launched.take()
                 chunks = launched.fetch()
             except Exception as error:
-                if launched.unit.kind not in ACTION_KINDS:
-                    with self._changed:
-                        self._scheduler.failed(launched.unit, self._clock())
-                        self._wake()
+                with self._changed:
+                    self._scheduler.failed(launched.unit, self._clock())
+                    self._wake()
                 self._tell_failed(launched.unit, error)
             else:
                 self._take_in(launched, seconds, done_s, known)
@@ -384,7 +384,7 @@ class UnitEngine:
             self._on_fatal(error)
         for row in unit.rows:
             self._give_back(row.work)
-            row.work.payload.job.done(answer)
+            end_chunk(row.work.payload, answer)
         for text in unit.texts:
             self._end_text(text.work, TextEnd(error=answer))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from manyhands.errors import InvalidInput
-from policies import text
+from policies import images, text
 from policies.pi052.config import NetworkConfig
 from services.inference.fused import FusedPi052, prefix_slices
 from services.inference.fused.units import NO_LOCATIONS
@@ -305,3 +305,15 @@ def test_the_package_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     import services.inference.fused.network as fresh
 
     assert fresh.FusedPi052 is not None
+
+
+def test_pictures_as_bytes_are_seen_as_the_numbers_they_stand_for(model: torch.nn.Module) -> None:
+    """Bit for bit as images.prepare() makes them for the plain module; a camera that is missing is black."""
+    fused = fused_of(model, pictures_fit=True)
+    generator = torch.Generator().manual_seed(3)
+    shape = (lab.NUM_CAMERAS, lab.TINY.image_height, lab.TINY.image_width, 3)
+    pictures = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    floats = [images.prepare(images.to_unit_range(one.numpy(), field="f"), 28, 28, field="f") for one in pictures]
+    floats[1] = torch.full_like(floats[1], images.MISSING_VALUE)
+    expected = fused.vision(torch.cat(floats)).clone()
+    assert torch.equal(fused.vision_of_bytes([pictures[0].numpy(), None]), expected)

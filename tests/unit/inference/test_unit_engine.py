@@ -18,6 +18,7 @@ from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
 from services.inference import unit_warm_up
 from services.inference.engine_port import Answer, Job, Observed, Question, Row, Superseded, TextEnd
 from services.inference.fused_model import FusedModel, can_be_fused
+from services.inference.launches import MAX_AHEAD
 from services.inference.service_times import ServiceTimes
 from services.inference.unit_engine import UnitEngine
 from services.inference.unit_warm_up import capacity_of
@@ -516,3 +517,115 @@ def test_an_engine_says_what_it_measured(engine):
     told = engine.capacity("tiny")
     assert told.chunks_per_s > 0
     assert told.question_s > told.text_step_s > 0
+
+
+class SlowDevice:
+    """Stands between an engine and its model: units are launched at once and done when they are let go, in order."""
+
+    def __init__(self, model, monkeypatch):
+        self.launched, self._gates, self._runs = [], queue.Queue(), model.launched
+        monkeypatch.setattr(type(model), "runs_ahead", True)
+        monkeypatch.setattr(model, "launched", self.launch)
+        for name in ("run_prefix", "run_expert", "run_text_prefix", "run_text"):
+            monkeypatch.setattr(model, name, functools.partial(self._run, name, getattr(model, name)))
+
+    def _run(self, name, run, rows):
+        self.launched.append(name)
+        return run(rows)
+
+    def launch(self, launch):
+        gate, wait = threading.Event(), self._runs(launch)
+        self._gates.put(gate)
+
+        def until_let_go():
+            assert gate.wait(30.0)
+            return wait()
+
+        return until_let_go
+
+    def let_go(self, num=1):
+        for _ in range(num):
+            self._gates.get(timeout=30.0).set()
+
+    def has_launched(self, *names):
+        """Waits for it, and a moment longer for more than that."""
+        end_s = time.monotonic() + 5.0
+        while len(self.launched) < len(names) and time.monotonic() < end_s:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert self.launched == list(names)
+
+
+@pytest.fixture
+def ahead(policy, monkeypatch):
+    """An engine whose device runs behind it."""
+    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
+    made = UnitEngine({"tiny": model}, max_rows=4, max_texts=4)
+    made.start()
+    device = SlowDevice(model, monkeypatch)
+    # Expected to take as good as no time: only how many may be ahead holds the engine back.
+    monkeypatch.setattr(made._scheduler.times, "likely_s", lambda *_: 0.0)
+    yield made, device
+    monkeypatch.undo()
+    while not device._gates.empty():
+        device.let_go()
+    made.stop()
+
+
+def test_units_are_launched_while_the_device_is_behind_and_no_more_than_it_may_have(ahead, policy):
+    engine, device = ahead
+    outcomes = submit(engine, "left", row(1))
+    device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+    device.let_go()
+    device.has_launched("run_prefix", *["run_expert"] * MAX_AHEAD)
+    assert outcomes.empty(), "a chunk is answered when the device has it"
+    num_steps = engine.models["tiny"].num_steps
+    device.let_go(num_steps)
+    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
+
+
+def test_what_a_text_needs_next_waits_for_its_token_and_actions_do_not(ahead):
+    engine, device = ahead
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=4)
+    device.has_launched("run_text_prefix")
+    outcomes = submit(engine, "acts", row(3))
+    device.has_launched("run_text_prefix", "run_prefix", *["run_expert"] * (MAX_AHEAD - 2))
+    assert heard.empty()
+    assert outcomes.empty()
+
+
+def test_weights_change_when_the_device_has_nothing_before_it(ahead):
+    engine, device = ahead
+    outcomes, changed = submit(engine, "left", row(1)), threading.Event()
+    device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+    changing = threading.Thread(target=engine.between_passes, args=(changed.set,))
+    changing.start()
+    device.let_go(engine.models["tiny"].num_steps)
+    assert not changed.wait(0.05)
+    device.let_go()
+    assert changed.wait(5.0)
+    changing.join()
+    answer_of(outcomes)
+
+
+def test_a_device_that_fails_behind_the_engine_is_told_and_ends_nobody_else(ahead, policy, monkeypatch):
+    engine, device = ahead
+    model = engine.models["tiny"]
+
+    def fail(wait):
+        wait()
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model, "launched", lambda launch: functools.partial(fail, device.launch(launch)))
+        outcomes = submit(engine, "left", row(1))
+        device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+        device.let_go(MAX_AHEAD)
+        assert isinstance(outcomes.get(timeout=5.0), InternalError)
+        while engine.pending() or len(engine._device):
+            time.sleep(0.001)
+        assert outcomes.empty(), "once"
+    later = submit(engine, "left", row(2))
+    device.let_go(1 + model.num_steps)
+    assert near(answer_of(later).actions, plain(policy, row(2))[0])
+    test_all_slots_come_back(engine)
