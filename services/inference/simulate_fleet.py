@@ -6,7 +6,8 @@ it is that of pi0.5's size on an H200 with three cameras and 200 prompt tokens. 
     {"prefix": {"1": 5.9, "2": 11.8, "4": 23.5}, "expert_step": {"1": 0.163, "8": 0.392},
      "text_prefix": 5.9, "draft_check": 1.2, "text_step": {"1": 1.17, "32": 1.32}}
 
-"text_prefix_slices" says how many units a question's prefix comes in, of equal length; without it, one.
+"text_prefix_slices" says how many units a question's prefix comes in, of equal length; without it, as many as make each no
+longer than a text step.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class DurationsTable(BaseModel):
     text_prefix: float = Field(default=5.9, gt=0)
     draft_check: float = Field(default=1.2, gt=0)
     text_step: dict[int, float] = Field(default={1: 1.17, 32: 1.32}, min_length=1)
-    text_prefix_slices: int = Field(default=1, ge=1)
+    text_prefix_slices: int | None = Field(default=None, ge=1)
 
 
 class Settings(config.Settings):
@@ -106,7 +107,7 @@ def read_durations(path: Path | None, jitter: float) -> UnitDurations:
         text_prefix_s=values.text_prefix / 1e3,
         draft_check_s=values.draft_check / 1e3,
         text_step_s=_seconds(values.text_step),
-        num_text_slices=values.text_prefix_slices,
+        num_text_slices=values.text_prefix_slices or math.ceil(values.text_prefix / values.text_step[min(values.text_step)]),
         jitter=jitter,
     )
 

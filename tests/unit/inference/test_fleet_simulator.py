@@ -81,10 +81,11 @@ def test_sizes_that_are_not_prepared_take_as_long_as_the_next_bigger_one() -> No
     assert H200.of(UnitKind.PREFIX, 1) == pytest.approx(0.0059)
 
 
-def test_a_questions_prefix_comes_whole_unless_the_table_says_slices(tmp_path: Path) -> None:
+def test_a_questions_prefix_comes_in_slices_of_a_text_step_unless_the_table_says_how_many(tmp_path: Path) -> None:
     table = tmp_path / "gpu.json"
     table.write_text(json.dumps({"text_prefix": 6.0, "text_prefix_slices": 5}))
-    assert H200.of(UnitKind.TEXT_PREFIX, 1) == H200.text_prefix_s
+    assert H200.num_text_slices == 6  # 5.9 ms, a step is 1.17.
+    assert H200.of(UnitKind.TEXT_PREFIX, 1) == pytest.approx(0.0059 / 6)
     sliced = read_durations(table, 0.0)
     assert sliced.num_text_slices == 5
     assert sliced.of(UnitKind.TEXT_PREFIX, 1) == pytest.approx(0.0012)
