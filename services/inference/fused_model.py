@@ -64,8 +64,13 @@ class FusedModel(ServedModel):
         max_texts: int,
         dtype: torch.dtype | None = None,
         kernels: bool | None = None,
+        fp8: bool = False,
     ) -> None:
-        """dtype: Of the fused weights; None: bfloat16 on a GPU, float32 on the CPU."""
+        """
+        Args:
+            dtype: Of the fused weights; None: bfloat16 on a GPU, float32 on the CPU.
+            fp8: See FusedSettings.
+        """
         super().__init__(name, policy)
         config = policy.config
         lengths = [length for length in PROMPT_LENGTHS if length < config.prompt_length]
@@ -87,6 +92,7 @@ class FusedModel(ServedModel):
             schedule=config.prefix_schedule,
             pictures_fit=_pictures_fit(policy),
             whole_chunk=False,
+            fp8=fp8,
         )
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

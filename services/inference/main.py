@@ -59,6 +59,11 @@ class Settings(config.Settings):
         default="auto",
         description="fused: prepared units, for pi052 and pi05; plain: whole passes of the module; auto: fused on a GPU",
     )
+    fp8: bool = Field(
+        default=False,
+        description="multiply the MLPs of a prefix in FP8: faster, and less exact by what docs/design/0015-fused-engine.md "
+        "says; for pi052 and pi05 on the fused path, on a GPU of compute capability 8.9 or newer",
+    )
     max_batch: int = Field(default=4, ge=1, le=64, description="robots in one pass of the model")
     torch_threads: int = Field(default=1, ge=0, description="threads of the matrix kernels; 0 leaves torch's choice")
     max_sessions: int = Field(default=64, ge=1, description="robots served at once")
@@ -140,4 +145,5 @@ def start_message(settings: Settings) -> engine_pb2.Start:
         log_level=settings.log_level,
         log_json=settings.log_json,
         path=_PATHS[settings.path],
+        fp8=settings.fp8,
     )

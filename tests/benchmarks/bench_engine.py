@@ -1,6 +1,7 @@
 """The fast path of pi052 on one GPU, unit by unit, beside the floor of its matrix products and the plain module in one run.
 
 python -m tests.benchmarks.bench_engine                  needs a CUDA device
+python -m tests.benchmarks.bench_engine --fp8            also prefixes and whole chunks with the prefix's MLPs in FP8
 python -m tests.benchmarks.bench_engine --write          also writes docs/benchmarks/<date>-engine.md
 
 Full size, random weights, bfloat16; three cameras at 224, 200 prompt tokens, 50 actions, 10 steps. Units are timed by events
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ from tests.support import fused_lab as lab  # noqa: E402
 
 CONFIG = NetworkConfig(precision=Precision.BFLOAT16)
 NUM_CAMERAS, NUM_TOKENS, HORIZON, NUM_STEPS = 3, 200, 50, 10
+# Of the plain module in float32, which takes long.
+NUM_EXACT_CHUNKS = 3
 # One H200, in ms, of the matrix products alone: the larger of FLOPs / 790 TFLOP/s and bytes / 4.3 TB/s.
 FLOORS = {"vision, 1 row": 0.85, "prefix, 1 row": 5.0, "expert step, 1 row": 0.163, "text step, 1 row": 1.17}
 FLOORS |= {"whole chunk, 1 row": 7.5, "8 chunks together": 51.0, "expert step, 8 rows": 0.39, "text step, 32 rows": 1.32}
@@ -80,8 +83,7 @@ def units(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
     found: Times = {}
     for rows in fused.settings.prefix_rows:
         found[f"vision, {_rows(rows)}"] = device_ms(fused._bucket("vision_of_bytes", rows, 0).run, count)
-    for rows in fused.settings.prefix_rows:
-        found[f"prefix, {_rows(rows)}"] = device_ms(fused._bucket("prefix", rows, NUM_TOKENS).run, count)
+    found |= prefixes(fused, asked, count)
     for rows in fused.settings.expert_rows:
         fused.expert_step([(slot, 0) for slot in slots[:rows]])
         found[f"expert step, {_rows(rows)}"] = device_ms(fused._bucket("expert_step", rows, 0).run, count)
@@ -91,6 +93,15 @@ def units(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
         found[f"text step, {_rows(rows)}"] = device_ms(fused._bucket("text_step", rows, 0).run, min(count, 20))
     for slot in slots:
         fused.slots.give_back(slot)
+    return found
+
+
+def prefixes(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
+    found: Times = {}
+    for rows in fused.settings.prefix_rows:
+        for slot in lab.begin(fused, asked[:rows]):  # Of real numbers: the card takes less power for zeros.
+            fused.slots.give_back(slot)
+        found[f"prefix, {_rows(rows)}"] = device_ms(fused._bucket("prefix", rows, NUM_TOKENS).run, count)
     return found
 
 
@@ -135,20 +146,88 @@ def plain(network: Pi052Network, asked: lab.Request, count: int) -> Times:
         return {"whole chunk, 1 row": host_ms(lambda: lab.plain_chunk(network, asked, NUM_STEPS), count)}
 
 
-def error(network: Pi052Network, fused: FusedPi052, asked: list[lab.Request]) -> tuple[float, float]:
-    """Of bfloat16 chunks against the plain module in float32: the fused path's largest, and the plain bfloat16 module's."""
-    exact = lab.network(replace(CONFIG, precision=Precision.FLOAT32), device=fused.device)
-    exact.load_state_dict({name: value.float() for name, value in network.state_dict().items()})
-    ours, theirs = [], []
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """What the plain module in float32 answers.
+
+    Attributes:
+        chunks: Of the first few requests.
+        logits: Of the first text token of every request, (V,).
+    by_prefix: By how much, relatively, the first chunk changes with the pictures and the prompt of the second request: what
+        errors of a prefix are to be held against, since an untrained expert hardly looks at it.
+    """
+
+    chunks: list[torch.Tensor]
+    logits: list[torch.Tensor]
+    by_prefix: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Attributes:
+    chunk: Largest relative one.
+    logits: Largest relative one, of tokens that may come.
+    num_same: Requests whose likeliest first token is that of float32.
+    """
+
+    chunk: float
+    logits: float
+    num_same: int
+
+
+@torch.inference_mode()
+def exact_answers(network: Pi052Network, asked: list[lab.Request], num_chunks: int) -> Exact:
+    made = lab.network(replace(CONFIG, precision=Precision.FLOAT32), device=network.action_in.weight.device)
+    made.load_state_dict({name: value.float() for name, value in network.state_dict().items()})
+    logits = []
     for one in asked:
+        state = lab.plain_state(made, one, hidden=True)
+        assert state.hidden is not None
+        logits.append(made.text_logits(state.hidden[:, -1])[0])
+    chunks = [lab.plain_chunk(made, one, NUM_STEPS) for one in asked[:num_chunks]]
+    other = lab.plain_chunk(made, replace(asked[0], pictures=asked[1].pictures, tokens=asked[1].tokens), NUM_STEPS)
+    return Exact(chunks=chunks, logits=logits, by_prefix=lab.relative(other, chunks[0]))
+
+
+def errors(fused: FusedPi052, asked: list[lab.Request], exact: Exact) -> Errors:
+    of_chunks, of_logits, num_same = [], [], 0
+    allowed = ~fused.units.forbidden[0]
+    for index, one in enumerate(asked):
         [slot] = lab.begin(fused, [one])
-        for step in range(NUM_STEPS):
-            fused.expert_step([(slot, step)])
-        expected = lab.plain_chunk(exact, one, NUM_STEPS)
-        ours.append(lab.relative(fused.slots.actions[slot], expected))
-        theirs.append(lab.relative(lab.plain_chunk(network, one, NUM_STEPS), expected))
+        expected = exact.logits[index][allowed]
+        logits = fused.first_text([TextRow(slot=slot, flags=0)])[0][0, allowed]
+        of_logits.append(lab.relative(logits, expected))
+        num_same += int(logits.argmax() == expected.argmax())
+        if index < len(exact.chunks):
+            for step in range(NUM_STEPS):
+                fused.expert_step([(slot, step)])
+            of_chunks.append(lab.relative(fused.slots.actions[slot], exact.chunks[index]))
         fused.slots.give_back(slot)
-    return max(ours), max(theirs)
+    return Errors(chunk=max(of_chunks), logits=max(of_logits), num_same=num_same)
+
+
+def plain_error(network: Pi052Network, asked: list[lab.Request], exact: Exact) -> float:
+    """The largest relative one of a chunk of the plain module in bfloat16."""
+    pairs = zip(asked, exact.chunks, strict=False)
+    return max(lab.relative(lab.plain_chunk(network, one, NUM_STEPS), expected) for one, expected in pairs)
+
+
+def in_fp8(
+    network: Pi052Network, settings: FusedSettings, asked: list[lab.Request], exact: Exact, count: int
+) -> tuple[Times, str]:
+    """Times of what FP8 changes, and a note of what it costs."""
+    fused = FusedPi052(CONFIG, replace(settings, fp8=True), network.action_in.weight.device)
+    fused.weights.refill(network.state_dict())
+    found = errors(fused, asked, exact)
+    times = {f"{name}, fp8": ms for name, ms in (prefixes(fused, asked, count) | whole(fused, asked, count)).items()}
+    return times, f"With FP8: {_told(found, len(asked))} Weights: {fused.weights.num_bytes / 1e9:.2f} GB."
+
+
+def _told(found: Errors, num_asked: int) -> str:
+    return (
+        f"relative error of a chunk {found.chunk:.1e}, of the logits of the first text token, which the prefix alone makes, "
+        f"{found.logits:.1e}; the likeliest token is that of float32 in {found.num_same} of {num_asked} requests."
+    )
 
 
 def to_bytes(picture: torch.Tensor) -> npt.NDArray[np.uint8]:
@@ -160,7 +239,7 @@ def _rows(rows: int) -> str:
     return f"{rows} row" if rows == 1 else f"{rows} rows"
 
 
-def report(found: Times, of_plain: Times, errors: tuple[float, float], notes: list[str], commit: str) -> str:
+def report(found: Times, of_plain: Times, notes: list[str], commit: str) -> str:
     lines = [
         "# The fused engine of pi052, full network",
         "",
@@ -181,9 +260,6 @@ def report(found: Times, of_plain: Times, errors: tuple[float, float], notes: li
         f"8 robots together: {rate:.1f} chunks/s, {steady:.1f} without a pause (floor 157, ruler 92). "
         "Whole chunks are host to host, pictures and actions copied; vision and prefix run four rows at a time, or two.",
         "",
-        f"Largest relative error of a chunk against the plain module in float32: fused {errors[0]:.1e}, plain module in "
-        f"bfloat16 {errors[1]:.1e}.",
-        "",
         *notes,
     ]
     return "\n".join(lines) + "\n"
@@ -192,6 +268,7 @@ def report(found: Times, of_plain: Times, errors: tuple[float, float], notes: li
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--commit", default="", help="where the sources lie outside a repository")
@@ -218,13 +295,23 @@ def main() -> int:
     found |= whole(fused, asked, arguments.count)
     found["weight commit"] = device_ms(fused.weights.commit, 10)
     gib = torch.cuda.max_memory_allocated() / 2**30
+    of_plain = plain(network, asked[0], 10)
+    exact = exact_answers(network, asked, NUM_EXACT_CHUNKS)
     notes = [
+        f"Largest errors against the plain module in float32. Fused: {_told(errors(fused, asked, exact), len(asked))} "
+        f"Plain module in bfloat16: chunk {plain_error(network, asked, exact):.1e}. Another request's "
+        f"pictures and prompt change a chunk by {exact.by_prefix:.1e}.",
+        "",
         f"Preparing {len(fused._buckets())} graphs took {prepared_s:.1f} s with kernels compiled on the way. Weights: "
         f"{fused.weights.num_bytes / 1e9:.2f} GB, and as much again while a version is staged; "
-        f"largest memory {gib:.1f} GiB, the plain module's weights included."
+        f"largest memory {gib:.1f} GiB, the plain module's weights included.",
     ]
-    errors = error(network, fused, asked[:3])
-    written = report(found, plain(network, asked[0], 10), errors, notes, arguments.commit or git.stdout.strip() or "unknown")
+    if arguments.fp8:
+        fused.weights.free_spare()
+        times, note = in_fp8(network, settings, asked, exact, arguments.count)
+        found |= times
+        notes += ["", note]
+    written = report(found, of_plain, notes, arguments.commit or git.stdout.strip() or "unknown")
     print(written)
     if arguments.write:
         arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,9 @@ import torch
 from policies import text
 from policies.pi052.config import NetworkConfig, Precision, TowerSize, VisionSize
 from policies.pi052.model import Pi052Network
-from services.inference.fused import FusedPi052
+from services.inference.fused import FusedPi052, fp8
+from services.inference.fused.ops import ReferenceOps
+from services.inference.fused.slots import Residual
 from services.inference.fused.units import NO_LOCATIONS
 from tests.support import fused_lab as lab
 
@@ -26,6 +28,8 @@ pytestmark = [
 
 CUDA = torch.device("cuda")
 TOLERANCE = 1e-2
+# Where the MLPs of a prefix are multiplied in FP8.
+FP8_TOLERANCE = 5e-2
 HORIZON = 50
 SIZES = NetworkConfig(
     vision=VisionSize(width=144, depth=2, mlp=304, heads=2, patch=14),
@@ -225,3 +229,125 @@ def test_new_weights_serve_in_graphs_that_were_captured_before(networks: tuple[P
     [slot] = lab.begin(fused, [one])
     staggered(fused, [slot], 1)
     assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(plain, one)) < TOLERANCE
+
+
+# -- FP8 ---------------------------------------------------------------------------------------------------------------
+
+
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU that multiplies FP8"
+)
+
+
+def check_quantized(found: fp8.Quantized, expected: fp8.Quantized) -> None:
+    """Numbers near the middle between two of FP8 may fall either way."""
+    torch.testing.assert_close(found.scale, expected.scale, rtol=1e-5, atol=0.0)
+    ours, theirs = found.values.float(), expected.values.float()
+    assert lab.relative(ours, theirs) < 1e-2
+    assert (ours != theirs).float().mean() < 1e-3
+
+
+@needs_fp8
+@pytest.mark.parametrize(("num_rows", "size"), [(1, 256), (7, 304), (968, 2048), (33, 16384)])
+def test_kernels_quantise_as_plain_torch_does(num_rows: int, size: int) -> None:
+    """Rows of very different size, the first of zeros."""
+    from services.inference.fused import kernels_fp8
+
+    generator = torch.Generator(CUDA).manual_seed(num_rows)
+    sizes = torch.logspace(-3, 2, num_rows, device=CUDA)[:, None]
+    x = torch.randn(num_rows, size, device=CUDA, generator=generator) * sizes
+    gate_up = (torch.randn(num_rows, 2 * size, device=CUDA, generator=generator) * sizes).bfloat16()
+    if num_rows > 1:
+        x[0], gate_up[0] = 0.0, 0.0
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    hidden = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    for pdl in (False, True):
+        launch = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+        check_quantized(kernels_fp8.quantized(x, launch), fp8.quantized(x))
+        check_quantized(kernels_fp8.gelu_mul_quantized(gate_up, launch), fp8.quantized(hidden))
+    for broken in (torch.nan, torch.inf):
+        x[-1, 5], gate_up[-1, 5] = broken, broken
+        for quantised in (kernels_fp8.quantized(x, launch), kernels_fp8.gelu_mul_quantized(gate_up, launch)):
+            weight = fp8.quantized(torch.ones(16, size, device=CUDA))
+            finite = kernels_fp8.product(quantised, weight).isfinite()
+            assert finite[:-1].all()
+            assert not finite[-1].any()
+
+
+@needs_fp8
+@pytest.mark.parametrize("num_tokens", [1, 101, 976])
+def test_an_mlp_in_fp8_is_its_emulation(networks: tuple[Pi052Network, Pi052Network], num_tokens: int) -> None:
+    fused = fused_of(networks[0], fp8=True)
+    weights = fused.weights.language[0].fp8
+    assert weights is not None
+    generator = torch.Generator(CUDA).manual_seed(num_tokens)
+    normed = torch.randn(2, num_tokens, SIZES.language.width, device=CUDA, generator=generator).bfloat16()
+    normed[0] *= 30.0
+    ours, theirs = (Residual(x=torch.zeros_like(normed)) for _ in range(2))
+    fused.units.many.mlp_fp8(ours, normed, weights)
+    ReferenceOps(torch.bfloat16).mlp_fp8(theirs, normed, weights)
+    for row in range(2):  # Sums differ by what matrix units round; a number in a thousand then falls to another one of FP8.
+        assert lab.relative(ours.x[row], theirs.x[row]) < 2 * TOLERANCE
+
+
+@needs_fp8
+def test_prefixes_in_fp8_are_near_the_plain_module_and_so_are_their_chunks(
+    networks: tuple[Pi052Network, Pi052Network],
+) -> None:
+    served, plain = networks
+    fused, asked = fused_of(served, fp8=True, prefix_slices=5), mixed_requests(8)
+    fused.prepare()
+    allowed = ~fused.units.forbidden[0]
+    slots = [slot for at in (0, 4) for slot in lab.begin(fused, asked[at : at + 4])]
+    slots += [lab.begin_in_slices(fused, one) for one in asked[:4]]
+    for slot, one in zip(slots, asked + asked[:4], strict=True):
+        state = lab.plain_state(plain, one, hidden=True)
+        assert state.hidden is not None
+        with torch.inference_mode():
+            expected = plain.text_logits(state.hidden[:, -1])[0, allowed]
+        logits = fused.first_text([lab.TextRow(slot=slot, flags=0)])[0][0, allowed]
+        assert lab.relative(logits, expected) < FP8_TOLERANCE
+    staggered(fused, slots[:8], 4)
+    for slot, one in zip(slots[:8], asked, strict=True):
+        assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(plain, one)) < FP8_TOLERANCE
+
+
+@needs_fp8
+def test_a_prefix_in_fp8_has_the_same_bits_whoever_is_in_its_pass(networks: tuple[Pi052Network, Pi052Network]) -> None:
+    fused, asked = fused_of(networks[0], fp8=True), mixed_requests(8)
+    one, length = asked[1], lab.NUM_CAMERAS * SIZES.num_patches + 200
+    found = []
+    for others in (asked[2:5], asked[5:8], [replace(asked[3], pictures=asked[3].pictures * 100), *asked[6:8]]):
+        slots = lab.begin(fused, [one, *others])
+        logits = fused.first_text([lab.TextRow(slot=slots[0], flags=0)])[0][0]
+        pool = fused.slots
+        found.append(
+            [tensor.clone() for tensor in (pool.keys[:, slots[0], :length], pool.values[:, slots[0], :length], logits)]
+        )
+        for slot in slots:
+            pool.give_back(slot)
+    for again in found[1:]:
+        for ours, theirs in zip(again, found[0], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@needs_fp8
+def test_new_weights_in_fp8_serve_in_graphs_that_were_captured_before(networks: tuple[Pi052Network, Pi052Network]) -> None:
+    other = lab.network(SIZES, seed=5, device=CUDA)
+    [one] = mixed_requests(1)
+
+    def logits(fused: FusedPi052) -> torch.Tensor:
+        [slot] = lab.begin(fused, [one])
+        found = fused.first_text([lab.TextRow(slot=slot, flags=0)])[0][0, ~fused.units.forbidden[0]]
+        fused.slots.give_back(slot)
+        return found
+
+    fused = fused_of(networks[0], fp8=True)
+    before = logits(fused)
+    fused.weights.stage(other.state_dict())
+    assert torch.equal(logits(fused), before)
+    fused.weights.commit()
+    assert lab.relative(logits(fused), logits(fused_of(other, fp8=True))) < FP8_TOLERANCE
+    assert lab.relative(logits(fused), before) > 0.5
+    fused.weights.revert()
+    assert torch.equal(logits(fused), before)

@@ -190,6 +190,7 @@ class Start(_message.Message):
     LOG_LEVEL_FIELD_NUMBER: _builtins.int
     LOG_JSON_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    FP8_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Of the engine processes of this front end, from 1; stands in every slot."""
     device: _builtins.str
@@ -203,6 +204,8 @@ class Start(_message.Message):
     log_level: _builtins.str
     log_json: _builtins.bool
     path: Global___EnginePath.ValueType
+    fp8: _builtins.bool
+    """The language tower's MLPs of a prefix in FP8; only the fused path has it."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSource]: ...
     @_builtins.property
@@ -231,10 +234,11 @@ class Start(_message.Message):
         log_level: _builtins.str = ...,
         log_json: _builtins.bool = ...,
         path: Global___EnginePath.ValueType = ...,
+        fp8: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["catch_up", b"catch_up", "security", b"security"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catch_up", b"catch_up", "device", b"device", "follow", b"follow", "generation", b"generation", "log_json", b"log_json", "log_level", b"log_level", "max_batch", b"max_batch", "models", b"models", "path", b"path", "resume", b"resume", "security", b"security", "torch_threads", b"torch_threads", "weights_address", b"weights_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catch_up", b"catch_up", "device", b"device", "follow", b"follow", "fp8", b"fp8", "generation", b"generation", "log_json", b"log_json", "log_level", b"log_level", "max_batch", b"max_batch", "models", b"models", "path", b"path", "resume", b"resume", "security", b"security", "torch_threads", b"torch_threads", "weights_address", b"weights_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,7 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from policies.attention import ROPE_BASE
 from policies.pi052.config import NetworkConfig
 
-from . import triton_attention, triton_many, triton_rows, triton_small
+from . import kernels_fp8, triton_attention, triton_many, triton_rows, triton_small
+from .fp8 import Fp8Mlp
 from .ops import EulerTables, Heads
 from .slots import Residual, Rows, Slots, SlotSizes
 from .weights import FusedWeights, Norm
@@ -122,6 +123,9 @@ class _Shared:
     def settled(self, residual: Residual, rows: Rows) -> torch.Tensor:
         assert residual.parts is None, "only the expert and text leave a branch pending, and they end with a norm"
         return residual.x
+
+    def mlp_fp8(self, residual: Residual, normed: torch.Tensor, weights: Fp8Mlp) -> None:
+        kernels_fp8.mlp(residual, normed, weights, {"PDL": self.pdl, **_launch(self.pdl)})
 
     def attend(self, q: torch.Tensor, rows: Rows, slots: Slots, layer: int) -> torch.Tensor:
         num_rows, num_tokens, heads, size = q.shape

@@ -15,6 +15,8 @@ from manyhands.errors import InvalidInput
 from policies.configuration import TowerSize
 from policies.pi052.config import NetworkConfig
 
+from .fp8 import FP8, MULTIPLE
+
 ALIGNMENT_BYTES = 256
 
 
@@ -54,8 +56,11 @@ def patch_columns(config: NetworkConfig) -> int:
     return -(-3 * config.vision.patch**2 // 8) * 8
 
 
-def layout(config: NetworkConfig, num_steps: int, dtype: torch.dtype) -> Layout:
+def layout(config: NetworkConfig, num_steps: int, dtype: torch.dtype, *, fp8: bool = False) -> Layout:
     """
+    Args:
+        fp8: The MLPs of a prefix lie there a second time, in FP8, in half as many bytes as in bfloat16.
+
     Raises:
         InvalidInput: The fused path has no kernels for this network.
     """
@@ -80,6 +85,8 @@ def layout(config: NetworkConfig, num_steps: int, dtype: torch.dtype) -> Layout:
         "action_out.weight": Entry(shape=(config.action_size, config.expert.width), dtype=torch.float32),
         "action_out.bias": Entry(shape=(config.action_size,), dtype=torch.float32),
     }
+    if fp8:
+        entries |= _prefix_fp8(config.language)
     offsets, end = {}, 0
     for name, entry in entries.items():
         offsets[name] = end
@@ -102,6 +109,23 @@ def _tower(size: TowerSize, num_entries: int, dtype: torch.dtype, *, adaptive: b
         entries |= _norm(f"{at}norm_1", width, num_entries, adaptive=adaptive)
         entries |= _norm(f"{at}norm_2", width, num_entries, adaptive=adaptive)
     return entries | _norm("norm", width, num_entries, adaptive=adaptive)
+
+
+def _prefix_fp8(size: TowerSize) -> dict[str, Entry]:
+    """Of all layers but the last, which a prefix does not run."""
+    if size.width % MULTIPLE or size.mlp % MULTIPLE:
+        raise InvalidInput(
+            f"has width {size.width} and MLP width {size.mlp}; FP8 multiplies multiples of {MULTIPLE}, serve "
+            "this model without it",
+            field="network.language",
+        )
+    entries: dict[str, Entry] = {}
+    for index in range(size.depth - 1):
+        for name, shape in (("gate_up", (2 * size.mlp, size.width)), ("down", (size.width, size.mlp))):
+            at = f"language.layers.{index}.{name}"
+            entries[f"{at}_fp8"] = Entry(shape=shape, dtype=FP8)
+            entries[f"{at}_scale"] = Entry(shape=(shape[0], 1), dtype=torch.float32)
+    return entries
 
 
 def _norm(name: str, width: int, num_entries: int, *, adaptive: bool) -> dict[str, Entry]:

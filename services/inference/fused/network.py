@@ -70,7 +70,7 @@ class FusedPi052:
         self.config = config
         self.settings = settings
         self.device = device
-        self.weights = FusedWeights(config, num_steps=settings.num_steps, device=device, dtype=dtype)
+        self.weights = FusedWeights(config, num_steps=settings.num_steps, device=device, dtype=dtype, fp8=settings.fp8)
         self._patches = config.num_patches * settings.num_cameras
         sizes = SlotSizes(
             num_slots=settings.num_slots,

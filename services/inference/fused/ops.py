@@ -1,7 +1,8 @@
 """The operations that the units are made of, and what they mean in plain torch.
 
-A layer is seven of them: normed, project_qkv, attend, project_out, normed, gate_up, project_out. ReferenceOps runs on every
-device and says what the kernels must compute; kernels.py has two more sets of the same signatures, for few and many tokens.
+A layer is seven of them: normed, project_qkv, attend, project_out, normed, gate_up, project_out; mlp_fp8 can
+stand for the last two. ReferenceOps runs on every device and says what the kernels must compute; kernels.py has two more
+sets of the same signatures, for few and many tokens.
 
 Shapes: B rows, T tokens of a row, D width, H heads, E head size, M MLP width, A action size, V vocabulary.
 """
@@ -19,6 +20,8 @@ from policies.attention import rotate, rotation
 from policies.pi052.gemma import normalized
 from policies.siglip import LAYER_NORM_EPS
 
+from . import fp8
+from .fp8 import Fp8Mlp
 from .slots import Residual, Rows, Slots
 from .weights import FusedWeights, Norm, step_times
 
@@ -84,6 +87,9 @@ class Ops(Protocol):
 
     def gate_up(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """gelu(gate) * up, (B, T, M)."""
+
+    def mlp_fp8(self, residual: Residual, normed: torch.Tensor, weights: Fp8Mlp) -> None:
+        """gate_up and project_out without a gate, with both products in FP8, their tokens quantised on the way."""
 
     def action_in(self, weights: FusedWeights, rows: Rows, slots: Slots) -> torch.Tensor:
         """The slots' noisy actions as the expert's tokens, (B, T, D)."""
@@ -168,6 +174,11 @@ class ReferenceOps:
     def gate_up(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         gate, up = functional.linear(normed, weight).chunk(2, dim=-1)
         return functional.gelu(gate, approximate="tanh") * up
+
+    def mlp_fp8(self, residual: Residual, normed: torch.Tensor, weights: Fp8Mlp) -> None:
+        gate, up = fp8.product(fp8.quantized(normed), weights.gate_up).to(self.dtype).float().chunk(2, dim=-1)
+        out = fp8.product(fp8.quantized(functional.gelu(gate, approximate="tanh") * up), weights.down)
+        residual.x.add_(out.to(self.dtype).view(residual.x.shape))
 
     def action_in(self, weights: FusedWeights, rows: Rows, slots: Slots) -> torch.Tensor:
         views, index = weights.views, rows.slots.long()

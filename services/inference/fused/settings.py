@@ -36,6 +36,7 @@ class FusedSettings:
     schedule: Of guided chunking.
     pictures_fit: Whether pictures come as bytes in the network's size, for vision_of_bytes(); else as numbers, for vision().
     whole_chunk: Whether all steps of a single row are one graph too, for a robot that is alone.
+    fp8: The MLPs of a prefix are multiplied in FP8, but for the last layer's: faster, and some percent from float32.
     """
 
     num_cameras: int
@@ -56,6 +57,7 @@ class FusedSettings:
     schedule: rtc.PrefixSchedule = rtc.PrefixSchedule.LINEAR
     pictures_fit: bool = False
     whole_chunk: bool = True
+    fp8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

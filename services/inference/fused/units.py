@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from policies import text
 
+from .fp8 import Fp8Mlp
 from .layout import patch_columns
 from .ops import EulerTables, Heads, Ops
 from .slots import Residual, Rows, Slots
@@ -157,7 +158,8 @@ class Units:
     def prefix_layers(self, residual: Residual, rows: Rows, layers: range) -> None:
         """Some of the layers, all but the last."""
         for number in layers:
-            self._layer(residual, self.weights.language[number], number, rows, self.many)
+            layer = self.weights.language[number]
+            self._layer(residual, layer, number, rows, self.many, layer.fp8)
 
     def prefix_end(self, residual: Residual, rows: Rows, valid: torch.Tensor) -> None:
         """Of the last layer keys and values, and for each row where actions and text begin."""
@@ -284,12 +286,18 @@ class Units:
         """Of the branch that a layer leaves to be added; None before the first."""
         return self.weights.views[f"vision.layers.{layer}.down.bias"] if layer >= 0 else None
 
-    def _layer(self, residual: Residual, layer: Layer, number: int, rows: Rows, ops: Ops) -> None:
+    def _layer(
+        self, residual: Residual, layer: Layer, number: int, rows: Rows, ops: Ops, mlp_fp8: Fp8Mlp | None = None
+    ) -> None:
+        """mlp_fp8: Takes the place of gate_up and down."""
         normed = ops.normed(residual, layer.norm_1, rows)
         q = ops.project_qkv(normed, layer.qkv, rows, self.slots, number, self._heads)
         ops.project_out(residual, ops.attend(q, rows, self.slots, number), layer.o, layer.norm_1, rows)
         normed = ops.normed(residual, layer.norm_2, rows)
-        ops.project_out(residual, ops.gate_up(normed, layer.gate_up), layer.down, layer.norm_2, rows)
+        if mlp_fp8 is not None:
+            ops.mlp_fp8(residual, normed, mlp_fp8)
+        else:
+            ops.project_out(residual, ops.gate_up(normed, layer.gate_up), layer.down, layer.norm_2, rows)
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         return functional.embedding(tokens, self.weights.views["token_table"]) * math.sqrt(

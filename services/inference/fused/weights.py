@@ -21,6 +21,7 @@ from policies.flow_matching import embed_time
 from policies.pi052.config import NetworkConfig
 
 from .courier import Courier
+from .fp8 import Fp8Mlp, Quantized, quantized
 from .layout import Layout, layout
 
 State = Mapping[str, torch.Tensor]
@@ -43,12 +44,17 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
+    """Attributes:
+    fp8: The MLP's matrices again, for a prefix; None where it takes gate_up and down.
+    """
+
     norm_1: Norm
     qkv: torch.Tensor
     o: torch.Tensor
     norm_2: Norm
     gate_up: torch.Tensor
     down: torch.Tensor
+    fp8: Fp8Mlp | None
 
 
 class FusedWeights:
@@ -60,13 +66,19 @@ class FusedWeights:
     """
 
     def __init__(
-        self, config: NetworkConfig, *, num_steps: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+        self,
+        config: NetworkConfig,
+        *,
+        num_steps: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        fp8: bool = False,
     ) -> None:
         self.config = config
         self.num_steps = num_steps
         self.dtype = dtype
         self.device = device
-        self._layout: Layout = layout(config, num_steps, dtype)
+        self._layout: Layout = layout(config, num_steps, dtype, fp8=fp8)
         self._buffer = torch.zeros(self._layout.num_bytes, dtype=torch.uint8, device=device)
         self._spare: torch.Tensor | None = None
         self._previous: torch.Tensor | None = None
@@ -125,7 +137,14 @@ class FusedWeights:
             norm_2=self._norm(f"{at}.norm_2"),
             gate_up=self.views[f"{at}.gate_up"],
             down=self.views[f"{at}.down"],
+            fp8=self._fp8(at),
         )
+
+    def _fp8(self, at: str) -> Fp8Mlp | None:
+        if f"{at}.gate_up_fp8" not in self.views:
+            return None
+        gate_up, down = (_fp8_view(self.views, f"{at}.{name}") for name in ("gate_up", "down"))
+        return Fp8Mlp(gate_up=gate_up, down=down)
 
     def _norm(self, at: str) -> Norm:
         views = self.views
@@ -146,6 +165,9 @@ def _fill(views: Mapping[str, torch.Tensor], source: _Source, config: NetworkCon
     for index in range(config.language.depth):
         at = f"language.layers.{index}"
         _fill_matrices(views, source, at)
+        if f"{at}.gate_up_fp8" in views:
+            _fill_fp8(views, f"{at}.gate_up")
+            _fill_fp8(views, f"{at}.down")
         for norm in ("norm_1", "norm_2"):
             torch.add(
                 source(f"{at}.{norm}.weight", (config.language.width,)).float(), 1.0, out=views[f"{at}.{norm}.scale"][0]
@@ -192,6 +214,17 @@ class _Source:
 def _fill_matrices(views: Mapping[str, torch.Tensor], source: _Source, at: str) -> None:
     for fused, names in (("qkv", "qkv"), ("o", "o"), ("gate_up", ("gate", "up")), ("down", ("down",))):
         _fill_parts(views[f"{at}.{fused}"], source, [f"{at}.{name}.weight" for name in names])
+
+
+def _fp8_view(views: Mapping[str, torch.Tensor], name: str) -> Quantized:
+    return Quantized(values=views[f"{name}_fp8"], scale=views[f"{name}_scale"])
+
+
+def _fill_fp8(views: Mapping[str, torch.Tensor], name: str) -> None:
+    """From the matrix of that name, which is there."""
+    made, into = quantized(views[name]), _fp8_view(views, name)
+    into.values.copy_(made.values)
+    into.scale.copy_(made.scale)
 
 
 def _fill_parts(into: torch.Tensor, source: _Source, names: list[str]) -> None:
