@@ -129,6 +129,10 @@ class FusedWeights:
         assert self._previous is not None, "nothing was committed"
         self._buffer.copy_(self._previous)
 
+    def free_spare(self) -> None:
+        """Gives the memory beside the serving weights back; the next stage() takes it again."""
+        self._spare, self._previous, self._staged = None, None, False
+
     def _layer(self, at: str) -> Layer:
         return Layer(
             norm_1=self._norm(f"{at}.norm_1"),
