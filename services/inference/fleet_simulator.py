@@ -102,6 +102,7 @@ class Robot:
     in_flight: tuple[int, float] | None = None
     actions_until_s: float = 0.0
     num_texts: int = 0
+    next_question_s: float = 0.0
     num_missed: int = 0
     latencies_s: list[float] = field(default_factory=list)
 
@@ -196,6 +197,8 @@ class _Simulation:
             for work in decision.late_chunks:
                 self._refuse(work)
             self._outcome.refusals["text too late"] += len(decision.late_texts)
+            for late in decision.late_texts:
+                self._heard(late)
             unit = decision.unit
             if unit is None:
                 # A late robot's answer may have made an event; there always is one while robots run.
@@ -329,7 +332,9 @@ class _Simulation:
         self._at(max(self._now_s, robot.next_due_s), lambda: self._observe(robot))
 
     def _ask(self, robot: Robot) -> None:
+        """One question at a time, as robots ask: the next comes at its time, or when the last one is answered."""
         fleet = self._fleet
+        robot.next_question_s = self._now_s + fleet.ask_every_s * self._random.uniform(0.8, 1.2)
         robot.num_texts += 1
         has_draft = fleet.draft_hit_share >= 0 and robot.num_texts > 1
         text = TextWork(
@@ -345,7 +350,11 @@ class _Simulation:
             payload=has_draft and self._random.random() < fleet.draft_hit_share,
         )
         self._at(self._now_s + self._way_s(), lambda: self._scheduler.ask(text))
-        self._at(self._now_s + fleet.ask_every_s * self._random.uniform(0.8, 1.2), lambda: self._ask(robot))
+
+    def _heard(self, work: TextWork[bool]) -> None:
+        """A question was answered, or dropped."""
+        robot = self._by_name[work.owner]
+        self._at(max(self._now_s + self._way_s(), robot.next_question_s), lambda: self._ask(robot))
 
     def _ran(self, unit: Unit[None, bool], seconds: float) -> None:
         outcome = self._outcome
@@ -365,6 +374,7 @@ class _Simulation:
         for work in finished.texts:
             outcome.num_texts += 1
             outcome.text_s.append(self._now_s - work.arrived_s)
+            self._heard(work)
         for chunk in finished.chunks:
             self._at(self._now_s + self._way_s(), self._deliver(chunk))
 

@@ -7,17 +7,20 @@ progress allow, because ten joint steps are cheaper than ten for each. A chunk i
 when it would be late even at best; one in progress is never dropped.
 
 Text runs when no chunk needs the device. It may also go before chunks, but of one question at most one text unit from a
-chunk's arrival to its answer, the one that was running at its arrival included; and of all the decoding, which texts do
-together, at most one step. And only when all deadlines still hold, or after the text has waited for MAX_TEXT_WAIT_S. So no
-question delays another robot's chunk by more than one text unit, and text is never starved while chunks come to an end.
+chunk's arrival to its answer, the one that was running at its arrival included, and of all the decoding, which texts do
+together, at most one step: as far as deadlines hold, or after the text has waited for MAX_TEXT_WAIT_S. Chunks that wait for
+other chunks are there for longer than one takes alone: each such time text may hold them up once more, if that leaves them a
+good share of their time. So no question delays another robot's chunk by more than one text unit while the chunk has the
+device's attention, and text is never starved while chunks come to an end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Generic
 
 from . import sharing
+from .hold_ups import HoldUps
 from .line import Line
 from .service_times import ServiceTimes
 from .text_line import TextLine
@@ -41,6 +44,8 @@ from .units import (
 MAX_TEXT_WAIT_S = 0.3
 # Of the time a robot gives, for what comes behind the device: the answer's way back, and estimates that are wrong.
 RESERVE_SHARE = 0.05
+# As much must be left where text holds chunks up again.
+AGAIN_RESERVE_SHARE = 0.45
 # A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper.
 WORTHWHILE_SAVING = 0.1
 
@@ -66,11 +71,8 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         self._line: Line[ChunkWork[ChunkT]] = Line()
         self._rows: dict[str, Row[ChunkT]] = {}
         self._texts: TextLine[ChunkT, TextT] = TextLine(max_texts=max_texts, max_prefixes=max_prefixes)
-        # Who would hold up a chunk that comes now: the text unit that runs. Empty: none runs.
-        self._holding_up: frozenset[Hashable] = frozenset()
+        self._hold_ups = HoldUps()
         self._busy_at_least_until_s = 0.0
-        # By chunk that is there, (owner, request_id): whom it has waited for and must not wait for again.
-        self._held_up: dict[tuple[str, int], set[Hashable]] = {}
 
     def __len__(self) -> int:
         """Chunks and texts, waiting and in progress."""
@@ -96,13 +98,12 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """
         replaced = self._line.replace(work.owner)
         if replaced is not None:
-            self._held_up.pop(_key(replaced), None)
+            self._hold_ups.left(_key(replaced))
         if max(now_s, self._busy_at_least_until_s) + self._at_best_s(work, now_s) > work.deadline_s:
             self._line.inherit(work)
             return replaced, False
         self._line.add(work)
-        if self._holding_up:
-            self._held_up[_key(work)] = set(self._holding_up)
+        self._hold_ups.came(_key(work), self._alone_s(work, now_s), now_s)
         return replaced, True
 
     def ask(self, work: TextWork[TextT]) -> None:
@@ -116,7 +117,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         row = self._rows.pop(owner, None)
         chunks = [work for work in (waiting, row.work if row else None) if work is not None]
         for work in chunks:
-            self._held_up.pop(_key(work), None)
+            self._hold_ups.left(_key(work))
         return tuple(chunks), self._texts.withdraw(owner=owner)
 
     def withdraw_text(self, text_id: Hashable) -> tuple[TextWork[TextT], ...]:
@@ -136,9 +137,15 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             return Decision(unit=unit)
         late_chunks = self._refuse_late(now_s)
         late_texts = self._texts.drop_late(now_s) if len(self._texts) else ()
-        text = self._next_text()
-        unit = self._action_unit(now_s, is_text_overdue=text is not None and now_s - text[1] > MAX_TEXT_WAIT_S)
-        if text is not None and (unit is None or self._text_goes_first(*text, now_s)):
+        text = self._next_text(now_s, again=False)
+        is_text_overdue = text is not None and now_s - text[1] > MAX_TEXT_WAIT_S
+        unit = self._action_unit(now_s, is_text_overdue=is_text_overdue)
+        if text is None:
+            text = self._next_text(now_s, again=True)
+            goes_first = text is not None and self._leaves_time(text[0], AGAIN_RESERVE_SHARE, now_s)
+        else:
+            goes_first = is_text_overdue or self._leaves_time(text[0], RESERVE_SHARE, now_s)
+        if text is not None and (unit is None or goes_first):
             unit = text[0]
         if unit is not None:
             self._begin(unit, now_s)
@@ -168,7 +175,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             self.times.observe(unit.group, unit.size, duration_s, now_s)
             self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
-            self._holding_up = frozenset()
+            self._hold_ups.text_ends()
             return Finished(
                 texts=self._texts.finished(unit, now_s, num_new_tokens=num_new_tokens or {}, ended=frozenset(ended))
             )
@@ -186,7 +193,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """The unit raised: its rows and texts leave, unanswered by the scheduler."""
         self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
-            self._holding_up = frozenset()
+            self._hold_ups.text_ends()
         for row in unit.rows:
             self._forget(row)
         for text in unit.texts:
@@ -200,13 +207,11 @@ class UnitScheduler(Generic[ChunkT, TextT]):
                 self._rows[row.work.owner] = row
         elif unit.kind is not UnitKind.EXPERT:
             self._texts.begin(unit)
-            texts = {text.work.text_id for text in unit.texts}
-            self._holding_up = frozenset(texts | {UnitKind.TEXT} if unit.kind is UnitKind.TEXT else texts)
-            for work in (*self._line.ordered(), *(row.work for row in self._rows.values())):
-                self._held_up.setdefault(_key(work), set()).update(self._holding_up)
+            who: list[Hashable] = [text.work.text_id for text in unit.texts]
+            self._hold_ups.text_begins([*who, UnitKind.TEXT] if unit.kind is UnitKind.TEXT else who, now_s)
 
     def _forget(self, row: Row[ChunkT]) -> bool:
-        self._held_up.pop(_key(row.work), None)
+        self._hold_ups.left(_key(row.work))
         if self._rows.get(row.work.owner) is not row:
             return False  # Withdrawn while it ran.
         del self._rows[row.work.owner]
@@ -219,7 +224,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         late = [work for work in waiting if now_s + self._at_best_s(work, now_s) > work.deadline_s]
         for work in late:
             self._line.refuse(work)
-            self._held_up.pop(_key(work), None)
+            self._hold_ups.left(_key(work))
         return tuple(late)
 
     def _action_unit(self, now_s: float, *, is_text_overdue: bool) -> Unit[ChunkT, TextT] | None:
@@ -230,7 +235,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         pressed = (
             is_text_overdue
             or self._sharing_pays(rows, waiting[0], now_s)
-            or not self._all_in_time(now_s, rows, waiting, now_s)
+            or not self._all_in_time(now_s, rows, waiting, now_s, RESERVE_SHARE)
         )
         prefix = self._prefix_unit(rows, waiting, pressed, now_s)
         if not rows:
@@ -307,48 +312,53 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         rows: Sequence[Row[ChunkT]],
         waiting: Sequence[ChunkWork[ChunkT]],
         now_s: float,
+        reserve_share: float,
     ) -> bool:
         """Whether all would be in time if the device were theirs from at_s on, each finished before the next begins."""
         free_s = at_s
         for row in rows:
             done_s = at_s + row.num_steps_left * self._step_s(row.work, len(rows), now_s)
-            if done_s > _due_s(row.work):
+            if done_s > _due_s(row.work, reserve_share):
                 return False
             free_s = max(free_s, done_s)
         for work in waiting:
             prefix_s = self.times.careful_s(group(UnitKind.PREFIX, work.model, work.bucket), 1, now_s)
             free_s += prefix_s + work.num_steps * self._step_s(work, 1, now_s)
-            if free_s > _due_s(work):
+            if free_s > _due_s(work, reserve_share):
                 return False
         return True
 
-    def _next_text(self) -> tuple[Unit[ChunkT, TextT], float] | None:
+    def _next_text(self, now_s: float, *, again: bool) -> tuple[Unit[ChunkT, TextT], float] | None:
         """None also while a text unit is not finished: what is next depends on its tokens, and a chunk that comes meanwhile
-        would wait for two."""
-        if not len(self._texts) or self._holding_up:
+        would wait for two. again: As HoldUps.pausing."""
+        if not len(self._texts) or self._hold_ups.text_runs:
             return None
-        return self._texts.next_unit(set[Hashable]().union(*self._held_up.values()))
+        return self._texts.next_unit(self._hold_ups.pausing(now_s, again=again))
 
-    def _text_goes_first(self, unit: Unit[ChunkT, TextT], waited_since_s: float, now_s: float) -> bool:
-        """Whether a text unit may run although chunks need the device."""
-        if now_s - waited_since_s > MAX_TEXT_WAIT_S:
-            return True
-        at_s = now_s + self.times.careful_s(unit.group, unit.size, now_s)
-        return self._all_in_time(at_s, list(self._rows.values()), self._line.ordered(), now_s)
+    def _leaves_time(self, text: Unit[ChunkT, TextT], reserve_share: float, now_s: float) -> bool:
+        """Whether all chunks would still be in time behind a text unit."""
+        at_s = now_s + self.times.careful_s(text.group, text.size, now_s)
+        return self._all_in_time(at_s, list(self._rows.values()), self._line.ordered(), now_s, reserve_share)
 
     def _step_s(self, work: ChunkWork[ChunkT], num_rows: int, now_s: float) -> float:
         return self.times.careful_s(group(UnitKind.EXPERT, work.model, work.bucket), num_rows, now_s)
 
     def _at_best_s(self, work: ChunkWork[ChunkT], now_s: float) -> float:
-        """From beginning to end, alone and undisturbed."""
-        prefix_s = self.times.at_best_s(group(UnitKind.PREFIX, work.model, work.bucket), 1, now_s)
-        step_s = self.times.at_best_s(group(UnitKind.EXPERT, work.model, work.bucket), 1, now_s)
-        return prefix_s + work.num_steps * step_s
+        """From beginning to end, alone and undisturbed, if all goes well."""
+        return _whole_s(work, lambda kind: self.times.at_best_s(group(kind, work.model, work.bucket), 1, now_s))
+
+    def _alone_s(self, work: ChunkWork[ChunkT], now_s: float) -> float:
+        """The same, with care."""
+        return _whole_s(work, lambda kind: self.times.careful_s(group(kind, work.model, work.bucket), 1, now_s))
 
 
-def _due_s(work: ChunkWork[ChunkT]) -> float:
+def _whole_s(work: ChunkWork[ChunkT], unit_s: Callable[[UnitKind], float]) -> float:
+    return unit_s(UnitKind.PREFIX) + work.num_steps * unit_s(UnitKind.EXPERT)
+
+
+def _due_s(work: ChunkWork[ChunkT], reserve_share: float = RESERVE_SHARE) -> float:
     """When a chunk should be done that is to be with its robot in time."""
-    return work.deadline_s - RESERVE_SHARE * (work.deadline_s - work.arrived_s)
+    return work.deadline_s - reserve_share * (work.deadline_s - work.arrived_s)
 
 
 def _key(work: ChunkWork[ChunkT]) -> tuple[str, int]:
