@@ -1,10 +1,10 @@
 """manyhands simulate-fleet: how many robots a GPU carries, in seconds and without the GPU.
 
 The scheduler is the one that serves; how long a unit of work takes comes from a table in milliseconds. Without --durations
-it is that of pi0.5's size on an H200 with three cameras and 200 prompt tokens. A file has the same form:
+it is what the served engine takes for pi052 on an H200 with three cameras and 200 prompt tokens. A file has the same form:
 
-    {"prefix": {"1": 5.9, "2": 11.8, "4": 23.5}, "expert_step": {"1": 0.163, "8": 0.392},
-     "text_prefix": 5.9, "draft_check": 1.2, "text_step": {"1": 1.17, "32": 1.32}}
+    {"prefix": {"1": 8.1, "2": 15.2, "4": 30.3}, "expert_step": {"1": 0.80, "8": 1.39},
+     "text_prefix": 8.7, "draft_check": 2.0, "text_step": {"1": 1.68, "32": 2.0}}
 
 "text_prefix_slices" says how many units a question's prefix comes in, of equal length; without it, as many as make each no
 longer than a text step.
@@ -31,15 +31,15 @@ from .fleet_simulator import Fleet, Outcome, UnitDurations, simulate
 
 
 class DurationsTable(BaseModel):
-    """Milliseconds of a unit by its size; the defaults were measured on an H200 (bf16, 3 cameras, 200 tokens)."""
+    """Milliseconds of a unit by its size; the defaults were measured on an H200 (2026-11-28, bf16, 3 cameras, 200 tokens)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prefix: dict[int, float] = Field(default={1: 5.9, 2: 11.8, 4: 23.5}, min_length=1)
-    expert_step: dict[int, float] = Field(default={1: 0.163, 2: 0.182, 4: 0.220, 8: 0.392}, min_length=1)
-    text_prefix: float = Field(default=5.9, gt=0)
-    draft_check: float = Field(default=1.2, gt=0)
-    text_step: dict[int, float] = Field(default={1: 1.17, 32: 1.32}, min_length=1)
+    prefix: dict[int, float] = Field(default={1: 8.1, 2: 15.2, 4: 30.3}, min_length=1)
+    expert_step: dict[int, float] = Field(default={1: 0.80, 2: 0.85, 4: 0.98, 8: 1.39, 16: 2.05}, min_length=1)
+    text_prefix: float = Field(default=8.7, gt=0)
+    draft_check: float = Field(default=2.0, gt=0)
+    text_step: dict[int, float] = Field(default={1: 1.68, 8: 1.75, 16: 1.83, 32: 2.0}, min_length=1)
     text_prefix_slices: int | None = Field(default=None, ge=1)
 
 
@@ -68,7 +68,7 @@ class Settings(config.Settings):
         default=-1.0, ge=-1, le=1, description="share of questions whose last answer is still right; -1: no drafts"
     )
     ramp_up_s: float = Field(default=5.0, ge=0, description="robots come at random within this time")
-    max_rows: int = Field(default=8, ge=1, description="chunks in progress at once")
+    max_rows: int = Field(default=16, ge=1, description="chunks in progress at once")
     max_texts: int = Field(default=32, ge=1, description="texts in progress at once")
     durations: Path | None = Field(default=None, description="JSON file of unit durations in ms; default: an H200's")
     duration_jitter: float = Field(default=0.02, ge=0, lt=0.5, description="standard deviation of durations, as a share")
@@ -169,7 +169,7 @@ def summarise(fleet: Fleet, outcome: Outcome) -> dict[str, Any]:
                 kind: sum(size * count for size, count in sizes.items()) / sizes.total()
                 for kind, sizes in sorted(outcome.sizes.items())
             },
-            "chunks_per_s_one_by_one": outcome.chunks_per_s,
+            "chunks_per_s_without_text": outcome.chunks_per_s,
             "text_share_admitted": outcome.text_share,
         },
     }
@@ -193,7 +193,7 @@ def table(result: dict[str, Any]) -> Table:
     shown.add_row("device in use", f"{device['use']:.1%} ({by_unit})")
     rows = ", ".join(f"{kind} {mean:.2f}" for kind, mean in device["mean_rows"].items())
     shown.add_row("mean rows of a unit", rows or "-")
-    shown.add_row("chunks a second, one by one and no text", f"{device['chunks_per_s_one_by_one']:.0f}")
+    shown.add_row("chunks a second without text", f"{device['chunks_per_s_without_text']:.0f}")
     return shown
 
 

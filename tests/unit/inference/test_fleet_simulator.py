@@ -12,11 +12,19 @@ import pytest
 
 from manyhands.cli import main as manyhands
 from manyhands.errors import InvalidInput
-from services.inference.fleet_simulator import Fleet, interpolate, simulate
+from services.inference.fleet_simulator import Fleet, UnitDurations, interpolate, simulate
 from services.inference.simulate_fleet import Settings, make_fleet, read_durations, summarise
 from services.inference.units import UnitKind
 
-H200 = read_durations(None, 0.02)
+# What the matrix products of an H200 take, without anything around them.
+H200 = UnitDurations(
+    prefix_s={1: 0.0059, 2: 0.0118, 4: 0.0235},
+    expert_step_s={1: 0.000163, 2: 0.000182, 4: 0.00022, 8: 0.000392},
+    text_prefix_s=0.0059,
+    draft_check_s=0.0012,
+    text_step_s={1: 0.00117, 32: 0.00132},
+    num_text_slices=6,
+)
 
 
 def fleet(**changed: Any) -> Fleet:
@@ -83,9 +91,9 @@ def test_sizes_that_are_not_prepared_take_as_long_as_the_next_bigger_one() -> No
 
 def test_a_questions_prefix_comes_in_slices_of_a_text_step_unless_the_table_says_how_many(tmp_path: Path) -> None:
     table = tmp_path / "gpu.json"
+    table.write_text(json.dumps({"text_prefix": 5.9, "text_step": {"1": 1.17, "32": 1.32}}))
+    assert read_durations(table, 0.0).of(UnitKind.TEXT_PREFIX, 1) == pytest.approx(0.0059 / 6)
     table.write_text(json.dumps({"text_prefix": 6.0, "text_prefix_slices": 5}))
-    assert H200.num_text_slices == 6  # 5.9 ms, a step is 1.17.
-    assert H200.of(UnitKind.TEXT_PREFIX, 1) == pytest.approx(0.0059 / 6)
     sliced = read_durations(table, 0.0)
     assert sliced.num_text_slices == 5
     assert sliced.of(UnitKind.TEXT_PREFIX, 1) == pytest.approx(0.0012)
