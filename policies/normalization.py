@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -145,11 +145,13 @@ def relative_mask(size: int, names: Sequence[str] | None, exclude: Sequence[str]
     return mask
 
 
-def to_relative(actions: torch.Tensor, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B, H, R) actions minus (B, R) state where mask (R,); before normalisation."""
-    return actions - state[:, None, :] * mask
+def to_relative(actions: Numbers, state: Numbers, mask: Any) -> Numbers:
+    """(B, H, R) actions minus (B, R) state where mask (R,); before normalisation. The mask is of the same kind, bool."""
+    moved: Numbers = actions - state[:, None, :] * mask
+    return moved
 
 
-def to_absolute(actions: torch.Tensor, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def to_absolute(actions: Numbers, state: Numbers, mask: Any) -> Numbers:
     """Undoes to_relative(); after un-normalisation, with the same raw state."""
-    return actions + state[:, None, :] * mask
+    moved: Numbers = actions + state[:, None, :] * mask
+    return moved

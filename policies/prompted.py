@@ -24,7 +24,7 @@ from . import samples as sample_checks
 from .configuration import TowerSize
 from .files import Files
 from .losses import Term
-from .normalization import Normalization, Normalizer, Statistics
+from .normalization import Normalization, Normalizer, Numbers, Statistics
 from .policy import CommittedPrefix, Losses, Policy, Sample, TextKind, TextRequest
 from .prompt import Pieces, Prompt, Prompter
 
@@ -278,13 +278,24 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
 
     @torch.no_grad()
     def postprocess(self, chunk: torch.Tensor, inputs: InputsT) -> npt.NDArray[np.float32]:
-        actions: npt.NDArray[np.float32] = self._to_robot_space(chunk, inputs.state).float().cpu().numpy()
+        actions: npt.NDArray[np.float32] = self.finished(chunk, inputs.state)[0].float().cpu().numpy()
         return actions
 
     def carried(self, chunk: torch.Tensor, inputs: InputsT) -> torch.Tensor:
-        if self.relative_action_mask() is not None:
-            return self._pad_actions(self._to_robot_space(chunk, inputs.state))
-        return self._pad_actions(chunk[..., : self.robot_action_size])
+        return self.finished(chunk, inputs.state)[1]
+
+    def finished(self, chunk: Numbers, state: Numbers) -> tuple[Numbers, Numbers]:
+        """postprocess() and carried() of chunks (B, T, A) at states (B, S): (B, T, R) and (B, T, A).
+
+        The same bits of either kind.
+        """
+        made = chunk[..., : self.robot_action_size]
+        actions = self.action_normalizer.unnormalize(made)
+        mask = self.relative_action_mask()
+        if mask is None:
+            return actions, self._pad_actions(made)
+        actions = normalization.to_absolute(actions, *self._relative(mask, state))
+        return actions, self._pad_actions(actions)
 
     def _to_model_space(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """(B, T, R) in the robot's units to normalised."""
@@ -293,18 +304,14 @@ class PromptedPolicy(Policy[InputsT], Generic[InputsT, ConfigT]):
             actions = normalization.to_relative(actions, *self._relative(mask, state))
         return self.action_normalizer.normalize(actions)
 
-    def _to_robot_space(self, chunk: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        actions = self.action_normalizer.unnormalize(chunk[..., : self.robot_action_size])
-        mask = self.relative_action_mask()
-        return actions if mask is None else normalization.to_absolute(actions, *self._relative(mask, state))
-
-    def _relative(self, mask: npt.NDArray[np.bool_], state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """State (B, R) and mask (R,): numbers of the state that no action stands for are left out."""
+    def _relative(self, mask: npt.NDArray[np.bool_], state: Numbers) -> tuple[Numbers, Any]:
+        """State (B, R) and mask (R,), both as state is: numbers of the state that no action stands for are left out."""
         size = self.robot_action_size
-        return functional.pad(state, (0, max(0, size - state.shape[1])))[:, :size], torch.from_numpy(mask).to(state.device)
+        fitting = _padded_to(state[:, :size], size)
+        return fitting, torch.from_numpy(mask).to(fitting.device) if isinstance(fitting, torch.Tensor) else mask
 
-    def _pad_actions(self, actions: torch.Tensor) -> torch.Tensor:
-        return functional.pad(actions, (0, self.model_action_size - actions.shape[-1]))
+    def _pad_actions(self, actions: Numbers) -> Numbers:
+        return _padded_to(actions, self.model_action_size)
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
@@ -438,3 +445,11 @@ def padded(values: Sequence[npt.NDArray[Any] | None], width: int, filler: int) -
 def ones_like(values: Sequence[npt.NDArray[Any] | None]) -> list[npt.NDArray[Any] | None]:
     """For padded(): which positions are there."""
     return [None if row is None else np.ones_like(row) for row in values]
+
+
+def _padded_to(numbers: Numbers, size: int) -> Numbers:
+    """(..., less) to (..., size) with zeros."""
+    missing = size - numbers.shape[-1]
+    if isinstance(numbers, torch.Tensor):
+        return functional.pad(numbers, (0, missing))
+    return np.concatenate([numbers, np.zeros((*numbers.shape[:-1], missing), dtype=numbers.dtype)], axis=-1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -259,12 +258,12 @@ class FusedModel(ServedModel):
     def fetch(self, rows: Sequence[ChunkRow]) -> Callable[[], list[Chunk]]:
         """Sends finished chunks to the host; what is answered makes the robots' chunks of them, when they have arrived."""
         made = [self._to_host(self.slots.actions[slot_of(row)]) for row in rows]
-        return lambda: [self._chunk(row, actions[None]) for row, actions in zip(rows, made, strict=True)]
+        return lambda: [self._chunk(row, actions.numpy()[None]) for row, actions in zip(rows, made, strict=True)]
 
-    def _chunk(self, row: ChunkRow, made: torch.Tensor) -> Chunk:
-        inputs: Any = row.read
-        carried: npt.NDArray[np.float32] = self.policy.carried(made, inputs)[0].numpy()
-        return self.policy.postprocess(made, inputs)[0], carried
+    def _chunk(self, row: ChunkRow, made: npt.NDArray[np.float32]) -> Chunk:
+        # In NumPy: tensors let go of the interpreter at every step, and the engine's thread has it then.
+        actions, carried = self.policy.finished(made, row.read.state.numpy())
+        return actions[0], carried[0]
 
     def release(self, row: ChunkRow | TextRowInWork, *, wipe: bool = False) -> None:
         """Gives the slot back. wipe: It holds numbers that are not finite."""

@@ -31,7 +31,7 @@ from .fleet_simulator import Fleet, Outcome, UnitDurations, simulate
 
 
 class DurationsTable(BaseModel):
-    """Milliseconds of a unit by its size; the defaults were measured on an H200 (2026-11-28, bf16, 3 cameras, 200 tokens)."""
+    """Milliseconds of a unit by its size; the defaults are an H200's (2026-11-28, bf16, 3 cameras, 200 prompt tokens)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

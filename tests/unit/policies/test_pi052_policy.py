@@ -390,6 +390,17 @@ def test_what_is_carried_is_anchored_at_the_new_state(relative: bool) -> None:
     assert (anchored.actions[..., 3:] == 0).all()
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_chunk_is_finished_to_the_same_bits_in_numpy(relative: bool) -> None:
+    policy = _policy(relative_actions=relative)
+    inputs = policy.preprocess([_sample(0)], CPU)
+    chunk = policy.act(inputs, policy.draw_noise([1]))
+    actions, carried = policy.finished(chunk.numpy(), inputs.state.numpy())
+    np.testing.assert_array_equal(actions, policy.postprocess(chunk, inputs))
+    np.testing.assert_array_equal(carried, policy.carried(chunk, inputs).numpy())
+    assert carried.dtype == actions.dtype == np.float32
+
+
 def test_what_lies_beyond_the_committed_length_is_not_looked_at() -> None:
     policy = _policy(relative_actions=True)
     inputs, noise = policy.preprocess([_sample(0)], CPU), policy.draw_noise([1])
