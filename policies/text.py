@@ -81,18 +81,26 @@ def choose(
     if temperature <= 0:
         return logits.argmax(dim=-1)
     assert generators is not None
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    shares = probabilities(logits, temperature=temperature, top_p=top_p)
+    drawn = [draw(row, generator) for row, generator in zip(shares, generators, strict=True)]
+    return torch.cat(drawn).to(logits.device)
+
+
+def probabilities(logits: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
+    """(..., V) float32 of logits (..., V), for temperature > 0."""
+    found = torch.softmax(logits / temperature, dim=-1)
     if 0 < top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
+        ordered, order = found.sort(dim=-1, descending=True)
         # The token that crosses top_p is out, as in lerobot; the likeliest always stays.
         beyond = ordered.cumsum(dim=-1) > top_p
-        beyond[:, 0] = False
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-    drawn = [
-        torch.multinomial(row.cpu(), 1, generator=generator)
-        for row, generator in zip(probabilities, generators, strict=True)
-    ]
-    return torch.cat(drawn).to(logits.device)
+        beyond[..., 0] = False
+        found = torch.zeros_like(found).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    return found
+
+
+def draw(shares: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(1,) int64, of probabilities (V,) on any device, by a generator on the CPU."""
+    return torch.multinomial(shares.cpu(), 1, generator=generator)
 
 
 def generate(

@@ -77,8 +77,8 @@ class FusedModel(ServedModel):
             num_cameras=len(policy.cameras),
             num_steps=config.num_steps,
             horizon=config.horizon,
-            # A chunk keeps its slot until it has arrived, and by then as many others may be in work.
-            num_slots=2 * max_rows + max_texts,
+            # A chunk keeps its slot until it has arrived; by then others, and others again, may have been launched.
+            num_slots=3 * max_rows + max_texts,
             max_text=config.max_new_tokens,
             prompt_lengths=(*lengths, config.prompt_length),
             expert_rows=_buckets(max_rows),
@@ -138,13 +138,17 @@ class FusedModel(ServedModel):
             logger.debug("a row cannot be prepared ahead: %s", error)
 
     def _without_pictures(self, row: Row) -> ChunkRow:
-        read = self.policy.observation(sample_of(row.sample))
+        # The version first: replace() changes it last, so whatever is read of two versions looks old.
+        version, policy = self.version, self.policy
+        read = policy.observation(sample_of(row.sample))
         return ChunkRow(
             read=read,
             pictures=(),
+            asked=row,
+            version=version,
             start=ChunkStart.of(
-                self.policy.draw_noise([row.seed])[0],
-                committed=self._anchored(row, read),
+                policy.draw_noise([row.seed])[0],
+                committed=_anchored(policy, row, read),
                 delay_steps=row.delay_steps,
                 execution_horizon=row.execution_horizon,
                 schedule=self.fused.settings.schedule,
@@ -182,12 +186,6 @@ class FusedModel(ServedModel):
         tokens = policy.prompter.answer(request.previous_text)
         return tokens[: self.fused.settings.draft_length]
 
-    def _anchored(self, row: Row, read: Read) -> torch.Tensor | None:
-        if row.prefix is None:
-            return None
-        # A copy: what comes through a slot is writable, what comes from a client's message is not, and torch warns of that.
-        return self.policy.anchored_actions(torch.from_numpy(np.array(row.prefix))[None], read.state)[0]
-
     def _pictures(self, sample: Sample) -> list[npt.NDArray[np.uint8] | None]:
         found: list[npt.NDArray[np.uint8] | None] = []
         for name in self.policy.cameras:
@@ -207,8 +205,11 @@ class FusedModel(ServedModel):
         return launches.timed(self.device, launch)
 
     def run_prefix(self, rows: Sequence[ChunkRow]) -> None:
-        """Takes a slot for each row."""
+        """Takes a slot for each row. One that was read with an older version's statistics is read again."""
         for row in rows:
+            if row.version is not self.version:
+                again = self._without_pictures(row.asked)
+                row.read, row.start, row.version = again.read, again.start, again.version
             row.slot = self._take_slot()
         tokens = self._seen([picture for row in rows for picture in row.pictures])
         self.fused.prefix([
@@ -342,9 +343,16 @@ class FusedModel(ServedModel):
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     def _taking(self, rows: Sequence[TextRowInWork], logits: torch.Tensor, likeliest: torch.Tensor) -> Take:
-        """Logits hold until the next unit only, so what is needed of them goes to the host now."""
+        """Logits hold until the next unit only, so what is needed of them goes to the host now.
+
+        Of those that are drawn from that is the probabilities, which the device makes.
+        """
         broken, likeliest = self._to_host(logits.isnan().any(dim=-1)), self._to_host(likeliest)
-        drawing = {index: self._to_host(logits[index]) for index, row in enumerate(rows) if row.rules.temperature > 0}
+        drawing = {
+            index: self._to_host(text.probabilities(logits[index], temperature=row.rules.temperature, top_p=row.rules.top_p))
+            for index, row in enumerate(rows)
+            if row.is_drawn
+        }
 
         def take() -> None:
             for index, (row, token, is_broken) in enumerate(
@@ -354,13 +362,7 @@ class FusedModel(ServedModel):
                 if is_broken:
                     continue
                 if index in drawing:
-                    drawn = text.choose(
-                        drawing[index][None],
-                        temperature=row.rules.temperature,
-                        top_p=row.rules.top_p,
-                        generators=[row.generator],
-                    )
-                    row.drawn = token = int(drawn[0])
+                    row.drawn = token = int(text.draw(drawing[index], row.generator))
                 row.tokens.append(token)
 
         return take
@@ -386,6 +388,13 @@ def can_be_fused(policy: AnyPolicy) -> bool:
 
 def _nothing() -> None:
     """There is nothing to take."""
+
+
+def _anchored(policy: Pi052Policy, row: Row, read: Read) -> torch.Tensor | None:
+    if row.prefix is None:
+        return None
+    # A copy: what comes through a slot is writable, what comes from a client's message is not, and torch warns of that.
+    return policy.anchored_actions(torch.from_numpy(np.array(row.prefix))[None], read.state)[0]
 
 
 def _pictures_fit(policy: Pi052Policy) -> bool:

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from manyhands.common.v1 import common_pb2
 from policies import text
 from policies.prompt import Pieces
 from policies.prompted import Read
 
+from .engine_port import Row
 from .fused.starts import ChunkStart
 from .fused.units import NO_LOCATIONS, TOO_SHORT
 
@@ -32,12 +34,15 @@ class ChunkRow:
     Attributes:
         pictures: By camera of the policy, None where the robot has none.
         start: Noise, and what is committed in this observation's model space.
+        asked, version: What it was made of, and the version whose statistics it was read with.
         slot: While in work.
     """
 
     read: Read
     pictures: Sequence[npt.NDArray[np.uint8] | None]
     start: ChunkStart
+    asked: Row
+    version: common_pb2.PolicyVersion
     slot: int | None = None
 
 
@@ -63,6 +68,11 @@ class TextRowInWork:
     drawn: int | None = None
     is_broken: bool = False
     slot: int | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its tokens are drawn, and not the likeliest."""
+        return self.rules.temperature > 0
 
     @property
     def flags(self) -> int:

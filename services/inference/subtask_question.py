@@ -97,7 +97,6 @@ class SubtaskQuestion:
 
         late = TextEnd(error=TooLate(f"no subtask came within {DEADLINE_S:g} s", field="deadline"))
         self._give_up = self._loop.call_later(DEADLINE_S + GRACE_S, self._hear, session, asking, late)
-        session.question_rate.asked(self._clock())
         self._stop_listening = self._engine.ask(question, hear)
 
     def stop(self) -> None:
@@ -110,6 +109,8 @@ class SubtaskQuestion:
         if isinstance(piece, TextEnd):
             self._finish(session, piece)
         else:
+            if not self._pieces:  # Not before: one that the engine refuses takes nothing of the device.
+                session.question_rate.asked(self._clock())
             session.question_rate.heard(self._clock())
             self._pieces.append(piece)
 

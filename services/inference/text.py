@@ -136,9 +136,10 @@ async def generate(
     text, count = "", 0
     try:
         question = await loop.run_in_executor(decoders, question_of, request, model, session)
-        session.question_rate.asked(clock())
         stop_listening = engine.ask(question, hear)
         while isinstance(piece := await _next_piece(heard, question), str):
+            if count == 0:  # Not before: one that the engine refuses takes nothing of the device.
+                session.question_rate.asked(clock())
             text, count = text + piece, count + 1
             session.question_rate.heard(clock())
             yield inference_pb2.GenerateResponse(request_id=request.request_id, text=piece, token_count=count)

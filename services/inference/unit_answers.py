@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class ChunkInWork:
     """Attributes:
     began_s, prefix_s: When its prefix began on the device, and how long that took; known when it is done.
-    is_over: It was answered; units that were launched before that may still come back.
+    is_over: It was answered, or is given up; units that were launched before that may still come back.
     """
 
     job: Job
@@ -41,7 +41,7 @@ class ChunkInWork:
 class TextInWork:
     """Attributes:
     num_sent: Tokens that were heard.
-    is_over: Its end was heard; a unit that was launched before that may still come back.
+    is_over: Its end was heard, or nobody listens; a unit that was launched before that may still come back.
     """
 
     heard: Heard
@@ -101,6 +101,13 @@ def end_chunk(chunk: ChunkInWork, outcome: Outcome) -> None:
     if not chunk.is_over:
         chunk.is_over = True
         chunk.job.done(outcome)
+
+
+def end_text(text: TextInWork, end: TextEnd) -> None:
+    """Ends it, once."""
+    if not text.is_over:
+        text.is_over = True
+        text.heard(end)
 
 
 def send_pieces(text: TextInWork) -> None:

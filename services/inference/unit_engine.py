@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -24,25 +23,16 @@ from manyhands.errors import InternalError, TooLate, Unreachable
 
 from . import unit_warm_up
 from .capacity import DeviceCapacity
-from .engine import Progress, is_fatal
+from .engine import Progress
 from .engine_port import Job, Question, Superseded, TextEnd
 from .fused_model import FusedModel
-from .launches import DeviceLine
 from .rows_in_work import Take
 from .text_writer import Heard, text_request
 from .timed_change import TimedChange
-from .unit_answers import (
-    ChunkInWork,
-    LaunchedUnit,
-    TextInWork,
-    answer_chunk,
-    end_chunk,
-    end_of,
-    send_pieces,
-    told,
-    too_late,
-)
+from .unit_answers import ChunkInWork, LaunchedUnit, TextInWork, end_chunk, end_text, told, too_late
+from .unit_results import UnitResults, fetching
 from .unit_scheduler import UnitScheduler
+from .unit_state import EngineState
 from .units import ACTION_KINDS, ChunkWork, TextWork, Unit, UnitKind
 
 
@@ -53,7 +43,7 @@ class UnitEngine:
         models: By name, prepared or not.
         max_rows: Chunks in progress at once.
         max_texts: Texts in progress at once.
-        on_fatal: Told, on the engine's thread, when the device has failed and will fail every further unit.
+        on_fatal: Told, on any thread, when the device has failed and will fail every further unit.
     """
 
     def __init__(
@@ -67,24 +57,19 @@ class UnitEngine:
     ) -> None:
         self.models = dict(models)
         self._clock = clock
-        self._on_fatal = on_fatal
         self._scheduler: UnitScheduler[ChunkInWork, TextInWork] = UnitScheduler(
             max_rows=max_rows,
             max_texts=max_texts,
             max_prefixes=min((model.fused.settings.questions_at_once for model in models.values()), default=1),
         )
-        self._changed = threading.Condition()
-        # Slots to give back, at once; and changes of weights, when no chunk is in progress.
-        self._between: list[Callable[[], None]] = []
+        self._state = EngineState(models=self.models, scheduler=self._scheduler, clock=clock)
+        self._changed, self._device = self._state.changed, self._state.device
+        # Changes of weights, for when no chunk is in progress.
         self._swaps: list[Callable[[], None]] = []
         self._capacity: dict[str, DeviceCapacity] = {}
-        self._device = DeviceLine()
-        self._launched: queue.SimpleQueue[LaunchedUnit | None] = queue.SimpleQueue()
-        # Whether the scheduler had nothing to run when it was asked last, and nothing has changed since.
-        self._is_waiting = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._results = threading.Thread(target=self._collect, name="results", daemon=True)
+        self._results = UnitResults(self._state, on_fatal)
         self._ready: Future[None] = Future()
         self._text_ids = itertools.count(1)
         self._progress: Progress = lambda phase, done, total: None
@@ -104,9 +89,9 @@ class UnitEngine:
         """Finishes the chunks and texts in hand, then ends the threads."""
         with self._changed:
             self._stopping = True
-            self._wake()
+            self._state.wake()
         self._thread.join()
-        self._results.join()
+        self._results.stop()
 
     # -- requests: any thread ------------------------------------------------------------------------------------------
 
@@ -133,7 +118,7 @@ class UnitEngine:
             stopping, replaced, accepted = self._stopping, None, False
             if not stopping:
                 replaced, accepted = self._scheduler.submit(work, now_s)
-                self._wake()
+                self._state.wake()
         if replaced is not None:
             replaced.payload.job.done(Superseded())
         if stopping:
@@ -166,7 +151,7 @@ class UnitEngine:
             stopping = self._stopping
             if not stopping:
                 self._scheduler.ask(work)
-                self._wake()
+                self._state.wake()
         if stopping:
             heard(TextEnd(error=Unreachable("the server is going away; open a session again")))
         return lambda: self._hush(text_id)
@@ -174,15 +159,19 @@ class UnitEngine:
     def _hush(self, text_id: int) -> None:
         """Nobody listens to this answer any more."""
         with self._changed:
-            self._release_later(self._scheduler.withdraw_text(text_id))
-            self._wake()
+            self._forget(self._scheduler.withdraw_text(text_id))
 
     def withdraw(self, owner: str) -> None:
         """Drops what an owner has waiting and in progress; nobody is told."""
         with self._changed:
             chunks, texts = self._scheduler.withdraw(owner)
-            self._release_later((*chunks, *texts))
-            self._wake()
+            self._forget((*chunks, *texts))
+
+    def _forget(self, works: Sequence[ChunkWork[ChunkInWork] | TextWork[TextInWork]]) -> None:
+        """Nobody is told of them; the lock is held."""
+        for work in works:
+            work.payload.is_over = True
+        self._state.release_later(works)
 
     def pending(self) -> int:
         with self._changed:
@@ -203,18 +192,8 @@ class UnitEngine:
             if self._stopping:
                 raise Unreachable("the server is going away")
             self._swaps.append(timed)
-            self._wake()
+            self._state.wake()
         return timed.done.result()
-
-    def _wake(self) -> None:
-        """Something changed; the lock is held."""
-        self._is_waiting = False
-        self._changed.notify()
-
-    def _release_later(self, works: Sequence[ChunkWork[ChunkInWork] | TextWork[TextInWork]]) -> None:
-        """On the engine's thread; a unit that is launched may still write into their slots, those behind it write later."""
-        for work in works:
-            self._between.append(functools.partial(self.models[work.model].release, work.payload.row))
 
     def _change(self, change: Callable[[], None]) -> None:
         """A question's prefix that is begun when weights change begins again: its layers must be of one version."""
@@ -239,34 +218,36 @@ class UnitEngine:
             swaps: list[Callable[[], None]] = []
             with self._changed:
                 self._wait_for_turn()
-                between, self._between = self._between, []
+                between, self._state.between = self._state.between, []
                 if not between:
-                    # The device has nothing before it then: how long it pauses is what a change itself takes.
-                    if self._swaps and not self._scheduler.num_in_progress and not self._device:
+                    # Nothing is outstanding then: a unit is taken in with the weights it ran with, and how long the device
+                    # pauses is what a change itself takes.
+                    if self._swaps and not self._scheduler.num_in_progress and not self._state.num_outstanding:
                         swaps, self._swaps = self._swaps, []
                     now_s = self._clock()
                     decision = self._scheduler.next_unit(self._device.free_s(now_s), only_begun=bool(self._swaps))
-                    self._is_waiting = decision.unit is None and not swaps
-                    is_over = self._stopping and not len(self._scheduler) and not self._device
+                    self._state.is_waiting = decision.unit is None and not swaps
+                    is_over = self._stopping and not len(self._scheduler) and not self._state.num_outstanding
             for change in (*between, *swaps):
                 change()
             if between:
                 continue
             for late in decision.late_chunks:
-                late.payload.job.done(too_late(late, now_s))
+                end_chunk(late.payload, too_late(late, now_s))
             for late_text in decision.late_texts:
-                self._end_text(late_text, TextEnd(error=TooLate("the text was not finished in time", field="deadline")))
+                # At once: what is launched next may want its place.
+                self.models[late_text.model].release(late_text.payload.row)
+                end_text(late_text.payload, TextEnd(error=TooLate("the text was not finished in time", field="deadline")))
             if decision.unit is not None:
                 self._launch(decision.unit)
             elif is_over:
-                self._launched.put(None)
                 return
 
     def _wait_for_turn(self) -> None:
         """Until something can be run, and the device is about to need it; the lock is held."""
-        while not self._between:
+        while not self._state.between:
             has_work = self._swaps or len(self._scheduler) or self._stopping
-            if not has_work or self._is_waiting:
+            if not has_work or self._state.is_waiting:
                 self._changed.wait()
                 continue
             patience_s = self._device.patience_s(self._clock())
@@ -280,19 +261,18 @@ class UnitEngine:
         try:
             wait = model.launched(lambda: takes.append(self._do(model, unit)))
         except Exception as error:
-            with self._changed:
-                self._scheduler.failed(unit, self._clock())
-            self._tell_failed(unit, error)
+            self._results.tell_failed(unit, error)
             return
         now_s = self._clock()
         chunks: Sequence[ChunkWork[ChunkInWork]] = ()
         with self._changed:
             expected_s = self._scheduler.times.likely_s(unit.group, unit.size, now_s) if model.runs_ahead else 0.0
             self._device.add(expected_s, now_s)
+            self._state.num_outstanding += 1
             if unit.kind in ACTION_KINDS:
                 # What follows does not depend on what came out, so it is decided while the device works.
                 chunks = self._scheduler.finished(unit, None, now_s).chunks
-        self._launched.put(
+        self._results.put(
             LaunchedUnit(
                 unit=unit,
                 model=model,
@@ -300,7 +280,7 @@ class UnitEngine:
                 wait=wait,
                 take=takes[0],
                 chunks=chunks,
-                fetch=model.fetch([work.payload.row for work in chunks]),
+                fetch=fetching(model, [work.payload for work in chunks]),
             )
         )
 
@@ -316,77 +296,6 @@ class UnitEngine:
         else:
             return model.run_text([text.work.payload.row for text in unit.texts])
         return _nothing
-
-    # -- the thread of results -----------------------------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        while (launched := self._launched.get()) is not None:
-            known = {text.work.text_id: len(text.work.payload.row.tokens) for text in launched.unit.texts}
-            try:
-                try:
-                    seconds = launched.wait()
-                finally:
-                    self._device_is_done()
-                done_s = self._clock()
-                launched.take()
-                chunks = launched.fetch()
-            except Exception as error:
-                with self._changed:
-                    self._scheduler.failed(launched.unit, self._clock())
-                    self._wake()
-                self._tell_failed(launched.unit, error)
-            else:
-                self._take_in(launched, seconds, done_s, known)
-                for work, chunk in zip(launched.chunks, chunks, strict=True):
-                    is_finite = answer_chunk(work, chunk, launched, done_s, self._clock())
-                    self._give_back(work, wipe=not is_finite)
-
-    def _device_is_done(self) -> None:
-        """With the unit that was launched first."""
-        with self._changed:
-            self._device.done(self._clock())
-            self._changed.notify()
-
-    def _take_in(self, launched: LaunchedUnit, seconds: float, done_s: float, known: Mapping[Hashable, int]) -> None:
-        """Tells the scheduler; known: tokens of texts before the unit."""
-        unit = launched.unit
-        new = {text.work.text_id: len(text.work.payload.row.tokens) - known[text.work.text_id] for text in unit.texts}
-        ended = [text.work.text_id for text in unit.texts if text.work.payload.row.has_ended]
-        if unit.kind is UnitKind.PREFIX:
-            for row in unit.rows:
-                row.work.payload.began_s, row.work.payload.prefix_s = done_s - seconds, seconds
-        texts: Sequence[TextWork[TextInWork]] = ()
-        with self._changed:
-            if unit.kind in ACTION_KINDS:
-                self._scheduler.times.observe(unit.group, unit.size, seconds, done_s)
-            else:
-                texts = self._scheduler.finished(unit, seconds, done_s, num_new_tokens=new, ended=ended).texts
-            self._wake()
-        for text in unit.texts:
-            send_pieces(text.work.payload)
-        for text_work in texts:
-            self._end_text(text_work, end_of(text_work, launched))
-
-    def _end_text(self, work: TextWork[TextInWork], end: TextEnd) -> None:
-        self._give_back(work, wipe=work.payload.row.is_broken)
-        work.payload.is_over = True
-        work.payload.heard(end)
-
-    def _give_back(self, work: ChunkWork[ChunkInWork] | TextWork[TextInWork], *, wipe: bool = False) -> None:
-        with self._changed:
-            self._between.append(functools.partial(self.models[work.model].release, work.payload.row, wipe=wipe))
-            self._wake()
-
-    def _tell_failed(self, unit: Unit[ChunkInWork, TextInWork], error: Exception) -> None:
-        """All rows of the unit: what may be wrong with a single one was looked for before it got here."""
-        answer = told(error, f"a {unit.kind.value} unit of {unit.model}")
-        if self._on_fatal is not None and is_fatal(error):
-            self._on_fatal(error)
-        for row in unit.rows:
-            self._give_back(row.work)
-            end_chunk(row.work.payload, answer)
-        for text in unit.texts:
-            self._end_text(text.work, TextEnd(error=answer))
 
     # -- before the first robot ----------------------------------------------------------------------------------------
 

@@ -49,8 +49,9 @@ def _measure_text(name: str, model: FusedModel, times: ServiceTimes, now_s: floa
         token_s = _token_s(model, size)
         for bucket in settings.prompt_lengths:
             times.observe(group(UnitKind.TEXT, name, bucket), size, token_s, now_s)
-            # Some tokens in one pass: as long as two steps, until one has been seen.
-            times.observe(group(UnitKind.DRAFT_CHECK, name, bucket), 1, 2 * token_s, now_s)
+            if size == 1:
+                # Some tokens in one pass: as long as two steps, until one has been seen.
+                times.observe(group(UnitKind.DRAFT_CHECK, name, bucket), 1, 2 * token_s, now_s)
 
 
 def capacity_of(name: str, model: FusedModel, times: ServiceTimes) -> DeviceCapacity:

@@ -27,6 +27,7 @@ class Uploads:
 
     def __init__(self, device: torch.device, width: int, dtype: torch.dtype = torch.int32, num_places: int = 128) -> None:
         self._events: list[torch.cuda.Event] = []
+        self._device = device
         if device.type == "cuda":
             self._events = [torch.cuda.Event() for _ in range(_SEGMENTS)]  # type: ignore[no-untyped-call]
         self._num_places, self._segment = num_places, num_places // _SEGMENTS
@@ -39,7 +40,7 @@ class Uploads:
         """(width,) to be filled for the next send_place()."""
         segment, place = divmod(self._next, self._segment)
         if self._events and place == 0:
-            self._events[segment - 1].record()
+            self._events[segment - 1].record(torch.cuda.current_stream(self._device))
             self._events[segment].synchronize()
         found: npt.NDArray[Any] = self._places[self._next]
         return found

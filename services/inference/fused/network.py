@@ -13,7 +13,7 @@
 The prefix of a question comes in slices, and whatever else is to run may run between them:
 
     fused.begin_question(slot, pictures, ...)
-    for at in range(fused.num_prefix_slices): fused.prefix_slice(at)
+    for at in range(fused.num_prefix_slices): fused.prefix_slice(slot, at)
     logits, tokens = fused.first_text([TextRow(slot=slot, ...)])
 
 Calls go to the current stream in order and do not wait for the device. They belong to one thread.

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Session, SubtaskAnswer
-from manyhands.errors import Overloaded
+from manyhands.errors import InvalidInput, Overloaded
 from manyhands.inference.v1 import inference_pb2
 from services.inference.capacity import DeviceCapacity
+from services.inference.engine_port import Question, TextEnd
 from tests.support.inference_lab import (
     HORIZON,
     InProcessService,
@@ -106,6 +107,22 @@ def test_intervals_grow_with_questions_and_shrink_when_they_stop(
     assert load(client).text_share == pytest.approx(busy.text_share * 0.22, rel=0.05)
     wait_until(lambda: interval_steps(stream) == ASKED_STEPS, 5, "the interval that was asked for")
     clock.now_s += 60.0
+    assert load(client).text_share == 0.0
+
+
+def test_questions_that_the_engine_refuses_cost_nobody_anything(
+    service: InProcessService, client: InferenceClient, session: Session, stream: ActStream
+) -> None:
+    def refuse(question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
+        heard(TextEnd(error=InvalidInput("is 4096; ask for fewer", field="max_new_tokens")))
+        return lambda: None
+
+    service.engine.ask = refuse  # type: ignore[method-assign]
+    for number in range(12):
+        with pytest.raises(InvalidInput):
+            generate(client, session, stream)
+        ask(stream, 1 + number, ask_subtask_for="tidy up")
+        assert {type(next_reply(stream).result) for _ in range(2)} == {Chunk, SubtaskAnswer}
     assert load(client).text_share == 0.0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import queue
 import threading
 import time
 
@@ -13,29 +12,17 @@ import pytest
 import torch
 
 from manyhands.errors import InternalError, InvalidInput, TooLate, Unreachable
-from manyhands.inference.v1 import inference_pb2
-from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
+from policies.policy import TextKind, TextRequest
 from services.inference import unit_warm_up
-from services.inference.engine_port import Answer, Job, Observed, Question, Row, Superseded, TextEnd
+from services.inference.engine_port import Answer, Observed, Superseded
 from services.inference.fused_model import FusedModel, can_be_fused
-from services.inference.launches import MAX_AHEAD
 from services.inference.service_times import ServiceTimes
 from services.inference.unit_engine import UnitEngine
 from services.inference.unit_warm_up import capacity_of
 from services.inference.units import UnitKind, group
 from tests.support import prompted_lab
-from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
-
-TOLERANCE = 1e-5
-
-
-def make_policy(policy_type="pi052", **changes):
-    policy = prompted_lab.policy(policy_type, max_new_tokens=12, **changes).eval()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in policy.network.named_parameters():
-        if "modulation" in name:  # Fresh ones are zero: every step would see the same expert.
-            parameter.data.normal_(std=0.2, generator=generator)
-    return policy
+from tests.support.prompted_lab import CPU, STATE
+from tests.support.unit_lab import KINDS, answer_of, ask, hold, make_policy, near, plain, row, sample, submit, whole_text
 
 
 @pytest.fixture(scope="module")
@@ -50,111 +37,6 @@ def engine(policy):
     made.start()
     yield made
     made.stop()
-
-
-def sample(seed, *, task="tidy up"):
-    random_numbers = np.random.default_rng(seed)
-    picture = random_numbers.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    return Sample(observation={CAMERA: picture, STATE: random_numbers.uniform(-1, 1, 2).astype(np.float32)}, task=task)
-
-
-def row(seed, *, prefix=None, delay_steps=0, execution_horizon=HORIZON, task="tidy up"):
-    given = sample(seed, task=task)
-    return Row(
-        sample=Observed(observation=given.observation, task=given.task),
-        prefix=prefix,
-        delay_steps=delay_steps,
-        execution_horizon=execution_horizon,
-        seed=seed,
-    )
-
-
-def plain(policy, asked):
-    """(T, R), by the plain module, alone."""
-    committed = None
-    if asked.prefix is not None:
-        actions = torch.zeros(1, HORIZON, policy.model_action_size)
-        actions[0, : len(asked.prefix)] = torch.from_numpy(asked.prefix)
-        committed = CommittedPrefix(
-            actions=actions,
-            length=torch.tensor([len(asked.prefix)]),
-            delay_steps=torch.tensor([asked.delay_steps]),
-            execution_horizon=torch.tensor([asked.execution_horizon]),
-        )
-    inputs = policy.preprocess([Sample(observation=asked.sample.observation, task=asked.sample.task)], CPU)
-    chunk = policy.act(inputs, policy.draw_noise([asked.seed]), committed)
-    return policy.postprocess(chunk, inputs)[0], policy.carried(chunk, inputs)[0].numpy()
-
-
-def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1):
-    outcomes = queue.Queue()
-    now_s = time.monotonic()
-    engine.submit(
-        owner=owner,
-        request_id=request_id,
-        arrived_s=now_s,
-        deadline_s=now_s + deadline_s,
-        job=Job(model="tiny", row=asked, done=outcomes.put),
-    )
-    return outcomes
-
-
-def answer_of(outcomes):
-    outcome = outcomes.get(timeout=30.0)
-    assert isinstance(outcome, Answer), outcome
-    return outcome
-
-
-def hold(engine):
-    """The engine does nothing until the gate opens: it, and the thread that waits for that."""
-    entered, gate = threading.Event(), threading.Event()
-
-    def wait():
-        entered.set()
-        assert gate.wait(30.0)
-
-    holding = threading.Thread(target=engine.between_passes, args=(wait,))
-    holding.start()
-    assert entered.wait(30.0)
-    return gate, holding
-
-
-def near(found, expected):
-    return np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
-
-
-KINDS = {
-    TextKind.SUBTASK: inference_pb2.TEXT_KIND_SUBTASK,
-    TextKind.MEMORY: inference_pb2.TEXT_KIND_MEMORY,
-    TextKind.VISUAL_QUESTION: inference_pb2.TEXT_KIND_VISUAL_QUESTION,
-}
-
-
-def ask(engine, request, *, seed=1, deadline_s=30.0):
-    """How to stop it, and what is heard."""
-    given, heard = sample(seed), queue.Queue()
-    question = Question(
-        model="tiny",
-        sample=Observed(observation=given.observation, task=given.task),
-        kind=KINDS[request.kind],
-        user_text=request.user_text,
-        previous_text=request.previous_text,
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        until_s=time.monotonic() + deadline_s,
-        allowed_s=deadline_s,
-    )
-    return engine.ask(question, heard.put), heard
-
-
-def whole_text(heard):
-    text = ""
-    while isinstance(piece := heard.get(timeout=30.0), str):
-        text += piece
-    assert isinstance(piece, TextEnd)
-    assert piece.error is None, piece.error
-    return text
 
 
 def test_one_robots_chunk_is_the_plain_one(engine, policy):
@@ -518,115 +400,3 @@ def test_an_engine_says_what_it_measured(engine):
     told = engine.capacity("tiny")
     assert told.chunks_per_s > 0
     assert told.question_s > told.text_step_s > 0
-
-
-class SlowDevice:
-    """Stands between an engine and its model: units are launched at once and done when they are let go, in order."""
-
-    def __init__(self, model, monkeypatch):
-        self.launched, self._gates, self._runs = [], queue.Queue(), model.launched
-        monkeypatch.setattr(type(model), "runs_ahead", True)
-        monkeypatch.setattr(model, "launched", self.launch)
-        for name in ("run_prefix", "run_expert", "run_text_prefix", "run_text"):
-            monkeypatch.setattr(model, name, functools.partial(self._run, name, getattr(model, name)))
-
-    def _run(self, name, run, rows):
-        self.launched.append(name)
-        return run(rows)
-
-    def launch(self, launch):
-        gate, wait = threading.Event(), self._runs(launch)
-        self._gates.put(gate)
-
-        def until_let_go():
-            assert gate.wait(30.0)
-            return wait()
-
-        return until_let_go
-
-    def let_go(self, num=1):
-        for _ in range(num):
-            self._gates.get(timeout=30.0).set()
-
-    def has_launched(self, *names):
-        """Waits for it, and a moment longer for more than that."""
-        end_s = time.monotonic() + 5.0
-        while len(self.launched) < len(names) and time.monotonic() < end_s:
-            time.sleep(0.001)
-        time.sleep(0.02)
-        assert self.launched == list(names)
-
-
-@pytest.fixture
-def ahead(policy, monkeypatch):
-    """An engine whose device runs behind it."""
-    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
-    made = UnitEngine({"tiny": model}, max_rows=4, max_texts=4)
-    made.start()
-    device = SlowDevice(model, monkeypatch)
-    # Expected to take as good as no time: only how many may be ahead holds the engine back.
-    monkeypatch.setattr(made._scheduler.times, "likely_s", lambda *_: 0.0)
-    yield made, device
-    monkeypatch.undo()
-    while not device._gates.empty():
-        device.let_go()
-    made.stop()
-
-
-def test_units_are_launched_while_the_device_is_behind_and_no_more_than_it_may_have(ahead, policy):
-    engine, device = ahead
-    outcomes = submit(engine, "left", row(1))
-    device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
-    device.let_go()
-    device.has_launched("run_prefix", *["run_expert"] * MAX_AHEAD)
-    assert outcomes.empty(), "a chunk is answered when the device has it"
-    num_steps = engine.models["tiny"].num_steps
-    device.let_go(num_steps)
-    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
-
-
-def test_what_a_text_needs_next_waits_for_its_token_and_actions_do_not(ahead):
-    engine, device = ahead
-    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=4)
-    device.has_launched("run_text_prefix")
-    outcomes = submit(engine, "acts", row(3))
-    device.has_launched("run_text_prefix", "run_prefix", *["run_expert"] * (MAX_AHEAD - 2))
-    assert heard.empty()
-    assert outcomes.empty()
-
-
-def test_weights_change_when_the_device_has_nothing_before_it(ahead):
-    engine, device = ahead
-    outcomes, changed = submit(engine, "left", row(1)), threading.Event()
-    device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
-    changing = threading.Thread(target=engine.between_passes, args=(changed.set,))
-    changing.start()
-    device.let_go(engine.models["tiny"].num_steps)
-    assert not changed.wait(0.05)
-    device.let_go()
-    assert changed.wait(5.0)
-    changing.join()
-    answer_of(outcomes)
-
-
-def test_a_device_that_fails_behind_the_engine_is_told_and_ends_nobody_else(ahead, policy, monkeypatch):
-    engine, device = ahead
-    model = engine.models["tiny"]
-
-    def fail(wait):
-        wait()
-        raise ZeroDivisionError
-
-    with monkeypatch.context() as broken:
-        broken.setattr(model, "launched", lambda launch: functools.partial(fail, device.launch(launch)))
-        outcomes = submit(engine, "left", row(1))
-        device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
-        device.let_go(MAX_AHEAD)
-        assert isinstance(outcomes.get(timeout=5.0), InternalError)
-        while engine.pending() or len(engine._device):
-            time.sleep(0.001)
-        assert outcomes.empty(), "once"
-    later = submit(engine, "left", row(2))
-    device.let_go(1 + model.num_steps)
-    assert near(answer_of(later).actions, plain(policy, row(2))[0])
-    test_all_slots_come_back(engine)

@@ -1,0 +1,148 @@
+"""The threads that take in what the device has done: they wait for it, answer robots and tell the scheduler.
+
+One takes units in, in their order. Text that is drawn goes to another: to draw one of 257 000 tokens takes milliseconds, in
+which chunks that are done would wait for their answers. There is one text unit at a time, so texts keep their order.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from .engine import is_fatal
+from .engine_port import TextEnd
+from .fused_model import FusedModel
+from .rows_in_work import Chunk
+from .unit_answers import ChunkInWork, LaunchedUnit, TextInWork, answer_chunk, end_chunk, end_of, end_text, send_pieces, told
+from .unit_state import EngineState
+from .units import ACTION_KINDS, TextWork, Unit, UnitKind
+
+
+class UnitResults:
+    """
+    Args:
+        on_fatal: Told, on any thread, when the device has failed and will fail every further unit.
+    """
+
+    def __init__(self, state: EngineState, on_fatal: Callable[[Exception], None] | None) -> None:
+        self._state = state
+        self._on_fatal = on_fatal
+        self._launched: queue.SimpleQueue[LaunchedUnit | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="results", daemon=True)
+        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawing")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, launched: LaunchedUnit) -> None:
+        self._launched.put(launched)
+
+    def stop(self) -> None:
+        """When nothing is outstanding."""
+        self._launched.put(None)
+        self._thread.join()
+        self._drawing.shutdown()
+
+    def tell_failed(self, unit: Unit[ChunkInWork, TextInWork], error: Exception) -> None:
+        """All rows of the unit: what may be wrong with a single one was looked for before it got here."""
+        state = self._state
+        with state.changed:
+            state.scheduler.failed(unit, state.clock())
+            state.release_later(row.work for row in unit.rows)
+            state.release_later(text.work for text in unit.texts)
+        answer = told(error, f"a {unit.kind.value} unit of {unit.model}")
+        if self._on_fatal is not None and is_fatal(error):
+            self._on_fatal(error)
+        for row in unit.rows:
+            end_chunk(row.work.payload, answer)
+        for text in unit.texts:
+            end_text(text.work.payload, TextEnd(error=answer))
+
+    def _run(self) -> None:
+        while (launched := self._launched.get()) is not None:
+            try:
+                seconds = launched.wait()
+            except Exception as error:
+                self._device_is_done()
+                self.tell_failed(launched.unit, error)
+                self._is_taken_in()
+                continue
+            self._device_is_done()
+            done_s = self._state.clock()
+            if any(text.work.payload.row.is_drawn for text in launched.unit.texts):
+                self._drawing.submit(self._take_in, launched, seconds, done_s)
+            else:
+                self._take_in(launched, seconds, done_s)
+
+    def _device_is_done(self) -> None:
+        """With the unit that was launched first."""
+        with self._state.changed:
+            self._state.device.done(self._state.clock())
+            self._state.changed.notify()
+
+    def _is_taken_in(self) -> None:
+        with self._state.changed:
+            self._state.num_outstanding -= 1
+            self._state.wake()
+
+    def _take_in(self, launched: LaunchedUnit, seconds: float, done_s: float) -> None:
+        try:
+            known = {text.work.text_id: len(text.work.payload.row.tokens) for text in launched.unit.texts}
+            launched.take()
+            chunks = launched.fetch()
+        except Exception as error:
+            self.tell_failed(launched.unit, error)
+        else:
+            texts = self._tell_scheduler(launched, seconds, done_s, known)
+            self._answer_chunks(launched, chunks, done_s)
+            self._answer_texts(launched, texts)
+        self._is_taken_in()
+
+    def _tell_scheduler(
+        self, launched: LaunchedUnit, seconds: float, done_s: float, known: Mapping[Hashable, int]
+    ) -> Sequence[TextWork[TextInWork]]:
+        """Answers the texts that are complete. known: Tokens of texts before the unit."""
+        state, unit = self._state, launched.unit
+        if unit.kind is UnitKind.PREFIX:
+            for row in unit.rows:
+                row.work.payload.began_s, row.work.payload.prefix_s = done_s - seconds, seconds
+        new = {text.work.text_id: len(text.work.payload.row.tokens) - known[text.work.text_id] for text in unit.texts}
+        ended = [text.work.text_id for text in unit.texts if text.work.payload.row.has_ended]
+        with state.changed:
+            if unit.kind in ACTION_KINDS:
+                state.scheduler.times.observe(unit.group, unit.size, seconds, done_s)
+                return ()
+            texts = state.scheduler.finished(unit, seconds, done_s, num_new_tokens=new, ended=ended).texts
+            for work in texts:
+                state.release_later([work], wipe=work.payload.row.is_broken)
+            state.wake()
+        return texts
+
+    def _answer_chunks(self, launched: LaunchedUnit, chunks: Sequence[Chunk], done_s: float) -> None:
+        for work, chunk in zip(launched.chunks, chunks, strict=True):
+            is_finite = answer_chunk(work, chunk, launched, done_s, self._state.clock())
+            with self._state.changed:
+                self._state.release_later([work], wipe=not is_finite)
+
+    def _answer_texts(self, launched: LaunchedUnit, complete: Sequence[TextWork[TextInWork]]) -> None:
+        for text in launched.unit.texts:
+            send_pieces(text.work.payload)
+        for work in complete:
+            end_text(work.payload, end_of(work, launched))
+
+
+def fetching(model: FusedModel, launched_chunks: Sequence[ChunkInWork]) -> Callable[[], list[Chunk]]:
+    """model.fetch() of the chunks; where that cannot even begin, what is answered raises why."""
+    try:
+        return model.fetch([chunk.row for chunk in launched_chunks])
+    except Exception as error:
+        return _raiser(error)
+
+
+def _raiser(error: Exception) -> Callable[[], list[Chunk]]:
+    def fail() -> list[Chunk]:
+        raise error
+
+    return fail

@@ -1,0 +1,170 @@
+"""A UnitEngine of a tiny pi052 on the CPU: what robots ask it, and what the plain module makes of the same."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+
+import numpy as np
+import torch
+
+from manyhands.inference.v1 import inference_pb2
+from policies.policy import CommittedPrefix, Sample, TextKind
+from services.inference.engine_port import Answer, Job, Observed, Question, Row, TextEnd
+from tests.support import prompted_lab
+from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
+
+TOLERANCE = 1e-5
+
+
+def make_policy(policy_type="pi052", **changes):
+    policy = prompted_lab.policy(policy_type, max_new_tokens=12, **changes).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.network.named_parameters():
+        if "modulation" in name:  # Fresh ones are zero: every step would see the same expert.
+            parameter.data.normal_(std=0.2, generator=generator)
+    return policy
+
+
+def sample(seed, *, task="tidy up"):
+    random_numbers = np.random.default_rng(seed)
+    picture = random_numbers.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return Sample(observation={CAMERA: picture, STATE: random_numbers.uniform(-1, 1, 2).astype(np.float32)}, task=task)
+
+
+def row(seed, *, prefix=None, delay_steps=0, execution_horizon=HORIZON, task="tidy up"):
+    given = sample(seed, task=task)
+    return Row(
+        sample=Observed(observation=given.observation, task=given.task),
+        prefix=prefix,
+        delay_steps=delay_steps,
+        execution_horizon=execution_horizon,
+        seed=seed,
+    )
+
+
+def plain(policy, asked):
+    """(T, R), by the plain module, alone."""
+    committed = None
+    if asked.prefix is not None:
+        actions = torch.zeros(1, HORIZON, policy.model_action_size)
+        actions[0, : len(asked.prefix)] = torch.from_numpy(asked.prefix)
+        committed = CommittedPrefix(
+            actions=actions,
+            length=torch.tensor([len(asked.prefix)]),
+            delay_steps=torch.tensor([asked.delay_steps]),
+            execution_horizon=torch.tensor([asked.execution_horizon]),
+        )
+    inputs = policy.preprocess([Sample(observation=asked.sample.observation, task=asked.sample.task)], CPU)
+    chunk = policy.act(inputs, policy.draw_noise([asked.seed]), committed)
+    return policy.postprocess(chunk, inputs)[0], policy.carried(chunk, inputs)[0].numpy()
+
+
+def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1):
+    outcomes = queue.Queue()
+    now_s = time.monotonic()
+    engine.submit(
+        owner=owner,
+        request_id=request_id,
+        arrived_s=now_s,
+        deadline_s=now_s + deadline_s,
+        job=Job(model="tiny", row=asked, done=outcomes.put),
+    )
+    return outcomes
+
+
+def answer_of(outcomes):
+    outcome = outcomes.get(timeout=30.0)
+    assert isinstance(outcome, Answer), outcome
+    return outcome
+
+
+def hold(engine):
+    """The engine does nothing until the gate opens: it, and the thread that waits for that."""
+    entered, gate = threading.Event(), threading.Event()
+
+    def wait():
+        entered.set()
+        assert gate.wait(30.0)
+
+    holding = threading.Thread(target=engine.between_passes, args=(wait,))
+    holding.start()
+    assert entered.wait(30.0)
+    return gate, holding
+
+
+def near(found, expected):
+    return np.linalg.norm(found - expected) <= TOLERANCE * np.linalg.norm(expected)
+
+
+KINDS = {
+    TextKind.SUBTASK: inference_pb2.TEXT_KIND_SUBTASK,
+    TextKind.MEMORY: inference_pb2.TEXT_KIND_MEMORY,
+    TextKind.VISUAL_QUESTION: inference_pb2.TEXT_KIND_VISUAL_QUESTION,
+}
+
+
+def ask(engine, request, *, seed=1, deadline_s=30.0):
+    """How to stop it, and what is heard."""
+    given, heard = sample(seed), queue.Queue()
+    question = Question(
+        model="tiny",
+        sample=Observed(observation=given.observation, task=given.task),
+        kind=KINDS[request.kind],
+        user_text=request.user_text,
+        previous_text=request.previous_text,
+        max_new_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        until_s=time.monotonic() + deadline_s,
+        allowed_s=deadline_s,
+    )
+    return engine.ask(question, heard.put), heard
+
+
+def whole_text(heard):
+    text = ""
+    while isinstance(piece := heard.get(timeout=30.0), str):
+        text += piece
+    assert isinstance(piece, TextEnd)
+    assert piece.error is None, piece.error
+    return text
+
+
+class SlowDevice:
+    """Stands between an engine and its model: units are launched at once and done when they are let go, in order."""
+
+    def __init__(self, model, monkeypatch):
+        self.launched, self._gates, self._runs = [], queue.Queue(), model.launched
+        monkeypatch.setattr(type(model), "runs_ahead", True)
+        monkeypatch.setattr(model, "launched", self.launch)
+        for name in ("run_prefix", "run_expert", "run_text_prefix", "run_text"):
+            monkeypatch.setattr(model, name, functools.partial(self._run, name, getattr(model, name)))
+
+    def _run(self, name, run, rows):
+        self.launched.append(name)
+        return run(rows)
+
+    def launch(self, launch):
+        gate, wait = threading.Event(), self._runs(launch)
+        self._gates.put(gate)
+
+        def until_let_go():
+            assert gate.wait(30.0)
+            return wait()
+
+        return until_let_go
+
+    def let_go(self, num=1):
+        for _ in range(num):
+            self._gates.get(timeout=30.0).set()
+
+    def has_launched(self, *names):
+        """Waits for it, and a moment longer for more than that."""
+        end_s = time.monotonic() + 5.0
+        while len(self.launched) < len(names) and time.monotonic() < end_s:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert self.launched == list(names)

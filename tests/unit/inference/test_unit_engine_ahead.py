@@ -1,0 +1,332 @@
+"""The engine runs ahead of its device, and what it was told comes out of that in order, once, and of one version."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import time
+
+import pytest
+
+from manyhands.common.v1 import common_pb2
+from manyhands.errors import InternalError, TooLate
+from policies import text
+from policies.policy import TextKind, TextRequest
+from services.inference import fused_model
+from services.inference.fused_model import FusedModel
+from services.inference.launches import MAX_AHEAD
+from services.inference.unit_engine import UnitEngine
+from tests.support.prompted_lab import CPU
+from tests.support.unit_lab import (
+    SlowDevice,
+    answer_of,
+    ask,
+    hold,
+    make_policy,
+    near,
+    plain,
+    row,
+    sample,
+    submit,
+    whole_text,
+)
+
+SUBTASK = TextRequest(kind=TextKind.SUBTASK)
+DRAWN = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy()
+
+
+class Clock:
+    """The engine's, which a test can push on."""
+
+    def __init__(self):
+        self.pushed_s = 0.0
+
+    def __call__(self):
+        return time.monotonic() + self.pushed_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def ahead(policy, monkeypatch, clock):
+    """An engine whose device runs behind it."""
+    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
+    made = UnitEngine({"tiny": model}, max_rows=4, max_texts=4, clock=clock)
+    made.start()
+    device = SlowDevice(model, monkeypatch)
+    # Expected to take as good as no time: only how many may be ahead holds the engine back.
+    monkeypatch.setattr(made._scheduler.times, "likely_s", lambda *_: 0.0)
+    yield made, device
+    monkeypatch.undo()
+    while not device._gates.empty():
+        device.let_go()
+    made.stop()
+
+
+def test_units_are_launched_while_the_device_is_behind_and_no_more_than_it_may_have(ahead, policy):
+    engine, device = ahead
+    outcomes = submit(engine, "left", row(1))
+    device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+    device.let_go()
+    device.has_launched("run_prefix", *["run_expert"] * MAX_AHEAD)
+    assert outcomes.empty(), "a chunk is answered when the device has it"
+    num_steps = engine.models["tiny"].num_steps
+    device.let_go(num_steps)
+    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
+
+
+def test_what_a_text_needs_next_waits_for_its_token_and_actions_do_not(ahead):
+    engine, device = ahead
+    _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=4)
+    device.has_launched("run_text_prefix")
+    outcomes = submit(engine, "acts", row(3))
+    device.has_launched("run_text_prefix", "run_prefix", *["run_expert"] * (MAX_AHEAD - 2))
+    assert heard.empty()
+    assert outcomes.empty()
+
+
+def test_weights_change_when_the_device_has_nothing_before_it(ahead):
+    engine, device = ahead
+    outcomes, changed = submit(engine, "left", row(1)), threading.Event()
+    device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+    changing = threading.Thread(target=engine.between_passes, args=(changed.set,))
+    changing.start()
+    device.let_go(engine.models["tiny"].num_steps)
+    assert not changed.wait(0.05)
+    device.let_go()
+    assert changed.wait(5.0)
+    changing.join()
+    answer_of(outcomes)
+
+
+def test_a_device_that_fails_behind_the_engine_is_told_and_ends_nobody_else(ahead, policy, monkeypatch):
+    engine, device = ahead
+    model = engine.models["tiny"]
+
+    def fail(wait):
+        wait()
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model, "launched", lambda launch: functools.partial(fail, device.launch(launch)))
+        outcomes = submit(engine, "left", row(1))
+        device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+        device.let_go(MAX_AHEAD)
+        assert isinstance(outcomes.get(timeout=5.0), InternalError)
+        while engine.pending() or len(engine._device):
+            time.sleep(0.001)
+        assert outcomes.empty(), "once"
+    later = submit(engine, "left", row(2))
+    device.let_go(1 + model.num_steps)
+    assert near(answer_of(later).actions, plain(policy, row(2))[0])
+    engine.between_passes(lambda: None)
+    assert model.slots.num_free == model.slots.sizes.num_slots
+
+
+@pytest.fixture
+def engine(policy):
+    made = UnitEngine({"tiny": FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)}, max_rows=4, max_texts=4)
+    made.start()
+    yield made
+    made.stop()
+
+
+class Stall:
+    """Calls of a function wait, from the first one on, until they are let go; of: Those of one thread, by its name."""
+
+    def __init__(self, monkeypatch, where, name, *, of=""):
+        self.entered, self.gate, run = threading.Event(), threading.Event(), getattr(where, name)
+
+        def stalled(*arguments, **named):
+            if of in threading.current_thread().name:
+                self.entered.set()
+                assert self.gate.wait(30.0)
+            return run(*arguments, **named)
+
+        monkeypatch.setattr(where, name, stalled)
+
+
+def test_chunks_do_not_wait_for_a_token_that_is_drawn(engine, policy, monkeypatch):
+    stall = Stall(monkeypatch, text, "draw")
+    _, heard = ask(engine, DRAWN, seed=2)
+    assert stall.entered.wait(10.0)
+    assert near(answer_of(submit(engine, "acts", row(3))).actions, plain(policy, row(3))[0])
+    assert heard.empty()
+    stall.gate.set()
+    assert whole_text(heard) == "".join(policy.generate([sample(2)], DRAWN, CPU))
+
+
+def swapping(engine, change):
+    """A thread that waits for a change of weights, and whether it has happened."""
+    changed = threading.Event()
+
+    def body():
+        change()
+        changed.set()
+
+    thread = threading.Thread(target=engine.between_passes, args=(body,))
+    thread.start()
+    return thread, changed
+
+
+def test_weights_do_not_change_under_a_token_that_is_not_taken_in_yet(engine, policy, monkeypatch):
+    """Else the question's prefix would begin again, and its scheduler would think that it is complete."""
+    stall = Stall(monkeypatch, text, "draw")
+    _, heard = ask(engine, DRAWN, seed=2)
+    assert stall.entered.wait(10.0)
+    thread, changed = swapping(engine, lambda: None)
+    assert not changed.wait(0.1)
+    stall.gate.set()
+    assert changed.wait(10.0)
+    thread.join()
+    assert whole_text(heard) == "".join(policy.generate([sample(2)], DRAWN, CPU))
+
+
+def other_statistics(policy):
+    second = copy.deepcopy(policy)
+    second.action_normalizer.second.mul_(3.0)
+    second.state_normalizer.second.mul_(3.0)
+    return second
+
+
+def replace(engine, policy, number):
+    """As a swap does."""
+    engine.models["tiny"].replace(policy, common_pb2.PolicyVersion(model="tiny", number=number), {})
+
+
+def test_a_chunk_is_brought_back_by_the_version_that_made_it(engine, policy, monkeypatch):
+    second = other_statistics(policy)
+    stall = Stall(monkeypatch, engine.models["tiny"], "_chunk")
+    outcomes = submit(engine, "left", row(1))
+    assert stall.entered.wait(10.0)
+    thread, changed = swapping(engine, lambda: replace(engine, second, 1))
+    assert not changed.wait(0.1)
+    stall.gate.set()
+    outcome = answer_of(outcomes)
+    assert changed.wait(10.0)
+    thread.join()
+    assert outcome.version.number == 0
+    assert near(outcome.actions, plain(policy, row(1))[0])
+
+
+def test_a_row_that_waits_while_statistics_change_is_read_with_the_new_ones(engine, policy):
+    second = other_statistics(policy)
+    engine.models["tiny"].fused.weights.stage(second.network.state_dict())
+    gate, holding = hold(engine)
+    outcomes = submit(engine, "left", row(1))
+    thread, changed = swapping(engine, lambda: replace(engine, second, 1))
+    gate.set()
+    holding.join()
+    outcome = answer_of(outcomes)
+    assert changed.wait(10.0)
+    thread.join()
+    assert outcome.version.number == 1
+    assert near(outcome.actions, plain(second, row(1))[0])
+    assert not near(outcome.actions, plain(policy, row(1))[0])
+
+
+def test_what_was_prepared_ahead_of_a_change_is_prepared_again(engine, policy, monkeypatch):
+    second, model = other_statistics(policy), engine.models["tiny"]
+    stall = Stall(monkeypatch, policy, "observation", of="telling")
+    telling = threading.Thread(target=model.expect, args=(row(2),), name="telling")
+    telling.start()
+    assert stall.entered.wait(10.0)
+    model.fused.weights.stage(second.network.state_dict())
+    engine.between_passes(lambda: replace(engine, second, 1))
+    stall.gate.set()
+    telling.join()
+    assert near(answer_of(submit(engine, "left", row(2))).actions, plain(second, row(2))[0])
+
+
+def test_a_question_that_is_late_leaves_its_place_to_the_next_one(clock, monkeypatch):
+    """Two are amid their prefixes and pause for a chunk of many steps; both get late while a third one waits."""
+    policy = make_policy(num_steps=40)
+    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
+    engine = UnitEngine({"tiny": model}, max_rows=4, max_texts=4, clock=clock)
+    engine.start()
+    device = SlowDevice(model, monkeypatch)
+    monkeypatch.setattr(engine._scheduler.times, "likely_s", lambda *_: 0.0)
+    monkeypatch.setattr(engine._scheduler, "_alone_s", lambda *_: 60.0)
+    lates = [ask(engine, SUBTASK, seed=1, deadline_s=1.0)[1]]
+    device.has_launched("run_text_prefix")
+    outcomes = submit(engine, "acts", row(3), deadline_s=60.0)
+    lates.append(ask(engine, SUBTASK, seed=2, deadline_s=1.0)[1])
+    let_go_until(device, lambda: device.launched.count("run_text_prefix") == 2)
+    let_go_until(device, lambda: not engine._scheduler._hold_ups.text_runs)
+    assert not model.fused._free_places
+    _, last = ask(engine, SUBTASK, seed=4)
+    clock.pushed_s = 2.0
+    let_go_until(device, lambda: not last.empty() and not isinstance(last.queue[-1], str))
+    for heard in lates:
+        assert isinstance(heard.get(timeout=1.0).error, TooLate)
+    assert whole_text(last) == "".join(policy.generate([sample(4)], SUBTASK, CPU))
+    let_go_until(device, lambda: not outcomes.empty())
+    monkeypatch.undo()
+    engine.stop()
+
+
+def let_go_until(device, condition):
+    """One unit after the other."""
+    end_s = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < end_s
+        if not device._gates.empty():
+            device.let_go()
+        time.sleep(0.005)
+
+
+def wait_for(condition):
+    end_s = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+
+def test_nobody_is_told_an_end_twice_nor_after_it_left(ahead, clock, monkeypatch):
+    engine, device = ahead
+
+    def failing(launch):
+        return functools.partial(fail_behind, device.launch(launch))
+
+    monkeypatch.setattr(engine.models["tiny"], "launched", failing)
+    _, heard = ask(engine, SUBTASK, seed=1, deadline_s=1.0)
+    device.has_launched("run_text_prefix")
+    clock.pushed_s = 2.0
+    with engine._changed:
+        engine._state.wake()
+    assert isinstance(heard.get(timeout=5.0).error, TooLate)
+    device.let_go()
+    stop, left = ask(engine, SUBTASK, seed=1)
+    device.has_launched("run_text_prefix", "run_text_prefix")
+    stop()
+    device.let_go()
+    wait_for(lambda: not engine._state.num_outstanding)
+    outcomes = submit(engine, "left", row(1))
+    device.has_launched("run_text_prefix", "run_text_prefix", "run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+    engine.withdraw("left")
+    device.let_go(MAX_AHEAD)
+    wait_for(lambda: not engine._state.num_outstanding)
+    assert heard.empty()
+    assert left.empty()
+    assert outcomes.empty()
+
+
+def fail_behind(wait):
+    wait()
+    raise ZeroDivisionError
+
+
+def test_a_chunk_that_cannot_be_fetched_is_told_and_the_engine_goes_on(engine, policy, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(fused_model.FusedModel, "_to_host", lambda *_: 1 / 0)
+        assert isinstance(submit(engine, "left", row(1)).get(timeout=10.0), InternalError)
+    assert near(answer_of(submit(engine, "left", row(2))).actions, plain(policy, row(2))[0])
