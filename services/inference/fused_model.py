@@ -127,7 +127,7 @@ class FusedModel(ServedModel):
             made = self._without_pictures(row)
         else:
             samples.check([sample], self.policy.spec)  # Of its pictures nothing was known.
-        made.pictures = self._pictures(sample)
+        made.asked, made.pictures = row, self._pictures(sample)
         return made
 
     def expect(self, row: Row) -> None:

@@ -41,14 +41,11 @@ def without_pictures(given: Row) -> Row:
 
 
 def same(one: ChunkRow, other: ChunkRow) -> bool:
-    assert one.committed is not None
-    assert other.committed is not None
     return (
         one.read.prompt.tokens.tobytes() == other.read.prompt.tokens.tobytes()
         and torch.equal(one.read.state, other.read.state)
-        and torch.equal(one.noise, other.noise)
-        and torch.equal(one.committed, other.committed)
-        and (one.delay_steps, one.execution_horizon) == (other.delay_steps, other.execution_horizon)
+        and np.array_equal(one.start.numbers, other.start.numbers)
+        and one.start.num_clean == other.start.num_clean
         and all(np.array_equal(a, b) for a, b in zip(one.pictures, other.pictures, strict=True))  # type: ignore[arg-type]
     )
 
@@ -97,7 +94,7 @@ def test_what_was_made_with_the_statistics_of_before_is_forgotten_with_them(mode
     model.replace(newer, model.version, model.digests)
     after = model.chunk_row(row())
     assert not np.array_equal(after.read.prompt.tokens, before.read.prompt.tokens)
-    assert not torch.equal(after.committed, before.committed)  # type: ignore[arg-type]
+    assert not np.array_equal(after.start.numbers, before.start.numbers)
 
 
 def test_what_is_wrong_with_a_row_is_said_when_it_comes(model: FusedModel) -> None:
