@@ -90,7 +90,7 @@ def test_an_unchanged_tensor_is_neither_sent_nor_fetched_again(client: WeightsCl
 
 def test_a_reader_gets_small_pieces_in_order(address: str, client: WeightsClient) -> None:
     """Each is copied several times while a reader's other threads wait for its interpreter."""
-    large = np.arange(PIECE_BYTES // 2 + 7, dtype=np.float32)  # Three reads of the file.
+    large = np.arange(PIECE_BYTES // 2 + 200_007, dtype=np.float32)  # Three reads of the file, the last of two pieces.
     publish(client, 1, trunk=large)
     raw = weights_manifest.raw_tensor(large)
     with channel.connect(address) as raw_channel:
