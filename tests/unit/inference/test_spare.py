@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 
@@ -20,7 +21,7 @@ from services.inference.models import ServedModel
 from services.inference.spare import Spare
 from services.inference.weights_follower import WeightsFollower
 from tests.support.inference_lab import SPEC, make_policy
-from tests.support.scripted_weights import ScriptedWeights, wrong_pieces
+from tests.support.scripted_weights import Pieces, ScriptedWeights, wrong_pieces
 
 NAME = "chunk_in.weight"
 
@@ -185,26 +186,52 @@ def test_what_is_served_on_a_device_comes_by_way_of_the_host(
     assert spare.digests == {entry.name: entry.sha256 for entry in service.manifest.tensors}
 
 
-def test_wrong_pieces_are_refused_and_the_old_version_keeps_serving(
-    served: ServedModel, tensors: dict[str, RawTensor], service: ScriptedWeights
-) -> None:
+@pytest.fixture
+def follower(service: ScriptedWeights, served: ServedModel) -> Iterator[WeightsFollower]:
     def between_passes(_model: str, flip: Callable[[], None]) -> float:
         flip()
         return 0.0
 
     follower = WeightsFollower(service.address, {"tiny": served}, between_passes, follow=False)
+    yield follower
+    follower.stop()
+
+
+def test_wrong_pieces_are_refused_and_the_old_version_keeps_serving(
+    served: ServedModel, tensors: dict[str, RawTensor], service: ScriptedWeights, follower: WeightsFollower
+) -> None:
+    right = service.send
+    service.send = lambda name, raw: wrong_pieces()["other bytes"](raw) if name == NAME else right(name, raw)
+    with pytest.raises(Refused, match=NAME):
+        follower.swap("tiny", 1).result(20.0)
+    assert served.version.number == 0
+    assert_holds(served.policy, content(make_policy(0)))
+    service.send = right
+    assert follower.swap("tiny", 1).result(20.0).current.number == 1
+    assert_holds(served.policy, tensors)
+
+
+def test_an_end_amid_a_tensor_is_quick_and_changes_nothing(
+    served: ServedModel, service: ScriptedWeights, follower: WeightsFollower
+) -> None:
+    sending, ended = threading.Event(), threading.Event()
+
+    def silent(_name: str, raw: RawTensor) -> Pieces:
+        yield weights_pb2.TensorPiece(sha256=raw.sha256, data=bytes(raw.data)[:4])
+        sending.set()
+        ended.wait(30.0)
+
+    service.send = silent
+    swap = follower.swap("tiny", 1)
+    assert sending.wait(20.0)
+    follower.end_swaps()
     try:
-        right = service.send
-        service.send = lambda name, raw: wrong_pieces()["other bytes"](raw) if name == NAME else right(name, raw)
-        with pytest.raises(Refused, match=NAME):
-            follower.swap("tiny", 1).result(20.0)
-        assert served.version.number == 0
-        assert_holds(served.policy, content(make_policy(0)))
-        service.send = right
-        assert follower.swap("tiny", 1).result(20.0).current.number == 1
-        assert_holds(served.policy, tensors)
+        with pytest.raises(Cancelled, match="nothing was changed"):
+            swap.result(5.0)
     finally:
-        follower.stop()
+        ended.set()
+    assert served.version.number == 0
+    assert_holds(served.policy, content(make_policy(0)))
 
 
 def test_nothing_as_large_as_a_tensor_is_allocated_while_a_version_comes_in(client: WeightsClient) -> None:
