@@ -7,6 +7,8 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from manyhands.weights.v1 import weights_pb2
 from manyhands.weights_manifest import RawTensor
 from policies import checkpoint
 from policies.flow import FlowPolicy
+from services.inference import spare as spare_module
 from services.inference.models import ServedModel
 from services.inference.spare import Spare
 from services.inference.weights_follower import WeightsFollower
@@ -212,18 +215,25 @@ def test_wrong_pieces_are_refused_and_the_old_version_keeps_serving(
 
 
 def test_an_end_amid_a_tensor_is_quick_and_changes_nothing(
-    served: ServedModel, service: ScriptedWeights, follower: WeightsFollower
+    served: ServedModel, service: ScriptedWeights, follower: WeightsFollower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sending, ended = threading.Event(), threading.Event()
+    coming, ended = threading.Event(), threading.Event()
+    real_bytes_of = spare_module._bytes_of
+
+    def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+        """Asked for after the last look at whether the server goes on: what ends the swap is the end of its call."""
+        coming.set()
+        return real_bytes_of(tensor)
+
+    monkeypatch.setattr(spare_module, "_bytes_of", bytes_of)
 
     def silent(_name: str, raw: RawTensor) -> Pieces:
         yield weights_pb2.TensorPiece(sha256=raw.sha256, data=bytes(raw.data)[:4])
-        sending.set()
         ended.wait(30.0)
 
     service.send = silent
     swap = follower.swap("tiny", 1)
-    assert sending.wait(20.0)
+    assert coming.wait(20.0)
     follower.end_swaps()
     try:
         with pytest.raises(Cancelled, match="nothing was changed"):
