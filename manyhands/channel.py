@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -14,16 +14,22 @@ from .security import SecuritySettings, channel_credentials
 from .server import CHANNEL_OPTIONS
 
 
-def connect(address: str, *, security_settings: SecuritySettings | None = None) -> grpc.Channel:
+def connect(
+    address: str, *, security_settings: SecuritySettings | None = None, options: Sequence[tuple[str, int]] = ()
+) -> grpc.Channel:
     """A blocking channel to "host:port": plain on loopback without an authority, else TLS with certificate and token.
+
+    Args:
+        options: Of gRPC, besides those of every channel.
 
     Raises:
         Refused: Neither loopback nor an authority.
     """
     credentials = channel_credentials(address, security_settings or SecuritySettings())
+    all_options = [*CHANNEL_OPTIONS, *options]
     if credentials is None:
-        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        return grpc.insecure_channel(address, options=all_options)
+    return grpc.secure_channel(address, credentials, options=all_options)
 
 
 def connect_aio(address: str, *, security_settings: SecuritySettings | None = None) -> grpc.aio.Channel:
@@ -39,16 +45,18 @@ class Client:
 
     Attributes:
         SERVER: Whom a message names when nobody answers, as "robot agent".
+        OPTIONS: As connect()'s.
 
     Args:
         address: "host:port".
     """
 
     SERVER: ClassVar[str]
+    OPTIONS: ClassVar[Sequence[tuple[str, int]]] = ()
 
     def __init__(self, address: str, *, security_settings: SecuritySettings | None = None) -> None:
         self.address = address
-        self._channel = connect(address, security_settings=security_settings)
+        self._channel = connect(address, security_settings=security_settings, options=self.OPTIONS)
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from .metrics import metrics_interceptor
 
 logger = logging.getLogger(__name__)
 
-# A chunk request with three raw 480x640 cameras is 2.8 MB; weights travel in 4 MiB pieces.
+# A chunk request with three raw 480x640 cameras is 2.8 MB; weights travel in pieces of at most 4 MiB.
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import Message
+from grpc.experimental import ChannelOptions
 
 from .. import channel, errors, stamps, weights_manifest
 from ..common.v1 import common_pb2
@@ -25,6 +28,9 @@ from ..weights_manifest import PIECE_BYTES, RawTensor, TensorLike
 _SLOWEST_BYTES_PER_S = 5_000_000
 
 ResponseT = TypeVar("ResponseT")
+
+Bytes = npt.NDArray[np.uint8]
+"""(N,) uint8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,9 @@ class WeightsClient(channel.Client):
     """
 
     SERVER = "weights service"
+    # Streams are read on the thread that asks for them. With gRPC's own thread between, each message wakes two, and an
+    # engine beside them has one more to share the interpreter with.
+    OPTIONS = ((ChannelOptions.SingleThreadedUnaryStream, 1),)
 
     def __init__(
         self,
@@ -152,23 +161,52 @@ class WeightsClient(channel.Client):
             NotFound: The service has dropped this version.
             Corrupt: Bytes that are not what their digest says.
         """
-        return dict(self.fetch_each(manifest, have))
+        wanted = [entry for entry in manifest.tensors if entry.sha256 not in have]
+        tensors = {}
 
-    def fetch_each(self, manifest: weights_pb2.Manifest, have: Container[bytes] = ()) -> Iterator[tuple[str, RawTensor]]:
-        """fetch() one tensor at a time, so that a big model never is in memory twice. Goes on after a broken link."""
-        names: dict[bytes, list[weights_pb2.TensorEntry]] = {}
-        for entry in manifest.tensors:
-            if entry.sha256 not in have:
-                names.setdefault(entry.sha256, []).append(entry)
+        def place(entry: weights_pb2.TensorEntry) -> Bytes:
+            # Not a bytearray: that would be filled with zeros, a gigabyte of them while nobody else has the interpreter.
+            data = np.empty(weights_manifest.entry_bytes(entry), np.uint8)
+            tensors[entry.name] = RawTensor(dtype=entry.dtype, shape=tuple(entry.shape), data=data.data)
+            return data
+
+        for _ in self.fetch_into(wanted, place):
+            pass
+        return tensors
+
+    def fetch_into(
+        self, entries: Iterable[weights_pb2.TensorEntry], place: Callable[[weights_pb2.TensorEntry], Bytes]
+    ) -> Iterator[weights_pb2.TensorEntry]:
+        """Tensors of a manifest, each piece straight to where it belongs. Goes on after a broken link.
+
+        Nothing as large as a tensor is allocated, and other threads get the interpreter between any two pieces.
+
+        Args:
+            place: Answers the memory of an entry. Called just before its first byte is written, and again where a broken
+                link has it begin anew; until the entry comes out of the iterator that memory holds anything.
+
+        Yields:
+            Each entry when its memory has all of it, digest verified.
+
+        Raises:
+            InvalidInput: place answered memory of another size.
+            NotFound: The service has dropped this version.
+            Corrupt: Bytes that are not what their digest says, or that are not in order; field names the tensor.
+        """
+        waiting: dict[bytes, list[weights_pb2.TensorEntry]] = {}
+        for entry in entries:
+            waiting.setdefault(entry.sha256, []).append(entry)
         patience = Patience(self._patience_s)
-        while names:
+        while waiting:
             try:
-                for sha256, data in self._fetch_stream({sha: entries[0] for sha, entries in names.items()}):
-                    for entry in names.pop(sha256):
-                        yield entry.name, RawTensor(dtype=entry.dtype, shape=tuple(entry.shape), data=data)
+                for entry, whole in self._fetch_stream([same[0] for same in waiting.values()], place):
+                    yield entry
+                    for other in waiting.pop(entry.sha256)[1:]:
+                        np.copyto(_placed(place, other), whole)
+                        yield other
                     patience.progress()
-                if names:
-                    raise errors.Unreachable(f"the weights service ended the stream {len(names)} tensors early")
+                if waiting:
+                    raise errors.Unreachable(f"the weights service ended the stream {len(waiting)} tensors early")
             except errors.ManyhandsError as error:
                 patience.wait(error)
 
@@ -180,17 +218,19 @@ class WeightsClient(channel.Client):
         """
         return VersionWatch(self._stub, model, after_number)
 
-    def _fetch_stream(self, wanted: Mapping[bytes, weights_pb2.TensorEntry]) -> Iterator[tuple[bytes, memoryview]]:
-        sizes = {sha256: weights_manifest.entry_bytes(entry) for sha256, entry in wanted.items()}
-        timeout_s = self._timeout_s + sum(sizes.values()) / _SLOWEST_BYTES_PER_S
+    def _fetch_stream(
+        self, entries: Sequence[weights_pb2.TensorEntry], place: Callable[[weights_pb2.TensorEntry], Bytes]
+    ) -> Iterator[tuple[weights_pb2.TensorEntry, Bytes]]:
+        num_bytes = sum(weights_manifest.entry_bytes(entry) for entry in entries)
+        request = weights_pb2.FetchRequest(sha256=[entry.sha256 for entry in entries])
         with channel.translated_errors():
-            call = self._stub.Fetch(weights_pb2.FetchRequest(sha256=list(sizes)), timeout=timeout_s)
+            call = self._stub.Fetch(request, timeout=self._timeout_s + num_bytes / _SLOWEST_BYTES_PER_S)
             try:
-                for sha256, size in sizes.items():
-                    data = _collect(call, wanted[sha256].name, sha256, size)
-                    if data is None:
+                for entry in entries:
+                    into = _receive(call, entry, place)
+                    if into is None:
                         return
-                    yield sha256, data
+                    yield entry, into
             finally:
                 call.cancel()
 
@@ -268,28 +308,44 @@ def pieces(sha256: bytes, data: bytes | bytearray | memoryview) -> Iterator[weig
         offset = end
 
 
-def _collect(call: Iterator[weights_pb2.FetchResponse], name: str, sha256: bytes, size: int) -> memoryview | None:
-    """One whole tensor of the stream; None when the stream ends. The size is the manifest's, not the peer's word."""
-    data = bytearray(size)
+def _receive(
+    call: Iterator[weights_pb2.FetchResponse],
+    entry: weights_pb2.TensorEntry,
+    place: Callable[[weights_pb2.TensorEntry], Bytes],
+) -> Bytes | None:
+    """Where the next tensor of the stream is, whole; None when the stream ends. The size is the manifest's, not the peer's
+    word. Copying and hashing let go of the interpreter."""
+    into: Bytes | None = None
     hasher = hashlib.sha256()
-    offset = 0
+    offset, size = 0, weights_manifest.entry_bytes(entry)
     for response in call:
         piece = response.piece
-        content = piece.data
-        if piece.sha256 != sha256 or piece.offset != offset or offset + len(content) > size:
+        content = np.frombuffer(piece.data, np.uint8)
+        end = offset + content.nbytes
+        if piece.sha256 != entry.sha256 or piece.offset != offset or end > size:
             raise errors.Corrupt(
-                f"expected byte {offset} of {size} of tensor {sha256.hex()[:16]}, got {len(content)} bytes at "
+                f"expected byte {offset} of {size} of tensor {entry.sha256.hex()[:16]}, got {content.nbytes} bytes at "
                 f"{piece.offset} of {piece.sha256.hex()[:16]}",
-                field=name,
+                field=entry.name,
             )
-        data[offset : offset + len(content)] = content
-        hasher.update(content)
-        offset += len(content)
+        if into is None:
+            into = _placed(place, entry)
+        np.copyto(into[offset:end], content)
+        hasher.update(content.data)
+        offset = end
         if piece.last:
-            if offset != size or hasher.digest() != sha256:
+            if offset != size or hasher.digest() != entry.sha256:
                 raise errors.Corrupt(
-                    f"{offset} of {size} bytes came, with sha256 {hasher.hexdigest()[:16]} instead of {sha256.hex()[:16]}",
-                    field=name,
+                    f"{offset} of {size} bytes came, with sha256 {hasher.hexdigest()[:16]} instead of "
+                    f"{entry.sha256.hex()[:16]}",
+                    field=entry.name,
                 )
-            return memoryview(data)
+            return into
     return None
+
+
+def _placed(place: Callable[[weights_pb2.TensorEntry], Bytes], entry: weights_pb2.TensorEntry) -> Bytes:
+    into, size = place(entry), weights_manifest.entry_bytes(entry)
+    if into.shape != (size,):
+        raise errors.InvalidInput(f"the memory for it has shape {into.shape}, its bytes need ({size},)", field=entry.name)
+    return into

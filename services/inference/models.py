@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from manyhands import weights_manifest
 from manyhands.common.v1 import common_pb2
@@ -24,9 +22,6 @@ from policies.policy import Policy
 from .engine_port import Observed
 
 AnyPolicy = Policy[Any]
-
-# Copied a piece at a time, so that a thread that stages weights never holds the memory bus or the interpreter for long.
-COPY_PIECE_ELEMENTS = 1 << 20
 
 
 class ServedModel:
@@ -93,11 +88,6 @@ class ServedModel:
             return self._returned.wait_for(lambda: not self._borrowers.get(id(policy)), timeout_s)
 
 
-def make_spare(policy: AnyPolicy) -> AnyPolicy:
-    """A copy of the module that new weights are staged in."""
-    return copy.deepcopy(policy).eval()
-
-
 def check_fits(served: ServedModel, manifest: weights_pb2.Manifest) -> None:
     """Raises Refused, naming what differs, unless manifest has the served policy's type, configuration and tensors."""
     policy = served.policy
@@ -116,14 +106,6 @@ def check_fits(served: ServedModel, manifest: weights_pb2.Manifest) -> None:
     for name in offered:
         if name not in served.forms:
             raise Refused("is not a tensor of the served policy", field=name)
-
-
-def copy_tensor(target: torch.Tensor, source: torch.Tensor) -> None:
-    """In pieces; both have the same shape and dtype."""
-    flat_target, flat_source = target.detach().view(-1), source.detach().reshape(-1)
-    for start in range(0, flat_target.numel(), COPY_PIECE_ELEMENTS):
-        end = start + COPY_PIECE_ELEMENTS
-        flat_target[start:end].copy_(flat_source[start:end])
 
 
 def canary_sample(spec: Spec) -> Observed:

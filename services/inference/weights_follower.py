@@ -14,22 +14,22 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from manyhands import weights_manifest
 from manyhands.clients.weights import VersionWatch, WeightsClient
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import Cancelled, Corrupt, InvalidInput, ManyhandsError, NotFound, Refused, Unreachable
+from manyhands.errors import Cancelled, InvalidInput, ManyhandsError, NotFound, Refused, Unreachable
 from manyhands.security import SecuritySettings
 from manyhands.weights.v1 import weights_pb2
-from policies import checkpoint
 
 from .engine import canary_row, compute
 from .engine_port import Answer, Swap, SwapResult
 from .fused_model import FusedModel
-from .models import AnyPolicy, ServedModel, check_fits, copy_tensor, make_spare
+from .models import AnyPolicy, ServedModel, check_fits
+from .spare import Spare
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,10 @@ class Resume:
 
 @dataclass(kw_only=True)
 class _Slot:
-    """One model's staging: the spare module and what its tensors hold."""
+    """One model's staging."""
 
     served: ServedModel
-    spare: AnyPolicy | None = None
-    spare_digests: dict[str, bytes] = field(default_factory=dict)
+    spare: Spare | None = None
     newest_number: int = 0
     pinned: bool = False
 
@@ -235,13 +234,11 @@ class WeightsFollower:
         if version == served.version:
             return SwapResult(previous=version, current=version, pause_s=0.0)
         try:
-            self._fill_spare(slot, manifest)
-            spare = slot.spare
-            assert spare is not None
+            spare = self._filled_spare(slot, manifest)
             if isinstance(served, FusedModel):
-                served.stage(spare)
+                served.stage(spare.policy)
             else:
-                _check_canary(spare, version)
+                _check_canary(spare.policy, version)
         except (Unreachable, Cancelled):
             raise
         except ManyhandsError as error:
@@ -253,8 +250,8 @@ class WeightsFollower:
         previous = served.version
 
         def flip() -> None:
-            free = served.replace(spare, version, slot.spare_digests)
-            slot.spare, slot.spare_digests = free, digests_before
+            free = served.replace(spare.policy, version, spare.digests)
+            slot.spare = Spare(policy=free, digests=digests_before)
 
         digests_before = dict(served.digests)
         try:
@@ -266,39 +263,22 @@ class WeightsFollower:
         logger.info("%s: version %d serves, pause %.3f ms", served.name, version.number, pause_s * 1e3)
         return SwapResult(previous=previous, current=version, pause_s=pause_s)
 
-    def _fill_spare(self, slot: _Slot, manifest: weights_pb2.Manifest) -> None:
+    def _filled_spare(self, slot: _Slot, manifest: weights_pb2.Manifest) -> Spare:
         served = slot.served
         check_fits(served, manifest)
         if slot.spare is None:
-            slot.spare = make_spare(served.policy)
-            slot.spare_digests = dict(served.digests)
-        if not served.wait_until_returned(slot.spare, BORROWED_TIMEOUT_S):
+            slot.spare = Spare.of(served.policy)
+        spare = slot.spare
+        if not served.wait_until_returned(spare.policy, BORROWED_TIMEOUT_S):
             raise Unreachable(f"a text answer still runs on the spare copy of {served.name}; try again")
-        targets = slot.spare.state_dict()
-        live = served.policy.state_dict()
-        live_by_digest = {digest: live[name] for name, digest in served.digests.items()}
-        wanted = {entry.name: entry.sha256 for entry in manifest.tensors}
-        to_do = {name for name, sha256 in wanted.items() if slot.spare_digests.get(name) != sha256}
-
-        def put(name: str, source: torch.Tensor) -> None:
-            self._check_going_on()
-            slot.spare_digests.pop(name, None)  # Half a tensor is neither the old one nor the new one.
-            copy_tensor(targets[name], source)
-            slot.spare_digests[name] = wanted[name]
-
-        for name in sorted(to_do):
-            source = live_by_digest.get(wanted[name])
-            if source is not None and source.shape == targets[name].shape and source.dtype == targets[name].dtype:
-                put(name, source)
-                to_do.discard(name)
-        missing = {wanted[name] for name in to_do}
-        have = set(wanted.values()) - missing
-        for name, raw in self._client.fetch_each(manifest, have):
-            if name in to_do:
-                tensor = checkpoint.from_wire({name: raw})[name]
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise Corrupt("holds values that are not finite", field=name)
-                put(name, tensor)
+        spare.fill(
+            manifest,
+            self._client,
+            live=served.policy,
+            live_digests=served.digests,
+            check_going_on=self._check_going_on,
+        )
+        return spare
 
     def _check_going_on(self) -> None:
         if self._stopping.is_set():

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 from manyhands import stamps, weights_manifest
 from manyhands.common.v1 import common_pb2
@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
 Context = Any
+
+# Of a tensor's file at once.
+READ_BYTES = 4 * 1024 * 1024
+# As a reader gets them. Its libraries copy a message several times while they hold its interpreter: 0.02 ms each time at
+# this size, 0.1 to 0.4 ms at 4 MiB, where every copy takes fresh pages from the kernel besides, which makes it slower.
+FETCHED_PIECE_BYTES = 512 * 1024
 
 
 class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
@@ -86,16 +92,8 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         for sha256 in request.sha256:
             file = await self._run(self._store.open_tensor, sha256)
             with file:
-                offset = 0
-                data = await self._run(file.read, weights_manifest.PIECE_BYTES)
-                while True:
-                    following = await self._run(file.read, weights_manifest.PIECE_BYTES) if data else b""
-                    piece = weights_pb2.TensorPiece(sha256=sha256, offset=offset, data=data, last=not following)
+                async for piece in self._pieces(sha256, file):
                     yield weights_pb2.FetchResponse(piece=piece)
-                    if not following:
-                        break
-                    offset += len(data)
-                    data = following
 
     async def GetManifest(  # noqa: N802
         self, request: weights_pb2.GetManifestRequest, context: Context
@@ -111,6 +109,21 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         return weights_pb2.ListVersionsResponse(
             versions=[_watched(stored) for stored in self._store.versions(request.model)]
         )
+
+    async def _pieces(self, sha256: bytes, file: BinaryIO) -> AsyncIterator[weights_pb2.TensorPiece]:
+        """Of one tensor, the last marked; an empty tensor is one empty piece. A read brings many: it changes threads."""
+        offset = 0
+        data = await self._run(file.read, READ_BYTES)
+        while True:
+            following = await self._run(file.read, READ_BYTES) if data else b""
+            for begin in range(0, max(len(data), 1), FETCHED_PIECE_BYTES):
+                content = data[begin : begin + FETCHED_PIECE_BYTES]
+                is_last = not following and begin + len(content) == len(data)
+                yield weights_pb2.TensorPiece(sha256=sha256, offset=offset + begin, data=content, last=is_last)
+            if not following:
+                return
+            offset += len(data)
+            data = following
 
     async def _publish(self, requests: AsyncIterator[weights_pb2.PublishRequest]) -> weights_pb2.PublishResponse:
         first = await anext(requests, None)

@@ -20,6 +20,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import Corrupt, InvalidInput, ManyhandsError, NotFound, Overloaded
 from manyhands.weights.v1 import weights_pb2, weights_pb2_grpc
 from manyhands.weights_manifest import PIECE_BYTES, RawTensor
+from services.weights.servicer import FETCHED_PIECE_BYTES
 from tests.support.waiting import wait_until
 
 BIG = np.arange(PIECE_BYTES // 4 + 1000, dtype=np.float32)  # Two pieces.
@@ -85,6 +86,20 @@ def test_an_unchanged_tensor_is_neither_sent_nor_fetched_again(client: WeightsCl
     publish(client, 2)
     assert f"(run/2): 16 new of {16 + BIG.nbytes} bytes" in topology.services["weights"].log_path.read_text()
     assert sorted(client.fetch(client.get_manifest("reach"), have=held)) == ["head"]
+
+
+def test_a_reader_gets_small_pieces_in_order(address: str, client: WeightsClient) -> None:
+    """Each is copied several times while a reader's other threads wait for its interpreter."""
+    large = np.arange(PIECE_BYTES // 2 + 200_007, dtype=np.float32)  # Three reads of the file, the last of two pieces.
+    publish(client, 1, trunk=large)
+    raw = weights_manifest.raw_tensor(large)
+    with channel.connect(address) as raw_channel:
+        stub = weights_pb2_grpc.WeightsServiceStub(raw_channel)
+        got = [response.piece for response in stub.Fetch(weights_pb2.FetchRequest(sha256=[raw.sha256]), timeout=10)]
+    assert b"".join(piece.data for piece in got) == bytes(raw.data)
+    assert max(len(piece.data) for piece in got) == FETCHED_PIECE_BYTES <= 1024 * 1024
+    assert [piece.offset for piece in got] == list(range(0, large.nbytes, FETCHED_PIECE_BYTES))
+    assert [piece.last for piece in got] == [False] * (len(got) - 1) + [True]
 
 
 def test_watch_tells_many_of_old_and_new_versions_and_a_slow_one_harms_nobody(address: str, client: WeightsClient) -> None:
