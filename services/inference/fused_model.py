@@ -284,12 +284,15 @@ class FusedModel(ServedModel):
         """As ServedModel's. The canary runs on what serves: the plain module on the CPU would take minutes.
 
         Raises:
-            Refused: The canary's chunk is not finite; the weights are again those that served before.
+            Refused: The canary's chunk is not finite. The weights are again those that served before, also where it raises.
         """
         self.fused.weights.commit()
-        if not np.isfinite(self.canary()).all():
+        try:
+            if not np.isfinite(self.canary()).all():
+                raise Refused("its canary chunk is not finite")
+        except Exception:
             self.fused.weights.revert()
-            raise Refused("its canary chunk is not finite")
+            raise
         previous = super().replace(policy, version, digests)
         self._ahead.clear()  # Made with the statistics of before.
         return previous
@@ -297,13 +300,17 @@ class FusedModel(ServedModel):
     def canary(self) -> npt.NDArray[np.float32]:
         """(T, R) for a plain observation, after some of its steps: what is no number in one of them stays none."""
         row = self.chunk_row(canary_row(self.policy))
-        self.run_prefix([row])
-        for step in sorted({0, self.num_steps // 2, self.num_steps - 1}):
-            self.run_expert([(row, step)])
-        arrived = self.fetch([row])
-        self.wait()
-        [(chunk, _)] = arrived()
-        self.release(row, wipe=not np.isfinite(chunk).all())
+        is_finite = False
+        try:
+            self.run_prefix([row])
+            for step in sorted({0, self.num_steps // 2, self.num_steps - 1}):
+                self.run_expert([(row, step)])
+            arrived = self.fetch([row])
+            self.wait()
+            [(chunk, _)] = arrived()
+            is_finite = bool(np.isfinite(chunk).all())
+        finally:
+            self.release(row, wipe=not is_finite)
         return chunk
 
     def wait(self) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, TooLate
@@ -232,6 +233,23 @@ def test_a_row_that_waits_while_statistics_change_is_read_with_the_new_ones(engi
     assert outcome.version.number == 1
     assert near(outcome.actions, plain(second, row(1))[0])
     assert not near(outcome.actions, plain(policy, row(1))[0])
+
+
+def test_a_canary_that_raises_leaves_what_serves_as_it_was(engine, policy, monkeypatch):
+    second, model = make_policy(), engine.models["tiny"]
+    with torch.no_grad():
+        for parameter in second.network.parameters():
+            parameter.add_(0.01)
+    model.fused.weights.stage(second.network.state_dict())
+    with monkeypatch.context() as broken:
+        broken.setattr(model, "run_expert", lambda rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.between_passes(lambda: replace(engine, second, 1))
+    outcome = answer_of(submit(engine, "left", row(1)))
+    assert outcome.version.number == 0
+    assert near(outcome.actions, plain(policy, row(1))[0])
+    engine.between_passes(lambda: None)
+    assert model.slots.num_free == model.slots.sizes.num_slots
 
 
 def test_what_was_prepared_ahead_of_a_change_is_prepared_again(engine, policy, monkeypatch):
