@@ -43,7 +43,7 @@ MAX_TEXTS = 32
 # Kept of the previous answer to the same question: it often comes again.
 MAX_DRAFT_TOKENS = 32
 # Rows prepared before their pictures are there: one a robot, while those are decoded.
-MAX_AHEAD = 64
+MAX_ROWS_AHEAD = 64
 
 
 class FusedModel(ServedModel):
@@ -98,7 +98,7 @@ class FusedModel(ServedModel):
         self.device = device
         self.fused = FusedPi052(config.network, settings, device, dtype=dtype, kernels=kernels)
         self.fused.weights.refill(policy.network.state_dict())
-        self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_AHEAD)
+        self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_ROWS_AHEAD)
 
     @property
     def slots(self) -> Slots:

@@ -10,7 +10,7 @@ import torch
 
 from manyhands.errors import InvalidInput
 from services.inference.engine_port import Observed, Row
-from services.inference.fused_model import MAX_AHEAD, ChunkRow, FusedModel
+from services.inference.fused_model import MAX_ROWS_AHEAD, ChunkRow, FusedModel
 from services.inference.rows_ahead import RowsAhead
 from tests.support import prompted_lab
 from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
@@ -110,7 +110,7 @@ def test_what_is_wrong_with_a_row_is_said_when_it_comes(model: FusedModel) -> No
 
 def test_rows_that_never_come_take_no_more_than_their_places() -> None:
     ahead: RowsAhead[int] = RowsAhead(3)
-    for number in range(MAX_AHEAD):
+    for number in range(MAX_ROWS_AHEAD):
         ahead.put(number, number)
     assert len(ahead) == 3
-    assert [ahead.take(number) for number in (0, MAX_AHEAD - 1, MAX_AHEAD - 1)] == [None, MAX_AHEAD - 1, None]
+    assert [ahead.take(number) for number in (0, MAX_ROWS_AHEAD - 1, MAX_ROWS_AHEAD - 1)] == [None, MAX_ROWS_AHEAD - 1, None]

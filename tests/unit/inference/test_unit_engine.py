@@ -262,6 +262,16 @@ def test_the_scheduler_is_told_of_the_longest_slice(policy, monkeypatch):
         assert times.mean_s(group(UnitKind.TEXT_PREFIX, "tiny", bucket), 1) >= 0.05
 
 
+def test_the_check_of_a_draft_counts_as_two_steps_of_one_text(policy, monkeypatch):
+    """However many texts a step of many was measured with: it checks one."""
+    model = FusedModel("tiny", policy, CPU, max_rows=1, max_texts=4)
+    monkeypatch.setattr(unit_warm_up, "_token_s", lambda model, size: 0.001 * size)
+    times = ServiceTimes(forgets=False)
+    unit_warm_up.measure("tiny", model, times, 0.0)
+    for bucket in model.fused.settings.prompt_lengths:
+        assert times.mean_s(group(UnitKind.DRAFT_CHECK, "tiny", bucket), 1) == pytest.approx(0.002)
+
+
 def test_weights_change_between_chunks_only(policy):
     """Under load every chunk is wholly of one version, and names it."""
     first, second = make_policy(), make_policy()
