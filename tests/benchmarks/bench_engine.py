@@ -231,8 +231,8 @@ def _told(found: Errors, num_asked: int) -> str:
 
 
 def to_bytes(picture: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """(3, height, width) in [-1, 1] to (height, width, 3)."""
-    return ((picture.permute(1, 2, 0) + 1.0) * 127.5).round().to(torch.uint8).numpy()
+    """(3, height, width) in [-1, 1] to (height, width, 3), in one piece as cameras give it."""
+    return ((picture.permute(1, 2, 0) + 1.0) * 127.5).round().to(torch.uint8).contiguous().numpy()
 
 
 def _rows(rows: int) -> str:

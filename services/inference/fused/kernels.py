@@ -9,7 +9,6 @@ Shapes: B rows, T tokens of a row, D width, H heads, E head size, M MLP width.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +20,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from policies.attention import ROPE_BASE
 from policies.pi052.config import NetworkConfig
 
-from . import kernels_fp8, triton_attention, triton_many, triton_rows, triton_small
+from . import kernels_attention, kernels_fp8, triton_many, triton_rows, triton_small
 from .fp8 import Fp8Mlp
+from .kernels_attention import MULTIPROCESSORS
 from .ops import EulerTables, Heads
 from .slots import Residual, Rows, Slots, SlotSizes
 from .weights import FusedWeights, Norm
 
 # Up to so many tokens go through the kernels for few: four rows of a chunk. Beyond, cuBLAS is faster in spite of its passes.
 MAX_FEW_TOKENS = 256
-MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,6 @@ TILES = {
 }
 
 
-@dataclass(frozen=True)
-class AttendTile:
-    """How attention is cut: queries and keys of a tile, warps, stages, and about how many programs there should be in all;
-    0: each looks at all keys itself."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-    programs: int = 0
-
-
 # Tokens, outputs and inner numbers of a tile, warps, stages, and tiles of tokens that share weights, of the whole prefix.
 GATE_UP_TILE = (128, 128, 64, 8, 4, 8)
 
@@ -105,7 +92,6 @@ class _Shared:
         self.dtype = dtype
         self.rotary = _Rotary(config.language.head_dim, sizes.capacity, device)
         self.pdl = pdl
-        self._sizes = sizes
 
     def normed(self, residual: Residual, norm: Norm, rows: Rows) -> torch.Tensor:
         x, parts = residual.x, residual.parts
@@ -128,31 +114,7 @@ class _Shared:
         kernels_fp8.mlp(residual, normed, weights, {"PDL": self.pdl, **_launch(self.pdl)})
 
     def attend(self, q: torch.Tensor, rows: Rows, slots: Slots, layer: int) -> torch.Tensor:
-        num_rows, num_tokens, heads, size = q.shape
-        queries = num_tokens * heads
-        tile = _attend_tile(num_rows, queries)
-        tiles = triton.cdiv(queries, tile.m)
-        piece, pieces = _pieces(self._sizes.text_capacity, tiles * num_rows, tile.n, tile.programs)
-        mixed = torch.empty(num_rows, num_tokens, heads * size, dtype=q.dtype, device=q.device)
-        part, lse = mixed, mixed
-        if pieces > 1:
-            part = torch.empty(num_rows, queries, pieces, size, dtype=torch.float32, device=q.device)
-            lse = torch.empty(num_rows, queries, pieces, dtype=torch.float32, device=q.device)
-        keys, values = (
-            TensorDescriptor.from_tensor(pool[layer].view(-1, size), [tile.n, size]) for pool in (slots.keys, slots.values)
-        )
-        triton_attention.attend_kernel[(tiles, pieces, num_rows)](
-            q, keys, values, slots.valid, part, lse, rows.slots, rows.seen, rows.own,
-            num_tokens, q.stride(1), slots.keys.shape[2], slots.valid.stride(0), size**-0.5 * math.log2(math.e),
-            HEADS=heads, E=size, M=tile.m, N=tile.n, PIECE=piece, PIECES=pieces, SEES_OWN=rows.sees_own, CAUSAL=rows.causal,
-            PDL=self.pdl, num_warps=tile.warps, num_stages=tile.stages, **_launch(self.pdl),
-        )  # fmt: skip
-        if pieces > 1:
-            triton_attention.combine_kernel[(num_rows * queries,)](
-                part, lse, mixed, E=size, PIECES=pieces, PADDED=triton.next_power_of_2(pieces), PDL=self.pdl,
-                num_warps=4 if pieces > 8 else 2, **_launch(self.pdl),
-            )  # fmt: skip
-        return mixed
+        return kernels_attention.attend(q, rows, slots, layer, {"PDL": self.pdl, **_launch(self.pdl)})
 
 
 class FewOps(_Shared):
@@ -168,9 +130,6 @@ class FewOps(_Shared):
 
     def normed(self, residual: Residual, norm: Norm, rows: Rows) -> torch.Tensor:
         return self._many.normed(residual, norm, rows) if self._is_many(residual.x) else super().normed(residual, norm, rows)
-
-    def attend(self, q: torch.Tensor, rows: Rows, slots: Slots, layer: int) -> torch.Tensor:
-        return self._many.attend(q, rows, slots, layer) if self._is_many(q) else super().attend(q, rows, slots, layer)
 
     def project_qkv(
         self, normed: torch.Tensor, weight: torch.Tensor, rows: Rows, slots: Slots, layer: int, heads: Heads,
@@ -215,6 +174,18 @@ class FewOps(_Shared):
 
     def logits(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._parts("logits", normed[:, None], weight)[0]
+
+    def expert_rows(self, slots: Slots, index: torch.Tensor, steps: torch.Tensor, *, trained: bool) -> Rows:
+        num_rows, horizon = len(index), slots.sizes.horizon
+        positions = torch.empty(num_rows, horizon, dtype=torch.int32, device=index.device)
+        seen, own, clean = (torch.empty_like(index) for _ in range(3))
+        # Without PDL: kernels further on read these numbers before they wait for the one in front of them.
+        triton_small.expert_rows_kernel[(num_rows,)](
+            index, slots.action_position, slots.action_keys, slots.clean, positions, seen, own, clean, horizon,
+            slots.sizes.text_capacity, BLOCK=triton.next_power_of_2(horizon), num_warps=1,
+        )  # fmt: skip
+        clean_or_none = clean if trained else None
+        return Rows(slots=index, positions=positions, seen=seen, own=own, steps=steps, clean=clean_or_none)
 
     def action_in(self, weights: FusedWeights, rows: Rows, slots: Slots) -> torch.Tensor:
         weight = weights.views["action_in.weight"]
@@ -339,36 +310,6 @@ class ManyOps(_Shared):
 
     def linear_gelu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
-
-
-# By the most queries of all rows, after those of text and of a prefix; found by trying on one H200.
-ATTEND_TILES = {
-    400: AttendTile(64, 64, 8, 3, MULTIPROCESSORS),
-    800: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
-    1600: AttendTile(64, 64, 4, 2, MULTIPROCESSORS),
-    3200: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
-}
-
-
-def _attend_tile(num_rows: int, queries: int) -> AttendTile:
-    """For so many rows with so many queries each."""
-    if queries > 1024:  # A prefix.
-        return AttendTile(64, 64, 4, 2) if num_rows == 1 else AttendTile(128, 64, 8, 2)
-    if queries <= 16:  # Text.
-        few = AttendTile(16, 32, 4, 2, 2 * MULTIPROCESSORS)
-        return few if num_rows <= 8 else AttendTile(16, 64, 4, 3, MULTIPROCESSORS)
-    fitting = [tile for most, tile in ATTEND_TILES.items() if num_rows * queries <= most]
-    return fitting[0] if fitting else AttendTile(64, 64, 4, 3)
-
-
-def _pieces(most: int, tiles: int, n: int, programs: int) -> tuple[int, int]:
-    """Keys of one piece, in whole blocks of n, and how many pieces, so that there are at most about so many programs.
-
-    A row's own keys are in the last piece: as a piece more they made programs wait that had no multiprocessor left.
-    """
-    blocks = -(-most // n)
-    piece = -(-blocks // max(1, min(blocks, programs // tiles)))
-    return piece * n, -(-blocks // piece)
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

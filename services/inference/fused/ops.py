@@ -91,6 +91,12 @@ class Ops(Protocol):
     def mlp_fp8(self, residual: Residual, normed: torch.Tensor, weights: Fp8Mlp) -> None:
         """gate_up and project_out without a gate, with both products in FP8, their tokens quantised on the way."""
 
+    def expert_rows(self, slots: Slots, index: torch.Tensor, steps: torch.Tensor, *, trained: bool) -> Rows:
+        """The rows of an Euler step, by their slots index (B,) int32 and steps (B,) int32.
+
+        trained: Rows keep committed actions (trained chunking).
+        """
+
     def action_in(self, weights: FusedWeights, rows: Rows, slots: Slots) -> torch.Tensor:
         """The slots' noisy actions as the expert's tokens, (B, T, D)."""
 
@@ -179,6 +185,18 @@ class ReferenceOps:
         gate, up = fp8.product(fp8.quantized(normed), weights.gate_up).to(self.dtype).float().chunk(2, dim=-1)
         out = fp8.product(fp8.quantized(functional.gelu(gate, approximate="tanh") * up), weights.down)
         residual.x.add_(out.to(self.dtype).view(residual.x.shape))
+
+    def expert_rows(self, slots: Slots, index: torch.Tensor, steps: torch.Tensor, *, trained: bool) -> Rows:
+        at = index.long()
+        token = torch.arange(slots.sizes.horizon, dtype=torch.int32, device=index.device)
+        return Rows(
+            slots=index,
+            positions=slots.action_position[at][:, None] + token,
+            seen=slots.action_keys[at],
+            own=torch.full_like(index, slots.sizes.text_capacity),
+            steps=steps,
+            clean=slots.clean[at] if trained else None,
+        )
 
     def action_in(self, weights: FusedWeights, rows: Rows, slots: Slots) -> torch.Tensor:
         views, index = weights.views, rows.slots.long()

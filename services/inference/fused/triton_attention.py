@@ -5,8 +5,9 @@ read once for all heads. With few queries the keys are divided over programs ("p
 together. Pieces lie at fixed keys, so that a row's result does not depend on how long its neighbours are.
 
 Keys and values come through tensor descriptors, so the copy engine brings whole blocks of them while the tensor cores work:
-42 us became 28 for a prefix of 968 tokens on an H200. Blocks of keys that are all there are read without a mask, so that
-values go from shared memory straight into the product; the last, partial block is masked.
+42 us became 28 for a prefix of 968 tokens on an H200. Values go from shared memory straight into the product: a prefix masks
+those of its last, partial block alone, few queries mask scores and no values. So what lies in a slot behind its last key,
+another row's or an older one's, must be finite (Slots.wipe()).
 
 Shapes: M queries of a tile, N keys read at a time, E head size.
 """
@@ -34,6 +35,63 @@ def _look(q, k, v, allowed, scale, acc, largest, weight):
 
 
 @triton.jit
+def _block(number, begin, end, blocks, own, num_tokens, N: tl.constexpr, SEES_OWN: tl.constexpr):
+    """Where a block of keys begins in its slot, where its keys end, and whether they are the row's own, which come last."""
+    is_own = (number >= blocks) & SEES_OWN
+    first = tl.where(is_own, own + (number - blocks) * N, begin + number * N)
+    return first, tl.where(is_own, own + num_tokens, end), is_own
+
+
+@triton.jit
+def _allowed(valid_at, n, first, limit, is_own):
+    """(N,) whether the keys of a block may be seen: valid ones, and a row's own."""
+    inside = first + n < limit
+    return inside & (is_own | (tl.load(valid_at + first, mask=inside, other=0) != 0))
+
+
+@triton.jit
+def attend_back_kernel(
+    q_ptr, keys, values, valid_ptr, out_ptr, slots_ptr, seen_ptr, num_tokens, q_stride, capacity, valid_stride, scale,
+    HEADS: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of many queries over the keys that their row looks back at. Arguments as of attend_kernel; out is (B, T, H, E)."""
+    row = tl.program_id(1)
+    query = tl.program_id(0) * M + tl.arange(0, M)
+    token = query // HEADS
+    there = token < num_tokens
+    e = tl.arange(0, E)
+    n = tl.arange(0, N)
+    slot = tl.load(slots_ptr + row)
+    seen = tl.load(seen_ptr + row)
+    base = slot * capacity
+    valid_at = valid_ptr + slot.to(tl.int64) * valid_stride + n
+    q_at = q_ptr + (row * num_tokens + token)[:, None].to(tl.int64) * q_stride + (query % HEADS)[:, None] * E + e[None, :]
+    whole = seen // N * N
+    acc = tl.zeros((M, E), tl.float32)
+    largest = tl.full((M,), -1e30, tl.float32)
+    weight = tl.zeros((M,), tl.float32)
+    if PDL:
+        gdc_wait()
+    q = tl.load(q_at, mask=there[:, None], other=0.0)
+    for first in tl.range(0, whole, N):
+        allowed = tl.load(valid_at + first) != 0
+        k = keys.load([base + first, 0])
+        v = values.load([base + first, 0])
+        acc, largest, weight = _look(q, k, v, allowed[None, :], scale, acc, largest, weight)
+    if whole < seen:
+        inside = whole + n < seen
+        allowed = inside & (tl.load(valid_at + whole, mask=inside, other=0) != 0)
+        k = keys.load([base + whole, 0])
+        v = tl.where(inside[:, None], values.load([base + whole, 0]), 0.0)
+        acc, largest, weight = _look(q, k, v, allowed[None, :], scale, acc, largest, weight)
+    if PDL:
+        gdc_launch_dependents()
+    result = acc / tl.maximum(weight, 1e-30)[:, None]
+    out = out_ptr + (row * num_tokens * HEADS + query)[:, None].to(tl.int64) * E + e[None, :]
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=there[:, None])
+
+
+@triton.jit
 def attend_kernel(
     q_ptr, keys, values, valid_ptr, out_ptr, lse_ptr, slots_ptr, seen_ptr, own_ptr,
     num_tokens, q_stride, capacity, valid_stride, scale,
@@ -41,11 +99,10 @@ def attend_kernel(
     SEES_OWN: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The last piece has the row's own keys too. With PIECES 1 out is (B, T, H, E), else it is
-    (B, T * H, PIECES, E) float32, normed, with lse. keys, values: Descriptors over (slots * capacity, E) with blocks (N, E).
+    (B, T * H, PIECES, E), normed, with lse. keys, values: Descriptors over (slots * capacity, E) with blocks (N, E).
     scale: Of scores, in powers of two."""
     row = tl.program_id(2)
     piece = tl.program_id(1)
-    is_last = piece == PIECES - 1
     query = tl.program_id(0) * M + tl.arange(0, M)
     token = query // HEADS
     there = token < num_tokens
@@ -60,35 +117,29 @@ def attend_kernel(
     q_at = q_ptr + (row * num_tokens + token)[:, None].to(tl.int64) * q_stride + (query % HEADS)[:, None] * E + e[None, :]
     begin = piece * PIECE
     end = tl.minimum(seen, begin + PIECE)
-    whole = begin + tl.maximum(end - begin, 0) // N * N
+    blocks = tl.cdiv(tl.maximum(end - begin, 0), N)
+    num = blocks
+    if SEES_OWN:
+        num += tl.where(piece == PIECES - 1, tl.cdiv(num_tokens, N), 0)
     acc = tl.zeros((M, E), tl.float32)
     largest = tl.full((M,), -1e30, tl.float32)
     weight = tl.zeros((M,), tl.float32)
+    first, limit, is_own = _block(0, begin, end, blocks, own, num_tokens, N, SEES_OWN)
+    # Looked up one block ahead, or every block would wait for memory here.
+    allowed = _allowed(valid_at, n, first, limit, is_own)
     if PDL:
         gdc_wait()
     q = tl.load(q_at, mask=there[:, None], other=0.0)
-    for first in tl.range(begin, whole, N):
-        allowed = tl.load(valid_at + first) != 0
+    for number in tl.range(0, num):
+        first, limit, is_own = _block(number, begin, end, blocks, own, num_tokens, N, SEES_OWN)
         k = keys.load([base + first, 0])
         v = values.load([base + first, 0])
-        acc, largest, weight = _look(q, k, v, allowed[None, :], scale, acc, largest, weight)
-    if whole < end:
-        # What lies behind the last key is another row's or an older one's; it may be no number.
-        inside = whole + n < end
-        allowed = inside & (tl.load(valid_at + whole, mask=inside, other=0) != 0)
-        k = keys.load([base + whole, 0])
-        v = tl.where(inside[:, None], values.load([base + whole, 0]), 0.0)
-        acc, largest, weight = _look(q, k, v, allowed[None, :], scale, acc, largest, weight)
-    if SEES_OWN:
-        if is_last:
-            for first in tl.range(0, num_tokens, N):
-                inside = first + n < num_tokens
-                allowed = inside[None, :]
-                if CAUSAL:
-                    allowed = allowed & (first + n[None, :] <= token[:, None])
-                k = keys.load([base + own + first, 0])
-                v = tl.where(inside[:, None], values.load([base + own + first, 0]), 0.0)
-                acc, largest, weight = _look(q, k, v, allowed, scale, acc, largest, weight)
+        now = allowed[None, :]
+        if CAUSAL:
+            now = now & ((number < blocks) | (first - own + n[None, :] <= token[:, None]))
+        first, limit, is_own = _block(number + 1, begin, end, blocks, own, num_tokens, N, SEES_OWN)
+        allowed = _allowed(valid_at, n, first, limit, is_own)
+        acc, largest, weight = _look(q, k, v, now, scale, acc, largest, weight)
     if PDL:
         gdc_launch_dependents()
     result = acc / tl.maximum(weight, 1e-30)[:, None]
@@ -99,27 +150,35 @@ def attend_kernel(
     else:
         lse = tl.where(largest > -1e29, largest + tl.log2(tl.maximum(weight, 1e-30)), -1e30)
         tl.store(lse_ptr + flat * PIECES + piece, lse, mask=there)
-        if is_last | (begin < seen):
+        if num > 0:
             out = out_ptr + (flat * PIECES + piece)[:, None].to(tl.int64) * E + e[None, :]
             tl.store(out, result.to(out_ptr.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit
 def combine_kernel(
-    part_ptr, lse_ptr, out_ptr, E: tl.constexpr, PIECES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr
-):
-    """The pieces of one query, weighed by their sums."""
+    part_ptr, lse_ptr, out_ptr, total,
+    E: tl.constexpr, PIECES: tl.constexpr, QUERIES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The pieces of a few queries, weighed by their sums."""
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    there = query < total
+    e = tl.arange(0, E)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    e = tl.arange(0, E)
-    piece = tl.arange(0, PADDED)
-    query = tl.program_id(0).to(tl.int64)
-    lse = tl.load(lse_ptr + query * PIECES + piece, mask=piece < PIECES, other=-1e30)
-    share = tl.where(lse > -1e29, tl.exp2(lse - tl.max(lse, axis=0)), 0.0)
-    share = share / tl.sum(share, axis=0)
-    at = part_ptr + (query * PIECES + piece)[:, None] * E + e[None, :]
-    part = tl.load(at, mask=(piece < PIECES)[:, None], other=0.0).to(tl.float32)
-    # A piece without keys was never written: what lies there may be anything.
-    part = tl.where((lse > -1e29)[:, None], part, 0.0)
-    tl.store(out_ptr + query * E + e, tl.sum(part * share[:, None], axis=0).to(out_ptr.dtype.element_ty))
+    largest = tl.full((QUERIES,), -1e30, tl.float32)
+    for piece in tl.static_range(PIECES):
+        largest = tl.maximum(largest, tl.load(lse_ptr + query * PIECES + piece, mask=there, other=-1e30))
+    acc = tl.zeros((QUERIES, E), tl.float32)
+    weight = tl.zeros((QUERIES,), tl.float32)
+    for piece in tl.static_range(PIECES):
+        lse = tl.load(lse_ptr + query * PIECES + piece, mask=there, other=-1e30)
+        # A piece without keys was never written: what lies there may be anything.
+        written = lse > -1e29
+        share = tl.where(written, tl.exp2(lse - largest), 0.0)
+        at = part_ptr + (query * PIECES + piece)[:, None].to(tl.int64) * E + e[None, :]
+        acc += share[:, None] * tl.load(at, mask=written[:, None], other=0.0).to(tl.float32)
+        weight += share
+    out = (acc / tl.maximum(weight, 1e-30)[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + query[:, None].to(tl.int64) * E + e[None, :], out, mask=there[:, None])

@@ -115,6 +115,21 @@ def parts_kernel(
 
 
 @triton.jit
+def expert_rows_kernel(
+    slots_ptr, slot_positions, slot_keys, slot_clean, positions_ptr, seen_ptr, own_ptr, clean_ptr, num_tokens, own,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What a pass through the expert looks up of a row, by its slot."""
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row)
+    token = tl.arange(0, BLOCK)
+    tl.store(positions_ptr + row * num_tokens + token, tl.load(slot_positions + slot) + token, mask=token < num_tokens)
+    tl.store(seen_ptr + row, tl.load(slot_keys + slot))
+    tl.store(own_ptr + row, own)
+    tl.store(clean_ptr + row, tl.load(slot_clean + slot))
+
+
+@triton.jit
 def action_in_kernel(
     actions_ptr, committed_ptr, w_ptr, bias_ptr, out_ptr, slots_ptr, clean_ptr, num_tokens, size,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, CLEAN: tl.constexpr, PDL: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -161,7 +176,7 @@ def action_out_kernel(
     slot = tl.load(slots_ptr + row)
     entry = entry_of(at, num_tokens, steps_ptr, clean_ptr, last, True, CLEAN) * WIDTH
     squares = tl.zeros((K,), tl.float32)
-    for begin in range(0, WIDTH, K):
+    for begin in tl.static_range(0, WIDTH, K):
         x = tl.load(x_ptr + at * WIDTH + begin + inner).to(tl.float32)
         if PARTS > 0:
             branch = tl.zeros((K,), tl.float32)

@@ -189,16 +189,7 @@ class Units:
 
     def expert_rows(self, slots: torch.Tensor, steps: torch.Tensor) -> Rows:
         """What expert_step() looks up: apart from steps it is the same at every step of a chunk."""
-        pool, index = self.slots, slots.long()
-        token = torch.arange(pool.sizes.horizon, dtype=torch.int32, device=slots.device)
-        return Rows(
-            slots=slots,
-            positions=pool.action_position[index][:, None] + token,
-            seen=pool.action_keys[index],
-            own=torch.full_like(slots, pool.sizes.text_capacity),
-            steps=steps,
-            clean=pool.clean[index] if self.trained else None,
-        )
+        return self.few.expert_rows(self.slots, slots, steps, trained=self.trained)
 
     def expert_layers(self, rows: Rows) -> None:
         """expert_step() with what it looks up given."""

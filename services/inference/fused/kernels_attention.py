@@ -1,0 +1,97 @@
+"""How attention is cut, and called. Shapes: B rows, T tokens of a row, H heads, E head size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import triton_attention
+from .slots import Rows, Slots
+
+MULTIPROCESSORS = 132
+# Queries whose pieces one program puts together where there are many; else one.
+COMBINED_TOGETHER, MANY_QUERIES = 4, 256
+# The most of one row that is no prefix.
+FEW_QUERIES = 1024
+
+
+@dataclass(frozen=True)
+class AttendTile:
+    """Queries and keys of a tile, warps, stages, and about how many programs there should be in all; 0: each looks at all
+    keys itself."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    programs: int = 0
+
+
+# By the most queries of all rows, after those of text and of a prefix; found by trying on one H200.
+ATTEND_TILES = {
+    400: AttendTile(32, 128, 4, 2, MULTIPROCESSORS),
+    800: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
+    1600: AttendTile(64, 32, 4, 2, 2 * MULTIPROCESSORS),
+    3200: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
+}
+
+
+def attend(q: torch.Tensor, rows: Rows, slots: Slots, layer: int, launch: Mapping[str, Any]) -> torch.Tensor:
+    """(B, T, H, E) queries, tokens possibly apart, to (B, T, H * E). launch: How kernels are started."""
+    num_rows, num_tokens, heads, size = q.shape
+    queries = num_tokens * heads
+    tile = tile_of(num_rows, queries)
+    tiles = triton.cdiv(queries, tile.m)
+    mixed = torch.empty(num_rows, num_tokens, heads * size, dtype=q.dtype, device=q.device)
+    keys, values = (
+        TensorDescriptor.from_tensor(pool[layer].view(-1, size), [tile.n, size]) for pool in (slots.keys, slots.values)
+    )
+    sizes = (num_tokens, q.stride(1), slots.keys.shape[2], slots.valid.stride(0), size**-0.5 * math.log2(math.e))
+    cut = {"HEADS": heads, "E": size, "M": tile.m, "N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
+    if queries > FEW_QUERIES and not rows.sees_own:
+        triton_attention.attend_back_kernel[(tiles, num_rows)](
+            q, keys, values, slots.valid, mixed, rows.slots, rows.seen, *sizes, **cut, **launch
+        )
+        return mixed
+    piece, pieces = cut_keys(slots.sizes.text_capacity, tiles * num_rows, tile.n, tile.programs)
+    part, lse = mixed, mixed
+    if pieces > 1:
+        part = torch.empty(num_rows, queries, pieces, size, dtype=q.dtype, device=q.device)
+        lse = torch.empty(num_rows, queries, pieces, dtype=torch.float32, device=q.device)
+    triton_attention.attend_kernel[(tiles, pieces, num_rows)](
+        q, keys, values, slots.valid, part, lse, rows.slots, rows.seen, rows.own, *sizes,
+        PIECE=piece, PIECES=pieces, SEES_OWN=rows.sees_own, CAUSAL=rows.causal, **cut, **launch,
+    )  # fmt: skip
+    if pieces > 1:
+        together = 1 if num_rows * queries < MANY_QUERIES else COMBINED_TOGETHER
+        triton_attention.combine_kernel[(triton.cdiv(num_rows * queries, together),)](
+            part, lse, mixed, num_rows * queries, E=size, PIECES=pieces, QUERIES=together, num_warps=4, **launch
+        )
+    return mixed
+
+
+def tile_of(num_rows: int, queries: int) -> AttendTile:
+    """For so many rows with so many queries each."""
+    if queries > FEW_QUERIES:  # A prefix.
+        return AttendTile(64, 64, 4, 2) if num_rows == 1 else AttendTile(128, 64, 8, 2)
+    if queries <= 16:  # Text.
+        few = AttendTile(16, 32, 4, 2, 2 * MULTIPROCESSORS)
+        return few if num_rows <= 8 else AttendTile(16, 64, 4, 3, MULTIPROCESSORS)
+    fitting = [tile for most, tile in ATTEND_TILES.items() if num_rows * queries <= most]
+    return fitting[0] if fitting else AttendTile(64, 64, 4, 3)
+
+
+def cut_keys(most: int, tiles: int, n: int, programs: int) -> tuple[int, int]:
+    """Keys of one piece, in whole blocks of n, and how many pieces, so that there are at most about so many programs.
+
+    A row's own keys are in the last piece: as a piece more they made programs wait that had no multiprocessor left.
+    """
+    blocks = -(-most // n)
+    piece = -(-blocks // max(1, min(blocks, programs // tiles)))
+    return piece * n, -(-blocks // piece)
