@@ -29,7 +29,7 @@ H200 = UnitDurations(
 )
 
 
-# As the engine benchmark of 2026-11-28 measured the served engine.
+# As the engine benchmark of 2026-11-28 measured the served engine, and with the expert's steps as they may become.
 SERVED = UnitDurations(
     prefix_s={1: 0.0083, 2: 0.0152, 4: 0.0303},
     expert_step_s={1: 0.00078, 2: 0.00083, 4: 0.00096, 8: 0.00137, 16: 0.00203},
@@ -39,6 +39,7 @@ SERVED = UnitDurations(
     num_text_slices=6,
     jitter=0.01,
 )
+FASTER = dataclasses.replace(SERVED, expert_step_s={1: 0.0005, 2: 0.0006, 4: 0.00075, 8: 0.00115, 16: 0.002})
 
 
 def fleet(**changed: Any) -> Fleet:
@@ -114,6 +115,14 @@ def test_what_is_promised_is_kept_where_a_single_row_cannot_be_hurried(tmp_path:
     assert outcome.stretch == pytest.approx(100 / (0.8 * 105.5 * (1 - outcome.text_share)), rel=0.01)
     assert outcome.num_missed == 0
     assert outcome.refused_robots == 0
+
+
+def test_faster_steps_make_no_device_slower() -> None:
+    """They save less where they are shared; a full device must go on sharing them."""
+    served, faster = (simulate(held(ask_every_s=2.0), durations) for durations in (SERVED, FASTER))
+    assert served.num_missed == faster.num_missed == 0
+    p50_s = [sorted(outcome.latencies_s)[len(outcome.latencies_s) // 2] for outcome in (served, faster)]
+    assert p50_s[1] < p50_s[0]
 
 
 def test_robots_keep_their_rate_evenly_out_of_step_where_that_is_asked_for() -> None:
