@@ -60,7 +60,7 @@ class Fleet:
     ramp_up_s: float = 5.0
     max_rows: int = 8
     max_texts: int = 32
-    max_prefixes: int = 2
+    max_prefixes: int = 6
 
 
 @dataclass(kw_only=True)
