@@ -69,9 +69,10 @@ def text_share(demands: Sequence[TextDemand], device: DeviceCapacity) -> float:
     if not asking:
         return 0.0
     tokens_per_s = sum(demand.questions_per_s * demand.tokens for demand in asking)
-    # Texts decode together: what the most hurried one needs serves all, up to the batch; alone, a token is a step.
+    # Texts decode together: what the most hurried one needs serves all, up to the batch; alone, a token is a step. A robot
+    # asks one question at a time, so a step never has more texts than there are robots that ask.
     hurried_per_s = max(demand.tokens / demand.within_s for demand in asking)
-    steps_per_s = max(min(tokens_per_s, hurried_per_s), tokens_per_s / device.max_texts)
+    steps_per_s = max(min(tokens_per_s, hurried_per_s), tokens_per_s / min(device.max_texts, len(asking)))
     prefixes = sum(demand.questions_per_s for demand in asking) * device.question_s
     return min(MAX_TEXT_SHARE, prefixes + steps_per_s * device.text_step_s)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -17,42 +17,12 @@ from manyhands.errors import Overloaded
 
 from . import capacity, sharing
 from .service_times import ServiceTimes
+from .unit_durations import UnitDurations
 from .unit_scheduler import UnitScheduler
 from .units import PREFIX_SIZES, ChunkWork, TextWork, Unit, UnitKind, group
 
 MODEL = "model"
 RETRY_AFTER_S = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitDurations:
-    """How long a unit takes, in seconds by its size; between two sizes as long as a straight line says.
-
-    Engines prepare sizes that double, and a unit runs as the next bigger one.
-
-    Attributes:
-        text_prefix_s: A question's whole prefix.
-        num_text_slices: Units that it comes in.
-        jitter: Standard deviation of all of them, as a share.
-    """
-
-    prefix_s: Mapping[int, float]
-    expert_step_s: Mapping[int, float]
-    text_prefix_s: float
-    draft_check_s: float
-    text_step_s: Mapping[int, float]
-    num_text_slices: int = 1
-    jitter: float = 0.02
-
-    def of(self, kind: UnitKind, size: int) -> float:
-        prepared = 1 << (size - 1).bit_length()
-        if kind is UnitKind.PREFIX:
-            return interpolate(self.prefix_s, prepared)
-        if kind is UnitKind.EXPERT:
-            return interpolate(self.expert_step_s, prepared)
-        if kind is UnitKind.TEXT:
-            return interpolate(self.text_step_s, prepared)
-        return self.draft_check_s if kind is UnitKind.DRAFT_CHECK else self.text_prefix_s / self.num_text_slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +32,8 @@ class Fleet:
     Attributes:
         interval_steps: Of control that a robot executes of each chunk, unless the service asks for more.
         deadline_s: That a robot gives from sending to receiving; the service hears of it less the way there.
+        keeps_rate: Robots replan at interval_steps whatever the service asks for, and begin evenly out of step, as those of
+            the load test do.
         jitter: How far a robot's replanning strays from its interval, as a share of it, evenly.
         network_s, network_jitter_s: One way: the shortest, and the mean of what comes on top.
         ask_every_s: Between a robot's questions; 0 for none.
@@ -76,6 +48,7 @@ class Fleet:
     horizon: int
     num_steps: int
     deadline_s: float
+    keeps_rate: bool = False
     jitter: float = 0.1
     network_s: float = 0.001
     network_jitter_s: float = 0.0005
@@ -87,7 +60,7 @@ class Fleet:
     ramp_up_s: float = 5.0
     max_rows: int = 8
     max_texts: int = 32
-    max_prefixes: int = 2
+    max_prefixes: int = 6
 
 
 @dataclass(kw_only=True)
@@ -140,22 +113,6 @@ class Outcome:
         return [latency_s for robot in self.robots for latency_s in robot.latencies_s]
 
 
-def interpolate(seconds_by_size: Mapping[int, float], size: int) -> float:
-    """Along straight lines; beyond the largest size in proportion."""
-    if size in seconds_by_size:
-        return seconds_by_size[size]
-    smaller = [known for known in seconds_by_size if known < size]
-    bigger = [known for known in seconds_by_size if known > size]
-    if not smaller:
-        return seconds_by_size[min(bigger)]
-    low = max(smaller)
-    if not bigger:
-        return seconds_by_size[low] * size / low
-    high = min(bigger)
-    share = (size - low) / (high - low)
-    return seconds_by_size[low] + share * (seconds_by_size[high] - seconds_by_size[low])
-
-
 def simulate(
     fleet: Fleet, durations: UnitDurations, *, seed: int = 0, on_progress: Callable[[float], None] | None = None
 ) -> Outcome:
@@ -189,7 +146,8 @@ class _Simulation:
 
     def run(self) -> Outcome:
         for robot in self._robots:
-            self._at(self._random.random() * self._fleet.ramp_up_s, self._opener(robot))
+            comes_at = self._share(robot) if self._fleet.keeps_rate else self._random.random()
+            self._at(comes_at * self._fleet.ramp_up_s, self._opener(robot))
         free_s, next_second = 0.0, 1.0
         while self._now_s < self._fleet.seconds:
             self._happen(self._now_s)
@@ -253,14 +211,21 @@ class _Simulation:
             robot.is_open = True
             self._outcome.refused_robots = sum(not other.is_open for other in self._robots)
             self._outcome.stretch, self._outcome.text_share = factor, share
-            for other in self._robots:
-                other.interval_steps = capacity.interval_steps(demand, factor)
-            robot.next_due_s = self._now_s + self._random.random() * self._interval_s(robot)
+            if self._fleet.keeps_rate:
+                robot.next_due_s = self._fleet.ramp_up_s + self._share(robot) * self._interval_s(robot)
+            else:
+                for other in self._robots:
+                    other.interval_steps = capacity.interval_steps(demand, factor)
+                robot.next_due_s = self._now_s + self._random.random() * self._interval_s(robot)
             self._at(robot.next_due_s, lambda: self._observe(robot))
             if self._fleet.ask_every_s > 0:
                 self._at(self._now_s + self._random.random() * self._fleet.ask_every_s, lambda: self._ask(robot))
 
         return open_session
+
+    def _share(self, robot: Robot) -> float:
+        """0 for the first robot, nearly 1 for the last."""
+        return self._robots.index(robot) / len(self._robots)
 
     def _demand(self) -> capacity.Demand:
         fleet = self._fleet

@@ -27,7 +27,8 @@ from manyhands import config
 from manyhands.errors import InvalidInput
 
 from .capacity import TEXT_WITHIN_S
-from .fleet_simulator import Fleet, Outcome, UnitDurations, simulate
+from .fleet_simulator import Fleet, Outcome, simulate
+from .unit_durations import UnitDurations
 
 
 class DurationsTable(BaseModel):
@@ -58,6 +59,10 @@ class Settings(config.Settings):
     horizon: int = Field(default=50, ge=1, description="actions in a chunk")
     euler_steps: int = Field(default=10, ge=1, description="steps of the expert for a chunk")
     deadline_ms: float = Field(default=100.0, gt=0, description="from sending an observation to receiving its chunk")
+    keep_rate: bool = Field(
+        default=False,
+        description="robots replan at replan_hz whatever the service asks for, evenly out of step, as those of loadtest do",
+    )
     jitter: float = Field(default=0.1, ge=0, lt=1, description="how far replanning strays, as a share of its interval")
     network_ms: float = Field(default=1.0, ge=0, description="one way, at best")
     network_jitter_ms: float = Field(default=0.5, ge=0, description="mean of what comes on top of that")
@@ -128,6 +133,7 @@ def make_fleet(settings: Settings) -> Fleet:
         horizon=settings.horizon,
         num_steps=settings.euler_steps,
         deadline_s=settings.deadline_ms / 1e3,
+        keeps_rate=settings.keep_rate,
         jitter=settings.jitter,
         network_s=settings.network_ms / 1e3,
         network_jitter_s=settings.network_jitter_ms / 1e3,

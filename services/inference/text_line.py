@@ -1,17 +1,18 @@
 """Which text goes on when text may run. Pure.
 
 Of the units that could run, the one whose text has waited longest since its last one: so new questions and tokens of running
-ones take turns, and neither starves. All texts in decoding step together. A question waits only while max_texts are in
-progress; among those that wait, robots with fewer texts in progress come first, then earlier deadlines.
+ones take turns, and neither starves. Texts in decoding step together, all that may. A question waits only while max_texts
+are in progress; among those that wait, robots with fewer texts in progress come first, then earlier deadlines.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
+from .hold_ups import may_run_alone, may_step_together
 from .units import ChunkT, TextT, TextWork, Unit, UnitKind
 from .units import Text as TextInProgress
 
@@ -105,25 +106,22 @@ class TextLine(Generic[ChunkT, TextT]):
         self._forget(complete)
         return tuple(complete)
 
-    def next_unit(self, pausing: Collection[Hashable] = ()) -> tuple[Unit[ChunkT, TextT], float] | None:
+    def next_unit(self, used: Mapping[Hashable, float]) -> tuple[Unit[ChunkT, TextT], float] | None:
         """What would run, and since when it has waited. Not begun until begin().
 
         Args:
-            pausing: text_ids that may not go on now, and UnitKind.TEXT where no text may decode.
+            used: By text_id, as HoldUps has it.
         """
         candidates: list[tuple[float, int, tuple[TextInProgress[TextT], ...]]] = []
-        able = [text for text in self._texts.values() if text.work.text_id not in pausing]
-        decoding = [text for text in able if text.kind is UnitKind.TEXT and UnitKind.TEXT not in pausing]
-        if decoding:
-            longest = min(decoding, key=_touched)
-            together = tuple(text for text in decoding if text.work.model == longest.work.model)
-            candidates.append((longest.touched_s, 1, together))
+        for together in self._decoding(used):
+            candidates.append((min(text.touched_s for text in together), 1, together))
+        able = [text for text in self._texts.values() if may_run_alone(text.work.text_id, used)]
         drafted = [text for text in able if text.kind is UnitKind.DRAFT_CHECK]
         if drafted:
             first = min(drafted, key=_touched)
             candidates.append((first.touched_s, 0, (first,)))
         beginning = self._beginning(able)
-        if beginning is not None and beginning.kind not in pausing:  # One without a prefix of its own decodes at once.
+        if beginning is not None:
             candidates.append((beginning.touched_s, 2, (beginning,)))
         if not candidates:
             return None
@@ -135,6 +133,19 @@ class TextLine(Generic[ChunkT, TextT]):
             texts=texts,
         )
         return unit, waited_since_s
+
+    def _decoding(self, used: Mapping[Hashable, float]) -> list[tuple[TextInProgress[TextT], ...]]:
+        """By model, the texts that could take a step together now."""
+        by_model: dict[str, list[TextInProgress[TextT]]] = {}
+        for text in self._texts.values():
+            if text.kind is UnitKind.TEXT:
+                by_model.setdefault(text.work.model, []).append(text)
+        found = []
+        for texts in by_model.values():
+            able = may_step_together([text.work.text_id for text in texts], used)
+            if able:
+                found.append(tuple(text for text in texts if text.work.text_id in able))
+        return found
 
     def _beginning(self, able: Sequence[TextInProgress[TextT]]) -> TextInProgress[TextT] | None:
         """Whose prefix goes on: one begun, the first question first; else that of the next in line, while there is room."""

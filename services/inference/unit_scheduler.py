@@ -6,12 +6,11 @@ under pressure (a chunk would be late, or text is overdue): then prefixes go fir
 progress allow, because ten joint steps are cheaper than ten for each. A chunk is refused only before it begins, and only
 when it would be late even at best; one in progress is never dropped.
 
-Text runs when no chunk needs the device. It may also go before chunks, but of one question at most one text unit from a
-chunk's arrival to its answer, the one that was running at its arrival included, and of all the decoding, which texts do
-together, at most one step: as far as deadlines hold, or after the text has waited for MAX_TEXT_WAIT_S. Chunks that wait for
-other chunks are there for longer than one takes alone: each such time text may hold them up once more, if that leaves them a
-good share of their time. So no question delays another robot's chunk by more than one text unit while the chunk has the
-device's attention, and text is never starved while chunks come to an end.
+Text runs when no chunk needs the device. It may also go before chunks, but from a chunk's arrival to its answer each
+question holds it up by at most one text unit, the one that was running at its arrival included; where k texts step together,
+each answers for 1/k of the step (hold_ups.py). And it goes before chunks only as far as all of them keep a good share of
+their time, or after the text has waited for MAX_TEXT_WAIT_S. So no question delays another robot's chunk by more than one
+text unit, k questions by no more than k, and text is never starved while chunks come to an end.
 """
 
 from __future__ import annotations
@@ -44,10 +43,13 @@ from .units import (
 MAX_TEXT_WAIT_S = 0.3
 # Of the time a robot gives, for what comes behind the device: the answer's way back, and estimates that are wrong.
 RESERVE_SHARE = 0.05
-# As much must be left where text holds chunks up again.
-AGAIN_RESERVE_SHARE = 0.45
-# A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper.
-WORTHWHILE_SAVING = 0.1
+# As much must be left to every chunk where text goes before it: for chunks that come next, and for sharing steps, which
+# those near their deadlines cannot do. In simulated time (docs/design/0016) text gets most between 0.3 and 0.4. With 0.05
+# chunks share no longer, the device makes fewer of them than robots ask for, and in the end text has less.
+TEXT_RESERVE_SHARE = 0.4
+# A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper. Those of an H200
+# get 8 % cheaper by twos and by fours; on a full device that is half as much as all text steps take.
+WORTHWHILE_SAVING = 0.07
 
 
 class UnitScheduler(Generic[ChunkT, TextT]):
@@ -103,7 +105,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             self._line.inherit(work)
             return replaced, False
         self._line.add(work)
-        self._hold_ups.came(_key(work), self._alone_s(work, now_s), now_s)
+        self._hold_ups.came(_key(work))
         return replaced, True
 
     def ask(self, work: TextWork[TextT]) -> None:
@@ -137,15 +139,10 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             return Decision(unit=unit)
         late_chunks = self._refuse_late(now_s)
         late_texts = self._texts.drop_late(now_s) if len(self._texts) else ()
-        text = self._next_text(now_s, again=False)
+        text = self._next_text()
         is_text_overdue = text is not None and now_s - text[1] > MAX_TEXT_WAIT_S
         unit = self._action_unit(now_s, is_text_overdue=is_text_overdue)
-        if text is None:
-            text = self._next_text(now_s, again=True)
-            goes_first = text is not None and self._leaves_time(text[0], AGAIN_RESERVE_SHARE, now_s)
-        else:
-            goes_first = is_text_overdue or self._leaves_time(text[0], RESERVE_SHARE, now_s)
-        if text is not None and (unit is None or goes_first):
+        if text is not None and (unit is None or is_text_overdue or self._leaves_time(text[0], now_s)):
             unit = text[0]
         if unit is not None:
             self._begin(unit, now_s)
@@ -207,8 +204,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
                 self._rows[row.work.owner] = row
         elif unit.kind is not UnitKind.EXPERT:
             self._texts.begin(unit)
-            who: list[Hashable] = [text.work.text_id for text in unit.texts]
-            self._hold_ups.text_begins([*who, UnitKind.TEXT] if unit.kind is UnitKind.TEXT else who, now_s)
+            self._hold_ups.text_begins([text.work.text_id for text in unit.texts])
 
     def _forget(self, row: Row[ChunkT]) -> bool:
         self._hold_ups.left(_key(row.work))
@@ -328,17 +324,17 @@ class UnitScheduler(Generic[ChunkT, TextT]):
                 return False
         return True
 
-    def _next_text(self, now_s: float, *, again: bool) -> tuple[Unit[ChunkT, TextT], float] | None:
+    def _next_text(self) -> tuple[Unit[ChunkT, TextT], float] | None:
         """None also while a text unit is not finished: what is next depends on its tokens, and a chunk that comes meanwhile
-        would wait for two. again: As HoldUps.pausing."""
+        would wait for two."""
         if not len(self._texts) or self._hold_ups.text_runs:
             return None
-        return self._texts.next_unit(self._hold_ups.pausing(now_s, again=again))
+        return self._texts.next_unit(self._hold_ups.used())
 
-    def _leaves_time(self, text: Unit[ChunkT, TextT], reserve_share: float, now_s: float) -> bool:
-        """Whether all chunks would still be in time behind a text unit."""
+    def _leaves_time(self, text: Unit[ChunkT, TextT], now_s: float) -> bool:
+        """Whether all chunks would still be well in time behind a text unit."""
         at_s = now_s + self.times.careful_s(text.group, text.size, now_s)
-        return self._all_in_time(at_s, list(self._rows.values()), self._line.ordered(), now_s, reserve_share)
+        return self._all_in_time(at_s, list(self._rows.values()), self._line.ordered(), now_s, TEXT_RESERVE_SHARE)
 
     def _step_s(self, work: ChunkWork[ChunkT], num_rows: int, now_s: float) -> float:
         return self.times.careful_s(group(UnitKind.EXPERT, work.model, work.bucket), num_rows, now_s)
@@ -346,10 +342,6 @@ class UnitScheduler(Generic[ChunkT, TextT]):
     def _at_best_s(self, work: ChunkWork[ChunkT], now_s: float) -> float:
         """From beginning to end, alone and undisturbed, if all goes well."""
         return _whole_s(work, lambda kind: self.times.at_best_s(group(kind, work.model, work.bucket), 1, now_s))
-
-    def _alone_s(self, work: ChunkWork[ChunkT], now_s: float) -> float:
-        """The same, with care."""
-        return _whole_s(work, lambda kind: self.times.careful_s(group(kind, work.model, work.bucket), 1, now_s))
 
 
 def _whole_s(work: ChunkWork[ChunkT], unit_s: Callable[[UnitKind], float]) -> float:

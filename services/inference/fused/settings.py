@@ -49,7 +49,7 @@ class FusedSettings:
     expert_rows: tuple[int, ...] = (1, 2, 4, 8, 16)
     text_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     prefix_slices: int | None = None
-    questions_at_once: int = 2
+    questions_at_once: int = 6
     draft_length: int = 0
     decoding: text.Decoding = field(default_factory=text.Decoding)
     max_guidance_weight: float = rtc.DEFAULT_MAX_GUIDANCE_WEIGHT

@@ -98,8 +98,8 @@ def test_intervals_grow_with_questions_and_shrink_when_they_stop(
     for _ in range(12):  # 1.2 a second, as the fading count has it.
         question(client, session, stream)
     busy = load(client)
-    # Their prefixes, and as many steps a second as one answer needs, which serve all.
-    assert busy.text_share == pytest.approx(1.2 * 0.6 + num_tokens * 0.02)
+    # Their prefixes, and a step for every token: what one robot asks, one question after the other, shares none.
+    assert busy.text_share == pytest.approx(1.2 * (0.6 + num_tokens * 0.02))
     assert busy.usable_chunks_per_s == pytest.approx(10.0 * (1 - busy.text_share))
     # 5 chunks a second were asked for, and about 2 are left.
     wait_until(lambda: interval_steps(stream) > ASKED_STEPS + 1, 5, "a longer interval")
@@ -131,7 +131,7 @@ def test_a_robot_is_refused_with_a_reason_and_a_time_while_text_leaves_no_room(
 ) -> None:
     for _ in range(13):
         generate(client, session, stream)
-    with pytest.raises(Overloaded, match=r"1 robots use .* 12\.5 chunks/s of which text takes 86%.*ask fewer") as refused:
+    with pytest.raises(Overloaded, match=r"1 robots use .* 12\.5 chunks/s of which text takes 88%.*ask fewer") as refused:
         open_session(client, "right")
     assert refused.value.field == "model"
     assert refused.value.retry_after_s == pytest.approx(4.0)

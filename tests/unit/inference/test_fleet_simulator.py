@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 
 from manyhands.cli import main as manyhands
 from manyhands.errors import InvalidInput
-from services.inference.fleet_simulator import Fleet, UnitDurations, interpolate, simulate
+from services.inference.fleet_simulator import Fleet, simulate
+from services.inference.fused.settings import FusedSettings
 from services.inference.simulate_fleet import Settings, make_fleet, read_durations, summarise
+from services.inference.unit_durations import UnitDurations, interpolate
 from services.inference.units import UnitKind
 
 # What the matrix products of an H200 take, without anything around them.
@@ -27,8 +30,39 @@ H200 = UnitDurations(
 )
 
 
+# As the engine benchmark of 2026-11-28 measured the served engine, and with the expert's steps as they may become.
+SERVED = UnitDurations(
+    prefix_s={1: 0.0083, 2: 0.0152, 4: 0.0303},
+    expert_step_s={1: 0.00078, 2: 0.00083, 4: 0.00096, 8: 0.00137, 16: 0.00203},
+    text_prefix_s=0.0078,
+    draft_check_s=0.002,
+    text_step_s={1: 0.00166, 8: 0.00174, 16: 0.00182, 32: 0.00197},
+    num_text_slices=6,
+    jitter=0.01,
+)
+FASTER = dataclasses.replace(SERVED, expert_step_s={1: 0.0005, 2: 0.0006, 4: 0.00075, 8: 0.00115, 16: 0.002})
+
+
 def fleet(**changed: Any) -> Fleet:
     return dataclasses.replace(make_fleet(Settings(seconds=20.0, ramp_up_s=1.0)), **changed)
+
+
+def held(**changed: Any) -> Fleet:
+    """16 robots at 5 Hz, whatever the service asks for, evenly out of step."""
+    return fleet(keeps_rate=True, **{"jitter": 0.0, "ramp_up_s": 0.0, "max_rows": 16, **changed})
+
+
+def slower(durations: UnitDurations, factor: float) -> UnitDurations:
+    def scaled(seconds: Mapping[int, float]) -> dict[int, float]:
+        return {size: factor * value for size, value in seconds.items()}
+
+    return dataclasses.replace(
+        durations,
+        prefix_s=scaled(durations.prefix_s),
+        expert_step_s=scaled(durations.expert_step_s),
+        text_prefix_s=factor * durations.text_prefix_s,
+        text_step_s=scaled(durations.text_step_s),
+    )
 
 
 def test_the_fleet_of_the_requirement_misses_nothing_and_is_simulated_in_seconds() -> None:
@@ -82,6 +116,68 @@ def test_what_is_promised_is_kept_where_a_single_row_cannot_be_hurried(tmp_path:
     assert outcome.stretch == pytest.approx(100 / (0.8 * 105.5 * (1 - outcome.text_share)), rel=0.01)
     assert outcome.num_missed == 0
     assert outcome.refused_robots == 0
+
+
+@pytest.mark.parametrize(("durations", "least"), [(SERVED, 900), (FASTER, 1100)], ids=["served", "faster"])
+def test_text_of_sixteen_robots_gets_what_chunks_at_5_hz_leave_and_none_of_them_is_late(
+    durations: UnitDurations, least: int
+) -> None:
+    many = held(ask_every_s=1.0, ask_tokens=120)
+    result = summarise(many, simulate(many, durations))
+    assert result["text"]["tokens_per_s"] > least
+    assert result["missed_deadlines"] == 0
+    assert result["chunks"] / result["seconds"] == pytest.approx(80, abs=0.5)
+    assert result["latency_ms"]["p99"] < 97.0
+    # Steps are nearly full.
+    assert result["device"]["mean_rows"]["text"] > 12
+
+
+def test_a_slower_device_takes_from_text_first() -> None:
+    rates = []
+    for factor in (1.0, 1.05, 1.1):
+        many = held(ask_every_s=1.0, ask_tokens=120)
+        result = summarise(many, simulate(many, slower(SERVED, factor)))
+        assert result["missed_deadlines"] == 0
+        assert result["text"]["texts"] > 0
+        rates.append(result["text"]["tokens_per_s"])
+    assert rates[0] > 1.2 * rates[1] > 1.2 * 1.2 * rates[2] > 400
+
+
+def test_faster_steps_make_no_device_slower() -> None:
+    """They save less where they are shared; a full device must go on sharing them."""
+    served, faster = (simulate(held(ask_every_s=2.0), durations) for durations in (SERVED, FASTER))
+    assert served.num_missed == faster.num_missed == 0
+    p50_s = [sorted(outcome.latencies_s)[len(outcome.latencies_s) // 2] for outcome in (served, faster)]
+    assert p50_s[1] < p50_s[0]
+
+
+def test_answers_come_as_soon_as_admission_counts_on() -> None:
+    """Robots that replan as rarely as they are asked to leave room for text to come within a second."""
+    for asked in ({"ask_every_s": 1.0, "ask_tokens": 120}, {"ask_every_s": 0.5, "ask_tokens": 20}):
+        obeying = fleet(max_rows=16, **asked)
+        result = summarise(obeying, simulate(obeying, SERVED))
+        assert result["missed_deadlines"] == 0
+        assert result["interval_stretch"] > 1.3
+        assert result["text"]["whole_ms"]["p99"] < 1100
+
+
+def test_robots_keep_their_rate_evenly_out_of_step_where_that_is_asked_for() -> None:
+    keeping = held(seconds=10.0, ask_every_s=0.0, network_jitter_s=0.0)
+    outcome = simulate(keeping, slower(SERVED, 0.5), seed=1)
+    assert outcome.num_requests == pytest.approx(16 * 5 * 10, abs=1)
+    # Nobody meets anybody: all take the same.
+    assert max(outcome.latencies_s) < 1.1 * min(outcome.latencies_s)
+    crowded = held(seconds=10.0, num_robots=24, ask_every_s=0.0)
+    outcome = simulate(crowded, SERVED)
+    assert outcome.stretch > 1.3
+    assert {robot.interval_steps for robot in outcome.robots} == {crowded.interval_steps}
+
+
+def test_as_many_questions_are_amid_their_prefixes_as_in_the_engine() -> None:
+    def default(owner: type, name: str) -> object:
+        return next(field.default for field in dataclasses.fields(owner) if field.name == name)
+
+    assert default(Fleet, "max_prefixes") == default(FusedSettings, "questions_at_once")
 
 
 def test_sizes_that_are_not_prepared_take_as_long_as_the_next_bigger_one() -> None:

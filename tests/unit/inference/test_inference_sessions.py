@@ -202,6 +202,9 @@ def test_text_takes_its_share_of_the_capacity_and_delay_its_part_of_the_horizon(
     assert capacity.text_share([asking] * 160, device(0.0, 0.001, 4)) == pytest.approx(160 * 10 / 4 * 0.001)
     assert capacity.text_share([asking] * 1000, device(0.006, 0.001, 4)) == capacity.MAX_TEXT_SHARE
     assert capacity.text_share([], device(1.0, 1.0, 4)) == 0.0
+    # Two robots that ask without a pause: a step has two texts at most, whatever there is room for.
+    restless = capacity.TextDemand(questions_per_s=4.0, tokens=20, within_s=1.0)
+    assert capacity.text_share([restless] * 2, device(0.0, 0.001, 32)) == pytest.approx(80 * 0.001)
     # Its prefix runs before the first token is known.
     begun = capacity.TextDemand(questions_per_s=0.5, tokens=0.0)
     assert capacity.text_share([begun], device(0.006, 0.001, 4)) == pytest.approx(0.003)
@@ -236,7 +239,7 @@ def test_steps_are_shared_while_there_are_enough_left_of_them() -> None:
         )
 
     assert pays(10)
-    assert not pays(3)  # 2.1 + 7 - 7.5 is less than half of a prefix.
+    assert not pays(3)  # 2.1 + 7 - 7.5 is less than a third of a prefix.
 
 
 def test_admission_lengthens_intervals_first_and_refuses_with_a_reason_and_a_time() -> None:

@@ -193,7 +193,6 @@ def amid_a_prefix(engine, monkeypatch, happens):
 
 def test_a_chunk_that_comes_amid_a_questions_prefix_waits_for_one_slice(engine, policy, monkeypatch):
     """The one that runs: the chunk's units come next, all of them."""
-    monkeypatch.setattr(engine._scheduler, "_alone_s", lambda *_: 60.0)  # However slow this machine is just now.
     answers = []
     ran = amid_a_prefix(engine, monkeypatch, lambda: answers.append(submit(engine, "acts", row(3))))
     _, heard = ask(engine, TextRequest(kind=TextKind.SUBTASK), seed=4)

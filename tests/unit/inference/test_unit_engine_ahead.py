@@ -266,19 +266,19 @@ def test_what_was_prepared_ahead_of_a_change_is_prepared_again(engine, policy, m
 
 
 def test_a_question_that_is_late_leaves_its_place_to_the_next_one(clock, monkeypatch):
-    """Two are amid their prefixes and pause for a chunk of many steps; both get late while a third one waits."""
+    """As many as may be are amid their prefixes and pause for a chunk of many steps; all get late while one more waits."""
     policy = make_policy(num_steps=40)
-    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
-    engine = UnitEngine({"tiny": model}, max_rows=4, max_texts=4, clock=clock)
+    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=16)
+    most = model.fused.settings.questions_at_once
+    engine = UnitEngine({"tiny": model}, max_rows=4, max_texts=16, clock=clock)
     engine.start()
     device = SlowDevice(model, monkeypatch)
     monkeypatch.setattr(engine._scheduler.times, "likely_s", lambda *_: 0.0)
-    monkeypatch.setattr(engine._scheduler, "_alone_s", lambda *_: 60.0)
     lates = [ask(engine, SUBTASK, seed=1, deadline_s=1.0)[1]]
     device.has_launched("run_text_prefix")
     outcomes = submit(engine, "acts", row(3), deadline_s=60.0)
-    lates.append(ask(engine, SUBTASK, seed=2, deadline_s=1.0)[1])
-    let_go_until(device, lambda: device.launched.count("run_text_prefix") == 2)
+    lates += [ask(engine, SUBTASK, seed=2, deadline_s=1.0)[1] for _ in range(most - 1)]
+    let_go_until(device, lambda: device.launched.count("run_text_prefix") == most)
     let_go_until(device, lambda: not engine._scheduler._hold_ups.text_runs)
     assert not model.fused._free_places
     _, last = ask(engine, SUBTASK, seed=4)

@@ -1,0 +1,55 @@
+"""How long units of work take on a device that is simulated. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .units import UnitKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitDurations:
+    """How long a unit takes, in seconds by its size; between two sizes as long as a straight line says.
+
+    Engines prepare sizes that double, and a unit runs as the next bigger one.
+
+    Attributes:
+        text_prefix_s: A question's whole prefix.
+        num_text_slices: Units that it comes in.
+        jitter: Standard deviation of all of them, as a share.
+    """
+
+    prefix_s: Mapping[int, float]
+    expert_step_s: Mapping[int, float]
+    text_prefix_s: float
+    draft_check_s: float
+    text_step_s: Mapping[int, float]
+    num_text_slices: int = 1
+    jitter: float = 0.02
+
+    def of(self, kind: UnitKind, size: int) -> float:
+        prepared = 1 << (size - 1).bit_length()
+        if kind is UnitKind.PREFIX:
+            return interpolate(self.prefix_s, prepared)
+        if kind is UnitKind.EXPERT:
+            return interpolate(self.expert_step_s, prepared)
+        if kind is UnitKind.TEXT:
+            return interpolate(self.text_step_s, prepared)
+        return self.draft_check_s if kind is UnitKind.DRAFT_CHECK else self.text_prefix_s / self.num_text_slices
+
+
+def interpolate(seconds_by_size: Mapping[int, float], size: int) -> float:
+    """Along straight lines; beyond the largest size in proportion."""
+    if size in seconds_by_size:
+        return seconds_by_size[size]
+    smaller = [known for known in seconds_by_size if known < size]
+    bigger = [known for known in seconds_by_size if known > size]
+    if not smaller:
+        return seconds_by_size[min(bigger)]
+    low = max(smaller)
+    if not bigger:
+        return seconds_by_size[low] * size / low
+    high = min(bigger)
+    share = (size - low) / (high - low)
+    return seconds_by_size[low] + share * (seconds_by_size[high] - seconds_by_size[low])
