@@ -118,9 +118,12 @@ def _swap(found: Found) -> list[Row]:
 
 
 def _starts(starts: list[Found]) -> list[Row]:
-    names = ("first start, command to ready, s", "second start, s")
-    required = ("-", f"{REQUIRED['second_start_s']:g}")
-    return [(name, f"{start['ready_s']:.1f}", wanted) for name, start, wanted in zip(names, starts, required, strict=False)]
+    return [
+        ("second start, command to ready, s", f"{start['ready_s']:.1f}", f"{REQUIRED['second_start_s']:g}")
+        if start["is_second"]
+        else ("first start, command to ready, s", f"{start['ready_s']:.1f}", "-")
+        for start in starts
+    ]
 
 
 def _peer(found: Found) -> list[Row]:
@@ -178,9 +181,9 @@ def _texts(rungs: list[Found]) -> list[str]:
 
 def _where_starts_go(starts: list[Found]) -> list[str]:
     found = []
-    for number, start in enumerate(starts, start=1):
+    for start in starts:
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start["phases"])
-        found += ["", f"Start {number}, s: {phases}."]
+        found += ["", f"{'Second' if start['is_second'] else 'First'} start, s: {phases}."]
     return found
 
 
