@@ -259,7 +259,15 @@ class FusedModel(ServedModel):
     def fetch(self, rows: Sequence[ChunkRow]) -> Callable[[], list[Chunk]]:
         """Sends finished chunks to the host; what is answered makes the robots' chunks of them, when they have arrived."""
         made = [self._to_host(self.slots.actions[slot_of(row)]) for row in rows]
-        return lambda: [self._chunk(row, actions.numpy()[None]) for row, actions in zip(rows, made, strict=True)]
+        # They travel behind the unit: that it is done does not say that they are here, and what was in this memory before
+        # is some robot's chunk.
+        wait = launches.arrival(self.device) if rows else _nothing
+
+        def chunks() -> list[Chunk]:
+            wait()
+            return [self._chunk(row, actions.numpy()[None]) for row, actions in zip(rows, made, strict=True)]
+
+        return chunks
 
     def _chunk(self, row: ChunkRow, made: npt.NDArray[np.float32]) -> Chunk:
         # In NumPy: tensors let go of the interpreter at every step, and the engine's thread has it then.

@@ -78,9 +78,12 @@ class UnitResults:
 
     def _device_is_done(self) -> None:
         """With the unit that was launched first."""
-        with self._state.changed:
-            self._state.device.done(self._state.clock())
-            self._state.changed.notify()
+        state = self._state
+        with state.changed:
+            state.device.done(state.clock())
+            # Woken for nothing, the engine's thread would take the interpreter from this one, which has a chunk to answer.
+            if len(state.scheduler) and not state.is_waiting:
+                state.changed.notify()
 
     def _is_taken_in(self) -> None:
         with self._state.changed:
@@ -95,8 +98,9 @@ class UnitResults:
         except Exception as error:
             self.tell_failed(launched.unit, error)
         else:
-            texts = self._tell_scheduler(launched, seconds, done_s, known)
+            # Robots first. No chunk ends with its prefix, so what that took is known by now.
             self._answer_chunks(launched, chunks, done_s)
+            texts = self._tell_scheduler(launched, seconds, done_s, known)
             self._answer_texts(launched, texts)
         self._is_taken_in()
 
@@ -121,10 +125,15 @@ class UnitResults:
         return texts
 
     def _answer_chunks(self, launched: LaunchedUnit, chunks: Sequence[Chunk], done_s: float) -> None:
-        for work, chunk in zip(launched.chunks, chunks, strict=True):
-            is_finite = answer_chunk(work, chunk, launched, done_s, self._state.clock())
-            with self._state.changed:
-                self._state.release_later([work], wipe=not is_finite)
+        state = self._state
+        answered = [
+            (work, answer_chunk(work, chunk, launched, done_s, state.clock()))
+            for work, chunk in zip(launched.chunks, chunks, strict=True)
+        ]
+        if answered:
+            with state.changed:
+                for work, is_finite in answered:
+                    state.release_later([work], wipe=not is_finite)
 
     def _answer_texts(self, launched: LaunchedUnit, complete: Sequence[TextWork[TextInWork]]) -> None:
         for text in launched.unit.texts:

@@ -14,7 +14,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, TooLate
 from policies import text
 from policies.policy import TextKind, TextRequest
-from services.inference import fused_model
+from services.inference import fused_model, launches
 from services.inference.fused_model import FusedModel
 from services.inference.launches import MAX_AHEAD
 from services.inference.unit_engine import UnitEngine
@@ -83,6 +83,29 @@ def test_units_are_launched_while_the_device_is_behind_and_no_more_than_it_may_h
     num_steps = engine.models["tiny"].num_steps
     device.let_go(num_steps)
     assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
+
+
+def test_a_robot_is_answered_before_anything_else_is_done_and_nobody_is_woken_meanwhile(ahead, monkeypatch):
+    """One who is woken takes the interpreter."""
+    engine, device = ahead
+    outcomes = submit(engine, "left", row(1))
+    device.let_go(engine.models["tiny"].num_steps)
+    device.has_launched("run_prefix", *["run_expert"] * engine.models["tiny"].num_steps)
+    wait_for(lambda: engine._state.num_outstanding == 1)
+    before: list[str] = []
+    notify, observe = engine._changed.notify, engine._scheduler.times.observe
+
+    def note(what, run, *arguments):
+        if outcomes.empty():
+            before.append(what)
+        run(*arguments)
+
+    monkeypatch.setattr(engine._changed, "notify", functools.partial(note, "woken", notify))
+    monkeypatch.setattr(engine._scheduler.times, "observe", functools.partial(note, "observed", observe))
+    device.let_go()
+    wait_for(lambda: not engine._state.num_outstanding)
+    assert before == []
+    answer_of(outcomes)
 
 
 def test_what_a_text_needs_next_waits_for_its_token_and_actions_do_not(ahead):
@@ -348,3 +371,21 @@ def test_a_chunk_that_cannot_be_fetched_is_told_and_the_engine_goes_on(engine, p
         broken.setattr(fused_model.FusedModel, "_to_host", lambda *_: 1 / 0)
         assert isinstance(submit(engine, "left", row(1)).get(timeout=10.0), InternalError)
     assert near(answer_of(submit(engine, "left", row(2))).actions, plain(policy, row(2))[0])
+
+
+def test_a_chunk_is_read_when_its_copy_has_arrived(engine, policy, monkeypatch):
+    """It travels behind the unit that made it; until then its place holds an older one."""
+    model, copies = engine.models["tiny"], []
+
+    def travelling(tensor):
+        place = torch.full_like(tensor, 7.0)
+        copies.append((place, tensor.clone()))
+        return place
+
+    def arrive():
+        for place, numbers in copies:
+            place.copy_(numbers)
+
+    monkeypatch.setattr(model, "_to_host", travelling)
+    monkeypatch.setattr(launches, "arrival", lambda _: arrive)
+    assert near(answer_of(submit(engine, "left", row(1))).actions, plain(policy, row(1))[0])
