@@ -265,6 +265,7 @@ class EngineClient:
     def _take_answers(self) -> None:
         assert self._answers is not None
         assert self._layout is not None
+        answered: list[tuple[_InFlight, Outcome]] = []
         try:
             for body in self._answers.take():
                 self._answered_s = time.monotonic()
@@ -273,11 +274,14 @@ class EngineClient:
                 if asked is None:
                     logger.debug("an answer that nobody waits for is dropped")
                     continue
-                asked.done(outcome)
+                answered.append((asked, outcome))
             if self._answers.num_passed_over:
                 raise InternalError("a slot was announced that holds no answer of this engine's")
         except Exception as error:
             self._broken(error)
+        # Not inside: whoever hears it does so on this stack, and what they do wrong is not the engine's.
+        for asked, outcome in answered:
+            asked.done(outcome)
 
     def _watch(self) -> None:
         """Ends an engine that has long left requests unanswered: a pass that hangs says nothing by itself."""

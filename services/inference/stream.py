@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
@@ -30,7 +31,7 @@ from manyhands.inference.v1 import inference_pb2
 
 from .engine_port import Answer, EnginePort, Job, Model, Outcome, Row, Superseded
 from .operator_notes import OperatorNotes
-from .prepare import check_row, deadline_s
+from .prepare import Array, SentRow, check_row, deadline_s
 from .sessions import Session, Sessions
 from .side_by_side import side_by_side
 from .subtask_question import SubtaskQuestion
@@ -63,6 +64,9 @@ class Desk(Protocol):
     @property
     def decoders(self) -> Executor: ...
 
+    @property
+    def num_in_flight(self) -> int: ...
+
     def max_request_bytes(self, session: Session) -> int: ...
 
     def replan_interval_steps(self, session: Session) -> int: ...
@@ -91,8 +95,10 @@ class RobotStream:
         self._session: Session | None = None
         self._outbox: asyncio.Queue[inference_pb2.ActResponse | None] = asyncio.Queue()
         self._read_by_client = asyncio.Event()
+        self._loop_thread = threading.get_ident()
+        self._decoding = False
         self._next: _Asked | None = None
-        self._has_next = asyncio.Event()
+        self._is_over = False
         self._in_flight: dict[int, _Asked] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -112,7 +118,6 @@ class RobotStream:
     async def responses(self, requests: AsyncIterator[inference_pb2.ActRequest]) -> AsyncIterator[inference_pb2.ActResponse]:
         """Answers until the client has ended its side and nothing is in flight, or finish() or end() says so."""
         reading = asyncio.create_task(self._read(requests))
-        preparing = asyncio.create_task(self._prepare())
         try:
             while (response := await self._outbox.get()) is not None:
                 self._read_by_client.set()
@@ -120,9 +125,9 @@ class RobotStream:
             if self._ending is not None:
                 raise self._ending
         finally:
+            self._is_over = True
             reading.cancel()
-            preparing.cancel()
-            await asyncio.gather(reading, preparing, return_exceptions=True)
+            await asyncio.gather(reading, return_exceptions=True)
             self._subtask.stop()
             # A stream that another one took over from may end much later, on a dead link: what is asked is the other's then.
             if self._session is not None and self._session.stream is self:
@@ -164,10 +169,12 @@ class RobotStream:
                 except ManyhandsError as error:
                     self._refuse(request, error, {"total": self._clock() - received_s})
                     continue
+                if not self._decoding:
+                    self._prepare(asked)
+                    continue
                 if self._next is not None:
                     self._settle(self._next, Superseded(), 0.0)
                 self._next = asked
-                self._has_next.set()
             await self._idle.wait()
         except asyncio.CancelledError:
             raise
@@ -211,35 +218,59 @@ class RobotStream:
         if isinstance(older, RobotStream):
             older.end(Conflict("another stream of this session took over", field="session_id"))
 
-    async def _prepare(self) -> None:
-        while True:
-            await self._has_next.wait()
-            asked, self._next = self._next, None
-            self._has_next.clear()
-            if asked is None:
-                continue
-            started_s = self._clock()
-            try:
-                row = await self._decode(asked)
-            except InvalidInput as error:
-                self._settle(asked, error, self._clock() - started_s)
-                continue
-            except Exception:
-                logger.exception("request %d of %s failed", asked.request.request_id, asked.session.robot_id)
-                self._settle(asked, InternalError("the server failed on this request"), self._clock() - started_s)
-                continue
-            decode_s = self._clock() - started_s
-            if self._next is not None:
-                self._settle(asked, Superseded(), decode_s)
-                continue
+    def _prepare(self, asked: _Asked) -> None:
+        """Checks a request, tells the engine of it and has its pictures decoded: straight through, for each task that it
+        would be handed to on its way is a turn of the loop."""
+        self._decoding = True
+        started_s, session = self._clock(), asked.session
+        try:
+            sent = self._checked(asked)
+            # First: what the engine makes of it takes longer than the pictures.
+            if sent.sample.pictures:
+                self._desk.engine.expect(session.model, sent.without_pictures())
+            side_by_side(
+                self._desk.decoders,
+                tuple(sent.sample.pictures.values()),
+                lambda pictures: self._decoded(asked, sent, pictures, started_s),
+                # Others would wait for it; alone, a robot waits for less.
+                here=sent.sample.quick_picture if self._desk.num_in_flight <= 1 else None,
+            )
+        except Exception as error:
+            self._failed(asked, error, started_s)
+
+    def _decoded(self, asked: _Asked, sent: SentRow, pictures: list[Array] | BaseException, started_s: float) -> None:
+        if self._is_over:
+            return
+        if isinstance(pictures, BaseException):
+            self._failed(asked, pictures, started_s)
+            return
+        decode_s = self._clock() - started_s
+        if self._next is not None:
+            self._settle(asked, Superseded(), decode_s)
+        else:
+            row = sent.row(pictures)
             self._submit(asked, row, decode_s)
             if asked.request.ask_subtask_for:
                 self._subtask.ask(asked.session, asked.request, row.sample)
+        self._prepare_next()
 
-    async def _decode(self, asked: _Asked) -> Row:
+    def _failed(self, asked: _Asked, error: BaseException, started_s: float) -> None:
+        if not isinstance(error, InvalidInput):
+            logger.error("request %d of %s failed", asked.request.request_id, asked.session.robot_id, exc_info=error)
+            error = InternalError("the server failed on this request")
+        self._settle(asked, error, self._clock() - started_s)
+        self._prepare_next()
+
+    def _prepare_next(self) -> None:
+        self._decoding = False
+        asked, self._next = self._next, None
+        if asked is not None:
+            self._prepare(asked)
+
+    def _checked(self, asked: _Asked) -> SentRow:
         session = asked.session
         served = self._desk.models[session.model]
-        sent = check_row(
+        return check_row(
             asked.request,
             robot_fit=session.fit,
             model_spec=served.used_spec,
@@ -248,13 +279,12 @@ class RobotStream:
             # The session's own, not what load makes of it: a chunk depends on nothing but its request.
             default_execution_horizon=session.asked_interval_steps,
         )
-        pictures = side_by_side(self._desk.decoders, tuple(sent.sample.pictures.values()))
-        if sent.sample.pictures:
-            self._desk.engine.expect(session.model, sent.without_pictures())
-        return sent.row(await pictures)
 
     def _submit(self, asked: _Asked, row: Row, decode_s: float) -> None:
         def done(outcome: Outcome) -> None:
+            if threading.get_ident() == self._loop_thread:
+                self._settle(asked, outcome, decode_s)
+                return
             try:
                 self._loop.call_soon_threadsafe(self._settle, asked, outcome, decode_s)
             except RuntimeError:  # The loop is closed: nobody listens any more.
