@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import logging
 import os
 import selectors
@@ -234,7 +235,12 @@ class EngineHost:
             request_id=request.request_id,
             arrived_s=request.arrived_s,
             deadline_s=request.deadline_s,
-            job=Job(model=request.model, row=request.row, done=done),
+            job=Job(
+                model=request.model,
+                row=request.row,
+                done=done,
+                rehearse=functools.partial(answers.rehearse, request.token, request.model),
+            ),
         )
 
     def _obey(self, engine: LocalEngine, message: engine_pb2.ToEngine) -> None:

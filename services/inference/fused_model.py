@@ -269,6 +269,10 @@ class FusedModel(ServedModel):
 
         return chunks
 
+    def rehearsed(self, row: ChunkRow) -> Chunk:
+        """What fetch() ends with, of numbers that mean nothing: see Rehearsal."""
+        return self._chunk(row, np.zeros((1, *self.slots.actions.shape[1:]), dtype=np.float32))
+
     def _chunk(self, row: ChunkRow, made: npt.NDArray[np.float32]) -> Chunk:
         # In NumPy: tensors let go of the interpreter at every step, and the engine's thread has it then.
         actions, carried = self.policy.finished(made, row.read.state.numpy())

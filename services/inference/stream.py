@@ -29,7 +29,7 @@ from manyhands.errors import (
 )
 from manyhands.inference.v1 import inference_pb2
 
-from .engine_port import Answer, EnginePort, Job, Model, Outcome, Row, Superseded
+from .engine_port import Answer, EnginePort, Job, Model, Outcome, Rehearsal, Row, Superseded
 from .operator_notes import OperatorNotes
 from .prepare import Array, SentRow, check_row, deadline_s
 from .sessions import Session, Sessions
@@ -290,12 +290,16 @@ class RobotStream:
             except RuntimeError:  # The loop is closed: nobody listens any more.
                 logger.debug("request %d has no listener", asked.request.request_id)
 
+        def rehearse(rehearsal: Rehearsal) -> None:
+            if threading.get_ident() == self._loop_thread and asked.request.request_id in self._in_flight:
+                self._response(asked, rehearsal.answer, self._stage_s(asked, rehearsal.answer, decode_s)).SerializeToString()
+
         self._desk.engine.submit(
             owner=asked.session.session_id,
             request_id=asked.request.request_id,
             arrived_s=self._clock(),
             deadline_s=asked.deadline_s,
-            job=Job(model=asked.session.model, row=row, done=done),
+            job=Job(model=asked.session.model, row=row, done=done, rehearse=rehearse),
         )
 
     def _settle(self, asked: _Asked, outcome: Outcome, decode_s: float) -> None:
@@ -310,35 +314,39 @@ class RobotStream:
             self._idle.set()
 
     def _answer(self, asked: _Asked, answer: Answer, decode_s: float) -> None:
-        session = asked.session
-        now_s = self._clock()
-        stage_s = {
+        stage_s = self._stage_s(asked, answer, decode_s)
+        # Sent also when late: it costs nothing any more, and the robot judges its age.
+        self._outbox.put_nowait(self._response(asked, answer, stage_s))
+        is_late = asked.received_s + stage_s["total"] > asked.deadline_s
+        # Behind the answer, which the stream sends in its next step: nobody waits for what operators read.
+        self._loop.call_soon(self._note, asked.session, asked, answer, stage_s, is_late)
+
+    def _stage_s(self, asked: _Asked, answer: Answer, decode_s: float) -> dict[str, float]:
+        return {
             "decode": decode_s,
             "queue": answer.queue_s,
             "prefix": answer.prefix_s,
             "sample": answer.sample_s,
             "postprocess": answer.postprocess_s,
-            "total": now_s - asked.received_s,
+            "total": self._clock() - asked.received_s,
         }
-        # Sent also when late: it costs nothing any more, and the robot judges its age.
+
+    def _response(self, asked: _Asked, answer: Answer, stage_s: Mapping[str, float]) -> inference_pb2.ActResponse:
+        session = asked.session
         times = {stage: stamps.to_duration(seconds) for stage, seconds in stage_s.items()}
         chunk = inference_pb2.Chunk(
             actions=codec.encode_tensor(answer.actions[:, : session.fit.action_size]),
             model_actions=codec.encode_tensor(answer.model_actions),
             replan_interval_steps=self._desk.replan_interval_steps(session),
         )
-        self._outbox.put_nowait(
-            inference_pb2.ActResponse(
-                session_id=session.session_id,
-                request_id=asked.request.request_id,
-                version=answer.version,
-                request_sent=asked.request.sent,
-                times=inference_pb2.StageTimes(**times, batch_size=answer.batch_size),
-                chunk=chunk,
-            )
+        return inference_pb2.ActResponse(
+            session_id=session.session_id,
+            request_id=asked.request.request_id,
+            version=answer.version,
+            request_sent=asked.request.sent,
+            times=inference_pb2.StageTimes(**times, batch_size=answer.batch_size),
+            chunk=chunk,
         )
-        # Behind the answer, which the stream sends in its next step: nobody waits for what operators read.
-        self._loop.call_soon(self._note, session, asked, answer, stage_s, now_s > asked.deadline_s)
 
     def _note(self, session: Session, asked: _Asked, answer: Answer, stage_s: Mapping[str, float], is_late: bool) -> None:
         self._desk.notes.answered(session, asked.request, answer, stage_s, is_late=is_late)

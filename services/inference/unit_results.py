@@ -6,6 +6,7 @@ which chunks that are done would wait for their answers. There is one text unit 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,9 +16,25 @@ from .engine import is_fatal
 from .engine_port import TextEnd
 from .fused_model import FusedModel
 from .rows_in_work import Chunk
-from .unit_answers import ChunkInWork, LaunchedUnit, TextInWork, answer_chunk, end_chunk, end_of, end_text, send_pieces, told
+from .unit_answers import (
+    ChunkInWork,
+    LaunchedUnit,
+    TextInWork,
+    answer_chunk,
+    end_chunk,
+    end_of,
+    end_text,
+    rehearse_answer,
+    send_pieces,
+    told,
+)
 from .unit_state import EngineState
 from .units import ACTION_KINDS, TextWork, Unit, UnitKind
+
+logger = logging.getLogger(__name__)
+
+# After so long without an answer, what answers pass through has left the processor's caches.
+COLD_S = 0.004
 
 
 class UnitResults:
@@ -32,6 +49,7 @@ class UnitResults:
         self._launched: queue.SimpleQueue[LaunchedUnit | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawing")
+        self._answered_s = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -62,6 +80,7 @@ class UnitResults:
 
     def _run(self) -> None:
         while (launched := self._launched.get()) is not None:
+            self._rehearse(launched)
             try:
                 seconds = launched.wait()
             except Exception as error:
@@ -75,6 +94,14 @@ class UnitResults:
                 self._drawing.submit(self._take_in, launched, seconds, done_s)
             else:
                 self._take_in(launched, seconds, done_s)
+
+    def _rehearse(self, launched: LaunchedUnit) -> None:
+        """Before chunks that come after a pause, while the device is still at them and this thread has nothing to do."""
+        if launched.chunks and launched.model.runs_ahead and self._state.clock() - self._answered_s > COLD_S:
+            try:
+                rehearse_answer(launched.chunks[0], launched)
+            except Exception:
+                logger.exception("an answer of %s cannot be rehearsed", launched.model.name)
 
     def _device_is_done(self) -> None:
         """With the unit that was launched first."""
@@ -131,6 +158,7 @@ class UnitResults:
             for work, chunk in zip(launched.chunks, chunks, strict=True)
         ]
         if answered:
+            self._answered_s = state.clock()
             with state.changed:
                 for work, is_finite in answered:
                     state.release_later([work], wipe=not is_finite)

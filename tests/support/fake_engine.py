@@ -29,6 +29,7 @@ from services.inference.engine_port import (
     ModelDescription,
     Outcome,
     Question,
+    Rehearsal,
     Row,
     Swap,
     SwapResult,
@@ -75,7 +76,7 @@ def description(camera_size: int) -> ModelDescription:
 
 
 class FakeEngine:
-    """Answers each row at once, on the thread that submits it.
+    """Answers each row at once, on the thread that submits it, after a rehearsal.
 
     The first two numbers of a chunk are the row's seed and how many rows were told ahead so far.
     """
@@ -92,23 +93,24 @@ class FakeEngine:
         pass
 
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
+        actions = np.zeros((HORIZON, STATE_SIZE), dtype=np.float32)
+        answer = Answer(
+            actions=actions,
+            model_actions=np.zeros((HORIZON, ACTION_SIZE), dtype=np.float32),
+            version=self.models["fake"].version,
+            queue_s=0.0,
+            prefix_s=0.0,
+            sample_s=0.0,
+            postprocess_s=0.0,
+            batch_size=1,
+        )
+        if job.rehearse is not None:
+            job.rehearse(Rehearsal(answer=answer))
         until_s = time.monotonic() + float(os.environ.get(BUSY_S, "0"))
         while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
             pass
-        actions = np.zeros((HORIZON, STATE_SIZE), dtype=np.float32)
         actions[0, :2] = job.row.seed, self.num_expected
-        job.done(
-            Answer(
-                actions=actions,
-                model_actions=np.zeros((HORIZON, ACTION_SIZE), dtype=np.float32),
-                version=self.models["fake"].version,
-                queue_s=max(0.0, time.monotonic() - arrived_s),
-                prefix_s=0.0,
-                sample_s=0.0,
-                postprocess_s=0.0,
-                batch_size=1,
-            )
-        )
+        job.done(answer)
 
     def expect(self, model: str, row: Row) -> None:
         self.num_expected += 1

@@ -20,9 +20,9 @@ from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from services.inference import engine_client
 from services.inference.engine_client import ANSWER_SLOTS, REQUEST_SLOTS
-from services.inference.engine_port import Answer, Job, Observed, Outcome, Question, Row, Superseded, TextEnd
+from services.inference.engine_port import Answer, Job, Observed, Outcome, Question, Rehearsal, Row, Superseded, TextEnd
 from services.inference.engine_supervisor import EngineSupervisor
-from tests.support.fake_engine import BAD, BAD_AFTER, HORIZON, MANNERS, description
+from tests.support.fake_engine import BAD, BAD_AFTER, BUSY_S, HORIZON, MANNERS, description
 
 HARMLESS = {"twice"}
 RESTARTED = 20.0
@@ -105,6 +105,27 @@ async def test_rows_go_and_chunks_come_many_times_round_the_ring() -> None:
         together = [submit(supervisor, seed, owner=f"robot{seed}") for seed in range(100)]
         outcomes = await asyncio.wait_for(asyncio.gather(*together), 10.0)
         assert [outcome.actions[0, 0] for outcome in outcomes if isinstance(outcome, Answer)] == list(range(100))
+
+
+async def test_a_rehearsal_comes_before_the_answer_and_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BUSY_S, "0.05")
+    async with running() as supervisor:
+        heard: list[object] = []
+        answered = asyncio.Event()
+
+        def done(outcome: Outcome) -> None:
+            heard.append(outcome)
+            answered.set()
+
+        now_s = time.monotonic()
+        job = Job(model="fake", row=row(5), done=done, rehearse=heard.append)
+        supervisor.submit(owner="left", request_id=1, arrived_s=now_s, deadline_s=now_s + 20.0, job=job)
+        await asyncio.wait_for(answered.wait(), 10.0)
+        first, second = heard
+        assert isinstance(first, Rehearsal)
+        assert isinstance(second, Answer)
+        assert first.answer.actions[0, 0] == 0
+        assert second.actions[0, 0] == 5
 
 
 async def test_a_row_told_ahead_is_heard_and_is_not_answered() -> None:

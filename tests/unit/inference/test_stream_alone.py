@@ -12,6 +12,7 @@ import pytest
 from manyhands import codec, stamps
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2
+from services.inference.engine_port import Answer, Job, Rehearsal
 from services.inference.operator_notes import OperatorNotes
 from services.inference.sessions import Sessions, fit
 from services.inference.stats import ServiceStats
@@ -44,6 +45,7 @@ class Desk:
         self.notes = OperatorNotes(ServiceStats())
         self.decoders = InlineExecutor(self.engine)
         self.num_in_flight = 1
+        self.num_intervals_asked = 0
         spec = self.models["fake"].used_spec
         self.session, _ = self.sessions.open(
             robot_id="left",
@@ -60,6 +62,7 @@ class Desk:
         return 1 << 20
 
     def replan_interval_steps(self, session: object) -> int:
+        self.num_intervals_asked += 1
         return 10
 
     def ask(self, encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG) -> None:
@@ -103,6 +106,32 @@ async def test_where_others_are_served_the_loop_decodes_nothing(desk: Desk) -> N
 async def test_the_loop_decodes_nothing_that_may_take_long(desk: Desk) -> None:
     desk.ask(common_pb2.IMAGE_ENCODING_PNG)
     assert len(desk.decoders.ahead) == 3
+
+
+async def test_a_rehearsal_makes_an_answer_that_nobody_gets(desk: Desk) -> None:
+    jobs: list[Job] = []
+    desk.engine.submit = lambda *, job, **_: jobs.append(job)  # type: ignore[method-assign]
+    desk.ask()
+    [job] = jobs
+    assert job.rehearse is not None
+    zeros = np.zeros((2, 14), dtype=np.float32)
+    answer = Answer(
+        actions=zeros,
+        model_actions=zeros,
+        version=desk.models["fake"].version,
+        queue_s=0.0,
+        prefix_s=0.0,
+        sample_s=0.0,
+        postprocess_s=0.0,
+        batch_size=1,
+    )
+    job.rehearse(Rehearsal(answer=answer))
+    assert desk.num_intervals_asked == 1
+    assert desk.stream._outbox.empty()
+    job.done(answer)
+    assert desk.stream._outbox.qsize() == 1
+    job.rehearse(Rehearsal(answer=answer))
+    assert desk.num_intervals_asked == 2, "it is answered already"
 
 
 async def test_pictures_of_a_stream_that_is_over_are_dropped(desk: Desk) -> None:

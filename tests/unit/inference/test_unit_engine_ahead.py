@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import queue
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, TooLate
 from policies import text
 from policies.policy import TextKind, TextRequest
-from services.inference import fused_model, launches
+from services.inference import fused_model, launches, unit_results
 from services.inference.fused_model import FusedModel
 from services.inference.launches import MAX_AHEAD
 from services.inference.unit_engine import UnitEngine
@@ -106,6 +108,36 @@ def test_a_robot_is_answered_before_anything_else_is_done_and_nobody_is_woken_me
     wait_for(lambda: not engine._state.num_outstanding)
     assert before == []
     answer_of(outcomes)
+
+
+def test_an_answer_is_rehearsed_while_the_device_is_at_it_and_not_soon_after_another(ahead, policy, clock, monkeypatch):
+    engine, device = ahead
+    monkeypatch.setattr(unit_results, "COLD_S", 30.0)
+    num_units, rehearsed = 1 + engine.models["tiny"].num_steps, queue.Queue()
+    for seed, waits_s, num_expected in ((1, 60.0, 1), (2, 0.0, 0), (3, 60.0, 1)):
+        clock.pushed_s += waits_s
+        outcomes = submit(engine, "left", row(seed), rehearse=rehearsed.put, deadline_s=600.0)
+        device.let_go(num_units - 1)
+        wait_for(lambda: engine._state.num_outstanding == 1 and device._gates.qsize() == 1)
+        if num_expected:
+            rehearsal = rehearsed.get(timeout=5.0)
+            assert rehearsal.answer.actions.shape == plain(policy, row(seed))[0].shape
+        assert outcomes.empty()
+        device.let_go()
+        assert near(answer_of(outcomes).actions, plain(policy, row(seed))[0])
+        assert rehearsed.empty()
+
+
+@pytest.mark.parametrize("spoilt", ["raises", "not finite"])
+def test_a_rehearsal_that_fails_concerns_nobody(ahead, policy, monkeypatch, spoilt):
+    engine, device = ahead
+    model, rehearsed = engine.models["tiny"], []
+    numbers = np.full((1, 1), np.nan, dtype=np.float32)
+    monkeypatch.setattr(model, "rehearsed", lambda _: 1 / 0 if spoilt == "raises" else (numbers, numbers))
+    outcomes = submit(engine, "left", row(1), rehearse=rehearsed.append)
+    device.let_go(1 + model.num_steps)
+    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
+    assert rehearsed == []
 
 
 def test_what_a_text_needs_next_waits_for_its_token_and_actions_do_not(ahead):
