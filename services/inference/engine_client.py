@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate, Unreachable
@@ -51,6 +52,8 @@ HUNG_CHECK_S = 1.0
 ENGINE_MODULE = "services.inference.engine_process"
 
 _tokens = itertools.count(1)
+# Of rows that are not answered.
+_NOBODY: dict[str, Any] = {"owner": "", "request_id": 0, "arrived_s": 0.0, "deadline_s": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +168,15 @@ class EngineClient:
 
     def expect(self, model: str, row: Row) -> None:
         """As EnginePort.expect; where no slot is free, rows that are ready need them more."""
-        if self._waiting or self._ended is not None or not self._has_slot():
-            return
-        ahead = Request(
-            token=next(_tokens), owner="", request_id=0, arrived_s=0.0, deadline_s=0.0, model=model, row=row, is_ahead=True
-        )
-        self._write(ahead)
+        self._tell(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True))
+
+    def rehearse(self, model: str, row: Row) -> None:
+        """As EnginePort.rehearse; likewise."""
+        self._tell(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_rehearsal=True))
+
+    def _tell(self, request: Request) -> None:
+        if not self._waiting and self._ended is None and self._has_slot():
+            self._write(request)
 
     def withdraw(self, owner: str) -> None:
         self._waiting.pop(owner, None)

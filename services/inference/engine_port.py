@@ -227,6 +227,9 @@ class EnginePort(Protocol):
         The engine may prepare what it can; nothing depends on it, and the row may never come.
         """
 
+    def rehearse(self, model: str, row: Row) -> None:
+        """Goes the way of a row that is likely to come in a moment, as far as its first unit; nothing comes of it."""
+
     def withdraw(self, owner: str) -> None:
         """Drops what an owner has waiting; nobody need be told."""
 

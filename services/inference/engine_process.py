@@ -221,6 +221,9 @@ class EngineHost:
         if request.is_ahead:
             engine.expect(request.model, request.row)
             return
+        if request.is_rehearsal:
+            engine.rehearse(request.model, request.row)
+            return
 
         def done(outcome: Outcome) -> None:
             with self._newest_lock:

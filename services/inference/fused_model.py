@@ -218,6 +218,10 @@ class FusedModel(ServedModel):
         ])  # fmt: skip
         self.fused.begin_chunks([(slot_of(row), row.start) for row in rows])
 
+    def rehearse_prefix(self, row: ChunkRow) -> None:
+        """What run_prefix() does on the host, and none of the device's long work; see EnginePort.rehearse."""
+        self.fused.rehearse_prefix(self._fitting(row.pictures), valid_of(row), row.read.prompt.tokens, row.start)
+
     def run_expert(self, rows: Sequence[tuple[ChunkRow, int]]) -> None:
         """An Euler step of each row, which is at its own."""
         self.fused.expert_step([(slot_of(row), step) for row, step in rows])

@@ -89,6 +89,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Requests for chunks that wait for their answer."""
         return sum(stream.num_in_flight for stream in self._streams)
 
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
     def start(self) -> None:
         """On the server's loop."""
         operator_metrics.show((model.name, model.has_text_head) for model in self.models.values())

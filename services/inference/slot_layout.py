@@ -32,8 +32,8 @@ _MAX_FEATURES = 64
 _NO_PREFIX = -1
 
 # token, request_id, arrived_s, deadline_s, seed, features that are there (a bit each), model, delay_steps,
-# execution_horizon, prefix steps, bytes of owner, bytes of task, whether it is told ahead.
-_REQUEST = struct.Struct("<QqddqQIiiiII?")
+# execution_horizon, prefix steps, bytes of owner, bytes of task, whether it is told ahead, whether it is a rehearsal.
+_REQUEST = struct.Struct("<QqddqQIiiiII??")
 _OWNER_AT = 128
 _TASK_AT = _OWNER_AT + _MAX_OWNER_BYTES
 _REQUEST_ARRAYS_AT = _TASK_AT + _MAX_TASK_BYTES
@@ -56,6 +56,7 @@ class Request:
 
     Attributes:
         is_ahead: Not asked for yet: see EnginePort.expect. It has no pictures, no owner, no times, and is not answered.
+        is_rehearsal: See EnginePort.rehearse. Likewise, but for its pictures.
     """
 
     token: int
@@ -66,6 +67,7 @@ class Request:
     model: str
     row: Row
     is_ahead: bool = False
+    is_rehearsal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +131,14 @@ class SlotLayout:
         _REQUEST.pack_into(
             body, 0, request.token, request.request_id, request.arrived_s, request.deadline_s, row.seed, present, index,
             row.delay_steps, row.execution_horizon, steps, len(owner), len(task), request.is_ahead,
+            request.is_rehearsal,
         )  # fmt: skip
 
     def read_request(self, body: memoryview) -> Request:
         """A copy of what the slot holds; BadSlot where it cannot be."""
         (
             token, request_id, arrived_s, deadline_s, seed, present, index, delay_steps, execution_horizon, steps,
-            owner_bytes, task_bytes, is_ahead,
+            owner_bytes, task_bytes, is_ahead, is_rehearsal,
         ) = _REQUEST.unpack_from(body, 0)  # fmt: skip
         model = self._model(index)
         features = self._features[index]
@@ -170,6 +173,7 @@ class SlotLayout:
             model=model.name,
             row=row,
             is_ahead=is_ahead,
+            is_rehearsal=is_rehearsal,
         )
 
     def write_answer(self, body: memoryview, token: int, model: str, outcome: Outcome | Rehearsal) -> None:

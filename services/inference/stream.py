@@ -30,6 +30,7 @@ from manyhands.errors import (
 from manyhands.inference.v1 import inference_pb2
 
 from .engine_port import Answer, EnginePort, Job, Model, Outcome, Rehearsal, Row, Superseded
+from .next_request import NextRequest
 from .operator_notes import OperatorNotes
 from .prepare import Array, SentRow, check_row, deadline_s
 from .sessions import Session, Sessions
@@ -67,6 +68,9 @@ class Desk(Protocol):
     @property
     def num_in_flight(self) -> int: ...
 
+    @property
+    def num_streams(self) -> int: ...
+
     def max_request_bytes(self, session: Session) -> int: ...
 
     def replan_interval_steps(self, session: Session) -> int: ...
@@ -99,6 +103,8 @@ class RobotStream:
         self._decoding = False
         self._next: _Asked | None = None
         self._is_over = False
+        self._last_answered: _Asked | None = None
+        self._next_request = NextRequest(self._rehearse_next, clock)
         self._in_flight: dict[int, _Asked] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -126,6 +132,7 @@ class RobotStream:
                 raise self._ending
         finally:
             self._is_over = True
+            self._next_request.stop()
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             self._subtask.stop()
@@ -164,6 +171,7 @@ class RobotStream:
                     self._read_by_client.clear()
                     await self._read_by_client.wait()
                 received_s = self._clock()
+                self._next_request.came(received_s)
                 try:
                     asked = self._take(request, received_s)
                 except ManyhandsError as error:
@@ -280,6 +288,24 @@ class RobotStream:
             default_execution_horizon=session.asked_interval_steps,
         )
 
+    def _rehearse_next(self) -> None:
+        """Goes the way of the request that is about to come, with the last one, which was found good.
+
+        Only for a robot that is alone: others keep everything warm, and would wait for it.
+        """
+        last = self._last_answered
+        if last is None or self._is_over or self._desk.num_streams != 1 or self._desk.num_in_flight:
+            return
+        model, sent = last.session.model, self._checked(last)
+
+        def decoded(pictures: list[Array] | BaseException) -> None:
+            if not isinstance(pictures, BaseException) and not self._desk.num_in_flight:
+                self._desk.engine.rehearse(model, sent.row(pictures))
+
+        side_by_side(
+            self._desk.decoders, tuple(sent.sample.pictures.values()), decoded, here=sent.sample.quick_picture
+        )  # fmt: skip
+
     def _submit(self, asked: _Asked, row: Row, decode_s: float) -> None:
         def done(outcome: Outcome) -> None:
             if threading.get_ident() == self._loop_thread:
@@ -308,6 +334,8 @@ class RobotStream:
             return
         if isinstance(outcome, Answer):
             self._answer(asked, outcome, decode_s)
+            self._last_answered = asked if self._desk.num_streams == 1 else None
+            self._loop.call_soon(self._next_request.answered)
         else:
             self._refuse(asked.request, outcome, {"decode": decode_s, "total": self._clock() - asked.received_s})
         if not self._in_flight:

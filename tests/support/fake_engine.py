@@ -78,10 +78,10 @@ def description(camera_size: int) -> ModelDescription:
 class FakeEngine:
     """Answers each row at once, on the thread that submits it, after a rehearsal.
 
-    The first two numbers of a chunk are the row's seed and how many rows were told ahead so far.
+    The first three numbers of a chunk are the row's seed and how many rows were told ahead and rehearsed so far.
     """
 
-    num_expected = 0
+    num_expected = num_rehearsed = 0
 
     def __init__(self, camera_size: int) -> None:
         self.models = {"fake": description(camera_size)}
@@ -109,11 +109,14 @@ class FakeEngine:
         until_s = time.monotonic() + float(os.environ.get(BUSY_S, "0"))
         while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
             pass
-        actions[0, :2] = job.row.seed, self.num_expected
+        actions[0, :3] = job.row.seed, self.num_expected, self.num_rehearsed
         job.done(answer)
 
     def expect(self, model: str, row: Row) -> None:
         self.num_expected += 1
+
+    def rehearse(self, model: str, row: Row) -> None:
+        self.num_rehearsed += 1
 
     def withdraw(self, owner: str) -> None:
         pass

@@ -139,6 +139,15 @@ async def test_a_row_told_ahead_is_heard_and_is_not_answered() -> None:
             assert outcome.actions[0, :2].tolist() == [seed, seed + 1]
 
 
+async def test_a_row_that_is_rehearsed_is_heard_and_is_not_answered() -> None:
+    async with running() as supervisor:
+        for seed in range(3 * REQUEST_SLOTS):
+            supervisor.rehearse("fake", row(seed))
+            outcome = await asyncio.wait_for(submit(supervisor, seed), 10.0)
+            assert isinstance(outcome, Answer)
+            assert outcome.actions[0, :3].tolist() == [seed, 0, seed + 1]
+
+
 async def test_chunks_that_the_front_end_does_not_take_wait_in_the_engine() -> None:
     async with running() as supervisor:
         outcomes = []

@@ -76,6 +76,7 @@ def requests(draw: st.DrawFn) -> Request:
             seed=draw(st.integers(-(1 << 63), (1 << 63) - 1)),
         ),
         is_ahead=draw(st.booleans()),
+        is_rehearsal=draw(st.booleans()),
     )
 
 
@@ -87,12 +88,13 @@ def test_a_request_comes_out_as_it_went_in_whatever_was_in_the_slot_before(first
     LAYOUT.write_request(body, second)
     read = LAYOUT.read_request(body)
     body[:] = bytes(len(body))  # What was read is a copy.
-    assert (read.token, read.owner, read.request_id, read.model, read.is_ahead) == (
+    assert (read.token, read.owner, read.request_id, read.model, read.is_ahead, read.is_rehearsal) == (
         second.token,
         second.owner,
         second.request_id,
         second.model,
         second.is_ahead,
+        second.is_rehearsal,
     )
     assert (read.arrived_s, read.deadline_s) == (second.arrived_s, second.deadline_s)
     assert read.row.sample.task == second.row.sample.task

@@ -44,7 +44,7 @@ class Desk:
         self.sessions = Sessions(max_sessions=4, idle_timeout_s=4.0)
         self.notes = OperatorNotes(ServiceStats())
         self.decoders = InlineExecutor(self.engine)
-        self.num_in_flight = 1
+        self.num_in_flight = self.num_streams = 1
         self.num_intervals_asked = 0
         spec = self.models["fake"].used_spec
         self.session, _ = self.sessions.open(
@@ -132,6 +132,30 @@ async def test_a_rehearsal_makes_an_answer_that_nobody_gets(desk: Desk) -> None:
     assert desk.stream._outbox.qsize() == 1
     job.rehearse(Rehearsal(answer=answer))
     assert desk.num_intervals_asked == 2, "it is answered already"
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "num_in_flight", "num_expected"), [(1, 0, 1), (2, 0, 0), (1, 1, 0)], ids=["alone", "not alone", "busy"]
+)
+async def test_the_next_request_is_rehearsed_with_the_last_one_by_a_robot_that_is_alone(
+    desk: Desk, num_streams: int, num_in_flight: int, num_expected: int
+) -> None:
+    desk.stream._rehearse_next()
+    assert desk.engine.num_rehearsed == 0, "nothing was asked yet"
+    desk.ask()
+    desk.num_streams, desk.num_in_flight = num_streams, num_in_flight
+    desk.decoders.ahead.clear()
+    desk.stream._rehearse_next()
+    assert bool(desk.decoders.ahead) == bool(num_expected)
+    assert desk.engine.num_rehearsed == num_expected
+    assert desk.stream._outbox.qsize() == 1
+    assert desk.stream.num_in_flight == 0
+
+
+async def test_no_request_is_kept_where_others_are_served(desk: Desk) -> None:
+    desk.num_streams = 2
+    desk.ask()
+    assert desk.stream._last_answered is None
 
 
 async def test_pictures_of_a_stream_that_is_over_are_dropped(desk: Desk) -> None:

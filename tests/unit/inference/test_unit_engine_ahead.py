@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import queue
 import threading
@@ -17,6 +18,7 @@ from manyhands.errors import InternalError, TooLate
 from policies import text
 from policies.policy import TextKind, TextRequest
 from services.inference import fused_model, launches, unit_results
+from services.inference.engine_port import Observed
 from services.inference.fused_model import FusedModel
 from services.inference.launches import MAX_AHEAD
 from services.inference.unit_engine import UnitEngine
@@ -138,6 +140,42 @@ def test_a_rehearsal_that_fails_concerns_nobody(ahead, policy, monkeypatch, spoi
     device.let_go(1 + model.num_steps)
     assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
     assert rehearsed == []
+
+
+def test_a_row_is_rehearsed_where_nothing_is_in_work_and_nothing_comes_of_it(ahead, policy, monkeypatch):
+    engine, device = ahead
+    model, rehearsed = engine.models["tiny"], []
+    rehearse = model.rehearse_prefix
+    monkeypatch.setattr(model, "rehearse_prefix", lambda chunk: (rehearse(chunk), rehearsed.append(chunk)))
+    prefix = np.ones((2, 8), dtype=np.float32)
+    engine.rehearse("tiny", row(7, prefix=prefix, task="something else"))
+    wait_for(lambda: rehearsed)
+    engine.rehearse("tiny", dataclasses.replace(row(1), sample=Observed(observation={}, task="reach")))
+    assert device.launched == []
+    assert model.slots.num_free == model.slots.sizes.num_slots
+    outcomes = submit(engine, "left", row(1))
+    device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+    engine.rehearse("tiny", row(7))
+    device.let_go(1 + model.num_steps)
+    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
+    assert len(rehearsed) == 1
+
+
+def test_a_rehearsal_of_a_row_that_fails_leaves_the_engine_as_it_was(ahead, policy, monkeypatch):
+    engine, device = ahead
+    with monkeypatch.context() as broken:
+        entered = threading.Event()
+
+        def fail(chunk):
+            entered.set()
+            raise ZeroDivisionError
+
+        broken.setattr(engine.models["tiny"], "rehearse_prefix", fail)
+        engine.rehearse("tiny", row(1))
+        assert entered.wait(5.0)
+    outcomes = submit(engine, "left", row(1))
+    device.let_go(1 + engine.models["tiny"].num_steps)
+    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
 
 
 def test_what_a_text_needs_next_waits_for_its_token_and_actions_do_not(ahead):
