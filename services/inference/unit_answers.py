@@ -58,6 +58,7 @@ class LaunchedUnit:
         wait: Until it is done; answers the seconds it took.
         take: Takes the tokens of a text unit in.
         chunks: That are complete with this unit, and fetch: makes them, when it is done.
+        nearly: Chunks that have one unit to go behind this one.
         version: Of the weights it ran with.
     """
 
@@ -68,6 +69,7 @@ class LaunchedUnit:
     take: Take
     chunks: Sequence[ChunkWork[ChunkInWork]] = ()
     fetch: Callable[[], list[Chunk]] = list
+    nearly: Sequence[ChunkWork[ChunkInWork]] = ()
 
 
 def answer_chunk(work: ChunkWork[ChunkInWork], chunk: Chunk, launched: LaunchedUnit, done_s: float, now_s: float) -> bool:

@@ -280,6 +280,8 @@ class UnitEngine:
             self._results.tell_failed(unit, error)
             return
         now_s = self._clock()
+        is_step = unit.kind is UnitKind.EXPERT
+        nearly = [row.work for row in unit.rows if is_step and row.step == row.work.num_steps - 2]
         chunks: Sequence[ChunkWork[ChunkInWork]] = ()
         with self._changed:
             expected_s = self._scheduler.times.likely_s(unit.group, unit.size, now_s) if model.runs_ahead else 0.0
@@ -297,6 +299,7 @@ class UnitEngine:
                 take=takes[0],
                 chunks=chunks,
                 fetch=fetching(model, [work.payload for work in chunks]),
+                nearly=nearly,
             )
         )
 

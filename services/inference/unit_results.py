@@ -96,10 +96,13 @@ class UnitResults:
                 self._take_in(launched, seconds, done_s)
 
     def _rehearse(self, launched: LaunchedUnit) -> None:
-        """Before chunks that come after a pause, while the device is still at them and this thread has nothing to do."""
-        if launched.chunks and launched.model.runs_ahead and self._state.clock() - self._answered_s > COLD_S:
+        """Of a chunk that comes after a pause, while the device is at its last step but one and this thread only waits.
+
+        At the last one the answer might have to wait for its rehearsal, which takes about as long as a step.
+        """
+        if launched.nearly and launched.model.runs_ahead and self._state.clock() - self._answered_s > COLD_S:
             try:
-                rehearse_answer(launched.chunks[0], launched)
+                rehearse_answer(launched.nearly[0], launched)
             except Exception:
                 logger.exception("an answer of %s cannot be rehearsed", launched.model.name)
 

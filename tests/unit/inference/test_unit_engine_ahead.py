@@ -119,13 +119,13 @@ def test_an_answer_is_rehearsed_while_the_device_is_at_it_and_not_soon_after_ano
     for seed, waits_s, num_expected in ((1, 60.0, 1), (2, 0.0, 0), (3, 60.0, 1)):
         clock.pushed_s += waits_s
         outcomes = submit(engine, "left", row(seed), rehearse=rehearsed.put, deadline_s=600.0)
-        device.let_go(num_units - 1)
-        wait_for(lambda: engine._state.num_outstanding == 1 and device._gates.qsize() == 1)
+        device.let_go(num_units - 2)
+        wait_for(lambda: engine._state.num_outstanding == 2 and device._gates.qsize() == 2)
         if num_expected:
             rehearsal = rehearsed.get(timeout=5.0)
             assert rehearsal.answer.actions.shape == plain(policy, row(seed))[0].shape
         assert outcomes.empty()
-        device.let_go()
+        device.let_go(2)
         assert near(answer_of(outcomes).actions, plain(policy, row(seed))[0])
         assert rehearsed.empty()
 
