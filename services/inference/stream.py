@@ -1,7 +1,7 @@
 """One robot's stream: requests in, chunks out. Lives on the event loop; decoding and the model run on other threads.
 
-Of one robot at most three observations are in memory: the newest that waits, one being decoded, one in the engine's line. A
-request that is refused leaves the stream open.
+Of one robot at most three observations are in memory: the newest that waits, one being decoded, one in the engine's line; of
+one that is alone also its last request. A request that is refused leaves the stream open.
 """
 
 from __future__ import annotations
