@@ -21,6 +21,11 @@ MAX_VALUE_BYTES = 64 * 1024 * 1024
 # Of all values of one message once decoded: a megabyte of well-packed pictures must not become a hundred gigabytes.
 MAX_DECODED_BYTES = 4 * MAX_VALUE_BYTES
 DEFAULT_JPEG_QUALITY = 95
+# Of pictures that are decoded in a fraction of a millisecond: pixels, and bytes of a baseline JPEG or uncompressed.
+QUICK_PIXELS, QUICK_BYTES = 256 * 256, 3 * 256 * 256
+QUICK_JPEG_BYTES = 64 * 1024
+
+_BASELINE = 0xC0  # Marker of a JPEG's frame: one pass over its pixels, or one a colour.
 
 _TO_NUMPY: dict[int, np.dtype[np.generic]] = {
     common_pb2.DATA_TYPE_BOOL: np.dtype("bool"),
@@ -164,6 +169,22 @@ def decode_image(image: common_pb2.Image, *, field: str = "image") -> npt.NDArra
     return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
 
 
+def is_quick(image: common_pb2.Image) -> bool:
+    """Whether decode_image() takes a fraction of a millisecond, whatever the bytes are.
+
+    A progressive JPEG never is: a few kilobytes of it can hold thousands of passes over all of its pixels.
+    """
+    if image.height * image.width > QUICK_PIXELS:
+        return False
+    data = image.data
+    if image.encoding == common_pb2.IMAGE_ENCODING_RAW_RGB8:
+        return len(data) <= QUICK_BYTES
+    if image.encoding != common_pb2.IMAGE_ENCODING_JPEG or len(data) > QUICK_JPEG_BYTES:
+        return False
+    frame = _jpeg_frame(data)
+    return frame is not None and frame[0] == _BASELINE and frame[1:] == (image.height, image.width)
+
+
 def _png_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) from a PNG's first chunk, which must be its header; None where it is not."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 24:
@@ -172,7 +193,13 @@ def _png_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from a JPEG's first frame header; None where there is none.
+    """(height, width) of a JPEG; None where it has no frame."""
+    frame = _jpeg_frame(data)
+    return None if frame is None else frame[1:]
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """(marker, height, width) from a JPEG's first frame header; None where there is none.
 
     Only markers that carry a length are passed over. Decoders also accept markers without one, and rubbish in between; a
     picture with those could show one frame header here and another one there, so it is refused.
@@ -187,7 +214,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
             position += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # Start of frame.
             height = int.from_bytes(data[position + 5 : position + 7], "big")
-            return height, int.from_bytes(data[position + 7 : position + 9], "big")
+            return marker, height, int.from_bytes(data[position + 7 : position + 9], "big")
         elif (marker == 0xC4 or 0xDB <= marker <= 0xFE) and marker != 0xDA and length >= 2:
             position += 2 + length
         else:

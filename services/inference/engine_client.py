@@ -16,13 +16,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate, Unreachable
 
 from . import engine_messages
 from .capacity import DeviceCapacity
-from .engine_port import EngineLoad, Job, ModelDescription, Outcome, Question, Row, Superseded, Swap, SwapResult, TextEnd
+from .engine_port import (
+    EngineLoad,
+    Job,
+    ModelDescription,
+    Outcome,
+    Question,
+    Rehearsal,
+    Row,
+    Superseded,
+    Swap,
+    SwapResult,
+    TextEnd,
+)
 from .engine_program import EngineProgram
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
 from .slot_layout import Request, SlotLayout
@@ -39,6 +52,8 @@ HUNG_CHECK_S = 1.0
 ENGINE_MODULE = "services.inference.engine_process"
 
 _tokens = itertools.count(1)
+# Of rows that are not answered.
+_NOBODY: dict[str, Any] = {"owner": "", "request_id": 0, "arrived_s": 0.0, "deadline_s": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +76,14 @@ class Listeners:
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
     request: Request
-    done: Callable[[Outcome], None]
+    job: Job
 
 
 @dataclass(frozen=True, kw_only=True)
 class _InFlight:
     owner: str
     deadline_s: float
-    done: Callable[[Outcome], None]
+    job: Job
 
 
 class EngineClient:
@@ -132,7 +147,7 @@ class EngineClient:
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
         older = self._waiting.pop(owner, None)
         if older is not None:
-            older.done(Superseded())
+            older.job.done(Superseded())
         request = Request(
             token=next(_tokens),
             owner=owner,
@@ -143,22 +158,25 @@ class EngineClient:
             row=job.row,
         )
         if not self._waiting and self._has_slot():
-            self._put(request, job.done)
+            self._put(request, job)
         elif self._ended is not None:
             job.done(Unreachable("the engine process ended; ask again", retry_after_s=1.0))
         else:
             if not self._waiting:
                 self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
-            self._waiting[owner] = _Asked(request=request, done=job.done)
+            self._waiting[owner] = _Asked(request=request, job=job)
 
     def expect(self, model: str, row: Row) -> None:
         """As EnginePort.expect; where no slot is free, rows that are ready need them more."""
-        if self._waiting or self._ended is not None or not self._has_slot():
-            return
-        ahead = Request(
-            token=next(_tokens), owner="", request_id=0, arrived_s=0.0, deadline_s=0.0, model=model, row=row, is_ahead=True
-        )
-        self._write(ahead)
+        self._tell(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True))
+
+    def rehearse(self, model: str, row: Row) -> None:
+        """As EnginePort.rehearse; likewise."""
+        self._tell(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_rehearsal=True))
+
+    def _tell(self, request: Request) -> None:
+        if not self._waiting and self._ended is None and self._has_slot():
+            self._write(request)
 
     def withdraw(self, owner: str) -> None:
         self._waiting.pop(owner, None)
@@ -221,16 +239,16 @@ class EngineClient:
             self._broken(error)
             return False
 
-    def _put(self, request: Request, done: Callable[[Outcome], None]) -> None:
+    def _put(self, request: Request, job: Job) -> None:
         """Into the slot that there is."""
-        self._in_flight[request.token] = _InFlight(owner=request.owner, deadline_s=request.deadline_s, done=done)
+        self._in_flight[request.token] = _InFlight(owner=request.owner, deadline_s=request.deadline_s, job=job)
         error = self._write(request)
         if error is not None:
             del self._in_flight[request.token]
             logger.error(
                 "request %d of session %s cannot be handed to the engine: %s", request.request_id, request.owner, error
             )
-            done(error)
+            job.done(error)
 
     def _write(self, request: Request) -> InternalError | None:
         """Answers why it does not fit its slot, which is free then."""
@@ -253,10 +271,10 @@ class EngineClient:
             owner, waiting = next(iter(self._waiting.items()))
             if time.monotonic() > waiting.request.deadline_s:
                 del self._waiting[owner]
-                waiting.done(TooLate("the model was busy until the deadline; replan less often", field="deadline"))
+                waiting.job.done(TooLate("the model was busy until the deadline; replan less often", field="deadline"))
             elif self._has_slot():
                 del self._waiting[owner]
-                self._put(waiting.request, waiting.done)
+                self._put(waiting.request, waiting.job)
             else:
                 return
         if self._ended is None:
@@ -265,19 +283,31 @@ class EngineClient:
     def _take_answers(self) -> None:
         assert self._answers is not None
         assert self._layout is not None
+        answered: list[tuple[Job, Outcome]] = []
+        rehearsed: dict[int, tuple[Job, Rehearsal]] = {}
         try:
             for body in self._answers.take():
-                self._answered_s = time.monotonic()
                 token, outcome = self._layout.read_answer(body)
-                asked = self._in_flight.pop(token, None)
+                asked = self._in_flight.get(token)
                 if asked is None:
                     logger.debug("an answer that nobody waits for is dropped")
-                    continue
-                asked.done(outcome)
+                elif isinstance(outcome, Rehearsal):
+                    rehearsed[token] = asked.job, outcome
+                else:
+                    self._answered_s = time.monotonic()
+                    del self._in_flight[token]
+                    rehearsed.pop(token, None)  # Too late for it.
+                    answered.append((asked.job, outcome))
             if self._answers.num_passed_over:
                 raise InternalError("a slot was announced that holds no answer of this engine's")
         except Exception as error:
             self._broken(error)
+        # Not inside: whoever hears it does so on this stack, and what they do wrong is not the engine's.
+        for job, outcome in answered:
+            job.done(outcome)
+        for job, rehearsal in rehearsed.values():
+            if job.rehearse is not None:
+                job.rehearse(rehearsal)
 
     def _watch(self) -> None:
         """Ends an engine that has long left requests unanswered: a pass that hangs says nothing by itself."""
@@ -413,9 +443,9 @@ class EngineClient:
         texts, self._texts = self._texts, {}
         swaps, self._swaps = self._swaps, {}
         for asked in in_flight.values():
-            asked.done(error)
+            asked.job.done(error)
         for left in waiting.values():
-            left.done(error)
+            left.job.done(error)
         for heard in texts.values():
             heard(TextEnd(error=error))
         for future in swaps.values():

@@ -10,7 +10,7 @@ from collections import deque
 from manyhands.engine.v1 import engine_pb2
 
 from . import engine_messages
-from .engine_port import Outcome
+from .engine_port import Outcome, Rehearsal
 from .shared_ring import RingWriter
 from .slot_layout import SlotLayout
 
@@ -110,6 +110,13 @@ class Answers:
             self._fill_locked()
             if self._waiting:
                 os.eventfd_write(self.wake_fd, 1)
+
+    def rehearse(self, token: int, model: str, rehearsal: Rehearsal) -> None:
+        """As put(); where nothing is free it is dropped."""
+        with self._lock:
+            if not self._waiting and (body := self.ring.reserve()) is not None:
+                self._layout.write_answer(body, token, model, rehearsal)
+                self.ring.publish()
 
     def flush(self) -> bool:
         """Fills free slots; answers whether some outcomes still wait."""

@@ -121,12 +121,28 @@ Outcome = Answer | Superseded | ManyhandsError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """Goes an answer's way shortly before it and reaches nobody: what it passes through is then awake and in the caches.
+
+    Attributes:
+        answer: Of the same shape, its numbers mean nothing.
+    """
+
+    answer: Answer
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """A row, its model, and who hears of the outcome (called once, on any thread, must not block)."""
+    """A row, its model, and who hears of the outcome (called once, on any thread, must not block).
+
+    Attributes:
+        rehearse: Called likewise, perhaps, shortly before done.
+    """
 
     model: str
     row: Row
     done: Callable[[Outcome], None]
+    rehearse: Callable[[Rehearsal], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +226,9 @@ class EnginePort(Protocol):
 
         The engine may prepare what it can; nothing depends on it, and the row may never come.
         """
+
+    def rehearse(self, model: str, row: Row) -> None:
+        """Goes the way of a row that is likely to come in a moment, as far as its first unit; nothing comes of it."""
 
     def withdraw(self, owner: str) -> None:
         """Drops what an owner has waiting; nobody need be told."""

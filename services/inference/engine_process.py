@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import logging
 import os
 import selectors
@@ -184,23 +185,26 @@ class EngineHost:
             waits_for_slots = has_unsent = False
             capacity_at_s = load_at_s = 0.0
             while True:
-                selector.select(CAPACITY_PERIOD_S)
-                for body in reader.take():
-                    self._take(engine, answers, layout.read_request(body))
-                messages = line.receive()
-                if messages is None:
-                    logger.info("the front end is gone")
-                    return
-                for message in messages:
-                    if message.WhichOneof("message") == "stop":
+                # Only what has something: every call here takes the interpreter from the thread that is to launch the row.
+                ready = {key.fd for key, _ in selector.select(CAPACITY_PERIOD_S)}
+                if self._request_bell.filled_fd in ready:
+                    for body in reader.take():
+                        self._take(engine, answers, layout.read_request(body))
+                if line.connection.fileno() in ready:
+                    messages = line.receive()
+                    if messages is None:
+                        logger.info("the front end is gone")
                         return
-                    self._obey(engine, message)
-                if line.flush() != has_unsent:
+                    for message in messages:
+                        if message.WhichOneof("message") == "stop":
+                            return
+                        self._obey(engine, message)
+                if not ready.isdisjoint((line.wake_fd, line.connection.fileno())) and line.flush() != has_unsent:
                     has_unsent = not has_unsent
                     events = selectors.EVENT_READ | (selectors.EVENT_WRITE if has_unsent else 0)
                     selector.modify(line.connection, events)
                 # Free slots are waited for only while something needs one: a wake-up per chunk saved.
-                if answers.flush() != waits_for_slots:
+                if not ready.isdisjoint((answers.wake_fd, self._answer_bell.free_fd)) and answers.flush() != waits_for_slots:
                     waits_for_slots = not waits_for_slots
                     if waits_for_slots:
                         selector.register(self._answer_bell.free_fd, selectors.EVENT_READ)
@@ -217,6 +221,9 @@ class EngineHost:
         if request.is_ahead:
             engine.expect(request.model, request.row)
             return
+        if request.is_rehearsal:
+            engine.rehearse(request.model, request.row)
+            return
 
         def done(outcome: Outcome) -> None:
             with self._newest_lock:
@@ -231,7 +238,12 @@ class EngineHost:
             request_id=request.request_id,
             arrived_s=request.arrived_s,
             deadline_s=request.deadline_s,
-            job=Job(model=request.model, row=request.row, done=done),
+            job=Job(
+                model=request.model,
+                row=request.row,
+                done=done,
+                rehearse=functools.partial(answers.rehearse, request.token, request.model),
+            ),
         )
 
     def _obey(self, engine: LocalEngine, message: engine_pb2.ToEngine) -> None:

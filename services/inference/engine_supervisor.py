@@ -110,6 +110,10 @@ class EngineSupervisor:
         if self._client is not None:
             self._client.expect(model, row)
 
+    def rehearse(self, model: str, row: Row) -> None:
+        if self._client is not None:
+            self._client.rehearse(model, row)
+
     def withdraw(self, owner: str) -> None:
         if self._client is not None:
             self._client.withdraw(owner)

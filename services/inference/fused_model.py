@@ -218,6 +218,10 @@ class FusedModel(ServedModel):
         ])  # fmt: skip
         self.fused.begin_chunks([(slot_of(row), row.start) for row in rows])
 
+    def rehearse_prefix(self, row: ChunkRow) -> None:
+        """What run_prefix() does on the host, and none of the device's long work; see EnginePort.rehearse."""
+        self.fused.rehearse_prefix(self._fitting(row.pictures), valid_of(row), row.read.prompt.tokens, row.start)
+
     def run_expert(self, rows: Sequence[tuple[ChunkRow, int]]) -> None:
         """An Euler step of each row, which is at its own."""
         self.fused.expert_step([(slot_of(row), step) for row, step in rows])
@@ -259,7 +263,19 @@ class FusedModel(ServedModel):
     def fetch(self, rows: Sequence[ChunkRow]) -> Callable[[], list[Chunk]]:
         """Sends finished chunks to the host; what is answered makes the robots' chunks of them, when they have arrived."""
         made = [self._to_host(self.slots.actions[slot_of(row)]) for row in rows]
-        return lambda: [self._chunk(row, actions.numpy()[None]) for row, actions in zip(rows, made, strict=True)]
+        # They travel behind the unit: that it is done does not say that they are here, and what was in this memory before
+        # is some robot's chunk.
+        wait = launches.arrival(self.device) if rows else _nothing
+
+        def chunks() -> list[Chunk]:
+            wait()
+            return [self._chunk(row, actions.numpy()[None]) for row, actions in zip(rows, made, strict=True)]
+
+        return chunks
+
+    def rehearsed(self, row: ChunkRow) -> Chunk:
+        """What fetch() ends with, of numbers that mean nothing: see Rehearsal."""
+        return self._chunk(row, np.zeros((1, *self.slots.actions.shape[1:]), dtype=np.float32))
 
     def _chunk(self, row: ChunkRow, made: npt.NDArray[np.float32]) -> Chunk:
         # In NumPy: tensors let go of the interpreter at every step, and the engine's thread has it then.

@@ -36,6 +36,20 @@ def timed(device: torch.device, launch: Callable[[], None]) -> Callable[[], floa
     return wait
 
 
+def arrival(device: torch.device) -> Callable[[], None]:
+    """What is answered waits until copies that were asked of the device so far have arrived in the host's memory."""
+    if device.type != "cuda":
+        return _is_here
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(device))
+    wait: Callable[[], None] = copied.synchronize
+    return wait
+
+
+def _is_here() -> None:
+    """On the CPU a copy is made at once."""
+
+
 class DeviceLine:
     """What a device has before it, by what units are expected to take. Pure: the clock is an argument."""
 

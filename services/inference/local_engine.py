@@ -104,6 +104,11 @@ class LocalEngine:
         if isinstance(served, FusedModel):
             served.expect(row)
 
+    def rehearse(self, model: str, row: Row) -> None:
+        engine = self.engine_of(model)
+        if isinstance(engine, UnitEngine):
+            engine.rehearse(model, row)
+
     def withdraw(self, owner: str) -> None:
         for engine in self._engines:
             engine.withdraw(owner)

@@ -84,6 +84,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def models(self) -> Mapping[str, Model]:
         return self.engine.models
 
+    @property
+    def num_in_flight(self) -> int:
+        """Requests for chunks that wait for their answer."""
+        return sum(stream.num_in_flight for stream in self._streams)
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
     def start(self) -> None:
         """On the server's loop."""
         operator_metrics.show((model.name, model.has_text_head) for model in self.models.values())
@@ -340,8 +349,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 text_share=use.text_share,
                 asked_per_s=use.asked_per_s,
             )
-        in_flight = sum(stream.num_in_flight for stream in self._streams)
-        operator_metrics.now(in_flight=in_flight, load=self.engine.load())
+        operator_metrics.now(in_flight=self.num_in_flight, load=self.engine.load())
 
 
 def _goes_away() -> Unreachable:

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar, cast
 
 ResultT = TypeVar("ResultT")
 
 
-def side_by_side(executor: Executor, pieces: Sequence[Callable[[], ResultT]]) -> Awaitable[list[ResultT]]:
-    """What the pieces answer, in their order; each runs on a thread of the executor's, from now on.
+def side_by_side(
+    executor: Executor,
+    pieces: Sequence[Callable[[], ResultT]],
+    done: Callable[[list[ResultT] | BaseException], None],
+    *,
+    here: int | None = None,
+) -> None:
+    """Tells done, on the loop and once, what the pieces answer, in their order, or what the first that failed raised.
 
     The loop is woken once, when the last piece is done: to the loop a request is one event, however many cameras it has.
-    Awaiting raises what the first piece that failed raised, first in their order.
+
+    Args:
+        executor: Whose threads run the pieces, from now on.
+        here: A piece that this thread, the loop's, runs itself: to wake another one takes about as long as a small picture.
+            Where all pieces have ended with it, done is told before this returns.
     """
     loop = asyncio.get_running_loop()
-    all_done: asyncio.Future[None] = loop.create_future()
     results: list[ResultT | None] = [None] * len(pieces)
     errors: list[BaseException | None] = [None] * len(pieces)
     lock = threading.Lock()
     num_left = len(pieces)
 
-    def tell() -> None:
-        if not all_done.done():  # Whoever waited may have been cancelled.
-            all_done.set_result(None)
-
-    def run(index: int) -> None:
+    def run(index: int) -> bool:
+        """Whether it was the last."""
         nonlocal num_left
         try:
             results[index] = pieces[index]()
@@ -36,22 +42,21 @@ def side_by_side(executor: Executor, pieces: Sequence[Callable[[], ResultT]]) ->
             errors[index] = error
         with lock:
             num_left -= 1
-            is_last = num_left == 0
-        if is_last:
+            return num_left == 0
+
+    def run_and_wake(index: int) -> None:
+        if run(index):
             try:
                 loop.call_soon_threadsafe(tell)
             except RuntimeError:  # The loop is closed: nobody listens any more.
                 pass
 
-    async def collect() -> list[ResultT]:
-        await all_done
-        for error in errors:
-            if error is not None:
-                raise error
-        return cast("list[ResultT]", results)
+    def tell() -> None:
+        failed = next((error for error in errors if error is not None), None)
+        done(cast("list[ResultT]", results) if failed is None else failed)
 
-    if not pieces:
-        tell()
     for index in range(len(pieces)):
-        executor.submit(run, index)
-    return collect()
+        if index != here:
+            executor.submit(run_and_wake, index)
+    if not pieces or (here is not None and run(here)):
+        tell()

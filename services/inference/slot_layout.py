@@ -20,7 +20,7 @@ from manyhands import errors
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, ManyhandsError
 
-from .engine_port import Answer, Model, Observed, Outcome, Row, Superseded
+from .engine_port import Answer, Model, Observed, Outcome, Rehearsal, Row, Superseded
 from .prepare import MAX_TASK_CHARACTERS
 
 _ALIGNMENT = 64
@@ -32,8 +32,8 @@ _MAX_FEATURES = 64
 _NO_PREFIX = -1
 
 # token, request_id, arrived_s, deadline_s, seed, features that are there (a bit each), model, delay_steps,
-# execution_horizon, prefix steps, bytes of owner, bytes of task, whether it is told ahead.
-_REQUEST = struct.Struct("<QqddqQIiiiII?")
+# execution_horizon, prefix steps, bytes of owner, bytes of task, whether it is told ahead, whether it is a rehearsal.
+_REQUEST = struct.Struct("<QqddqQIiiiII??")
 _OWNER_AT = 128
 _TASK_AT = _OWNER_AT + _MAX_OWNER_BYTES
 _REQUEST_ARRAYS_AT = _TASK_AT + _MAX_TASK_BYTES
@@ -43,7 +43,7 @@ _ANSWER = struct.Struct("<QIIqddddiII")
 _DIGEST_AT = 128
 _ANSWER_ARRAYS_AT = _DIGEST_AT + _MAX_DIGEST_BYTES
 
-_CHUNK, _SUPERSEDED, _ERROR = 1, 2, 3
+_CHUNK, _SUPERSEDED, _ERROR, _REHEARSAL = 1, 2, 3, 4
 
 
 class BadSlot(InternalError):
@@ -56,6 +56,7 @@ class Request:
 
     Attributes:
         is_ahead: Not asked for yet: see EnginePort.expect. It has no pictures, no owner, no times, and is not answered.
+        is_rehearsal: See EnginePort.rehearse. Likewise, but for its pictures.
     """
 
     token: int
@@ -66,6 +67,7 @@ class Request:
     model: str
     row: Row
     is_ahead: bool = False
+    is_rehearsal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +131,14 @@ class SlotLayout:
         _REQUEST.pack_into(
             body, 0, request.token, request.request_id, request.arrived_s, request.deadline_s, row.seed, present, index,
             row.delay_steps, row.execution_horizon, steps, len(owner), len(task), request.is_ahead,
+            request.is_rehearsal,
         )  # fmt: skip
 
     def read_request(self, body: memoryview) -> Request:
         """A copy of what the slot holds; BadSlot where it cannot be."""
         (
             token, request_id, arrived_s, deadline_s, seed, present, index, delay_steps, execution_horizon, steps,
-            owner_bytes, task_bytes, is_ahead,
+            owner_bytes, task_bytes, is_ahead, is_rehearsal,
         ) = _REQUEST.unpack_from(body, 0)  # fmt: skip
         model = self._model(index)
         features = self._features[index]
@@ -170,10 +173,14 @@ class SlotLayout:
             model=model.name,
             row=row,
             is_ahead=is_ahead,
+            is_rehearsal=is_rehearsal,
         )
 
-    def write_answer(self, body: memoryview, token: int, model: str, outcome: Outcome) -> None:
+    def write_answer(self, body: memoryview, token: int, model: str, outcome: Outcome | Rehearsal) -> None:
         index = self._index[model]
+        chunk_kind = _CHUNK
+        if isinstance(outcome, Rehearsal):
+            chunk_kind, outcome = _REHEARSAL, outcome.answer
         if isinstance(outcome, Answer):
             places = (self._actions[index], self._model_actions[index])
             shapes = (outcome.actions.shape, outcome.model_actions.shape)
@@ -183,7 +190,7 @@ class SlotLayout:
                 digest = outcome.version.digest
                 body[_DIGEST_AT : _DIGEST_AT + len(digest)] = digest
                 _ANSWER.pack_into(
-                    body, 0, token, _CHUNK, index, outcome.version.number, outcome.queue_s, outcome.prefix_s,
+                    body, 0, token, chunk_kind, index, outcome.version.number, outcome.queue_s, outcome.prefix_s,
                     outcome.sample_s, outcome.postprocess_s, outcome.batch_size, len(digest), 0,
                 )  # fmt: skip
                 return
@@ -195,7 +202,7 @@ class SlotLayout:
         kind = _ERROR if status else _SUPERSEDED
         _ANSWER.pack_into(body, 0, token, kind, index, 0, 0.0, 0.0, 0.0, 0.0, 0, 0, len(status))
 
-    def read_answer(self, body: memoryview) -> tuple[int, Outcome]:
+    def read_answer(self, body: memoryview) -> tuple[int, Outcome | Rehearsal]:
         """(token, outcome), copied; BadSlot where it cannot be."""
         (
             token, kind, index, number, queue_s, prefix_s, sample_s, postprocess_s, batch_size, digest_bytes, status_bytes,
@@ -210,7 +217,7 @@ class SlotLayout:
                 return token, errors.from_status(status)
             except (DecodeError, ValueError) as error:
                 raise BadSlot(f"a slot's status cannot be read: {error}") from None
-        _check(kind == _CHUNK, "kind", kind)
+        _check(kind in (_CHUNK, _REHEARSAL), "kind", kind)
         times_s = (queue_s, prefix_s, sample_s, postprocess_s)
         _check(all(0.0 <= seconds < 1e6 for seconds in times_s), "stage times", times_s)
         _check(number >= 0 and batch_size > 0, "version and batch size", (number, batch_size))
@@ -219,7 +226,7 @@ class SlotLayout:
         model_actions = np.array(self._model_actions[index].view(body), dtype=np.float32)
         _check(bool(np.isfinite(actions).all() and np.isfinite(model_actions).all()), "chunk", "not finite")
         digest = bytes(body[_DIGEST_AT : _DIGEST_AT + digest_bytes])
-        return token, Answer(
+        answer = Answer(
             actions=actions,
             model_actions=model_actions,
             version=common_pb2.PolicyVersion(model=model.name, number=number, digest=digest),
@@ -229,6 +236,7 @@ class SlotLayout:
             postprocess_s=postprocess_s,
             batch_size=batch_size,
         )
+        return token, answer if kind == _CHUNK else Rehearsal(answer=answer)
 
     def _model(self, index: int) -> Model:
         _check(index < len(self._models), "model", index)

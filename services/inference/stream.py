@@ -1,13 +1,14 @@
 """One robot's stream: requests in, chunks out. Lives on the event loop; decoding and the model run on other threads.
 
-Of one robot at most three observations are in memory: the newest that waits, one being decoded, one in the engine's line. A
-request that is refused leaves the stream open.
+Of one robot at most three observations are in memory: the newest that waits, one being decoded, one in the engine's line; of
+one that is alone also its last request. A request that is refused leaves the stream open.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
@@ -28,9 +29,10 @@ from manyhands.errors import (
 )
 from manyhands.inference.v1 import inference_pb2
 
-from .engine_port import Answer, EnginePort, Job, Model, Outcome, Row, Superseded
+from .engine_port import Answer, EnginePort, Job, Model, Outcome, Rehearsal, Row, Superseded
+from .next_request import NextRequest
 from .operator_notes import OperatorNotes
-from .prepare import check_row, deadline_s
+from .prepare import Array, SentRow, check_row, deadline_s
 from .sessions import Session, Sessions
 from .side_by_side import side_by_side
 from .subtask_question import SubtaskQuestion
@@ -63,6 +65,12 @@ class Desk(Protocol):
     @property
     def decoders(self) -> Executor: ...
 
+    @property
+    def num_in_flight(self) -> int: ...
+
+    @property
+    def num_streams(self) -> int: ...
+
     def max_request_bytes(self, session: Session) -> int: ...
 
     def replan_interval_steps(self, session: Session) -> int: ...
@@ -91,8 +99,12 @@ class RobotStream:
         self._session: Session | None = None
         self._outbox: asyncio.Queue[inference_pb2.ActResponse | None] = asyncio.Queue()
         self._read_by_client = asyncio.Event()
+        self._loop_thread = threading.get_ident()
+        self._decoding = False
         self._next: _Asked | None = None
-        self._has_next = asyncio.Event()
+        self._is_over = False
+        self._last_answered: _Asked | None = None
+        self._next_request = NextRequest(self._rehearse_next, clock)
         self._in_flight: dict[int, _Asked] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -112,7 +124,6 @@ class RobotStream:
     async def responses(self, requests: AsyncIterator[inference_pb2.ActRequest]) -> AsyncIterator[inference_pb2.ActResponse]:
         """Answers until the client has ended its side and nothing is in flight, or finish() or end() says so."""
         reading = asyncio.create_task(self._read(requests))
-        preparing = asyncio.create_task(self._prepare())
         try:
             while (response := await self._outbox.get()) is not None:
                 self._read_by_client.set()
@@ -120,9 +131,10 @@ class RobotStream:
             if self._ending is not None:
                 raise self._ending
         finally:
+            self._is_over = True
+            self._next_request.stop()
             reading.cancel()
-            preparing.cancel()
-            await asyncio.gather(reading, preparing, return_exceptions=True)
+            await asyncio.gather(reading, return_exceptions=True)
             self._subtask.stop()
             # A stream that another one took over from may end much later, on a dead link: what is asked is the other's then.
             if self._session is not None and self._session.stream is self:
@@ -159,15 +171,18 @@ class RobotStream:
                     self._read_by_client.clear()
                     await self._read_by_client.wait()
                 received_s = self._clock()
+                self._next_request.came(received_s)
                 try:
                     asked = self._take(request, received_s)
                 except ManyhandsError as error:
                     self._refuse(request, error, {"total": self._clock() - received_s})
                     continue
+                if not self._decoding:
+                    self._prepare(asked)
+                    continue
                 if self._next is not None:
                     self._settle(self._next, Superseded(), 0.0)
                 self._next = asked
-                self._has_next.set()
             await self._idle.wait()
         except asyncio.CancelledError:
             raise
@@ -211,35 +226,59 @@ class RobotStream:
         if isinstance(older, RobotStream):
             older.end(Conflict("another stream of this session took over", field="session_id"))
 
-    async def _prepare(self) -> None:
-        while True:
-            await self._has_next.wait()
-            asked, self._next = self._next, None
-            self._has_next.clear()
-            if asked is None:
-                continue
-            started_s = self._clock()
-            try:
-                row = await self._decode(asked)
-            except InvalidInput as error:
-                self._settle(asked, error, self._clock() - started_s)
-                continue
-            except Exception:
-                logger.exception("request %d of %s failed", asked.request.request_id, asked.session.robot_id)
-                self._settle(asked, InternalError("the server failed on this request"), self._clock() - started_s)
-                continue
-            decode_s = self._clock() - started_s
-            if self._next is not None:
-                self._settle(asked, Superseded(), decode_s)
-                continue
+    def _prepare(self, asked: _Asked) -> None:
+        """Checks a request, tells the engine of it and has its pictures decoded: straight through, for each task that it
+        would be handed to on its way is a turn of the loop."""
+        self._decoding = True
+        started_s, session = self._clock(), asked.session
+        try:
+            sent = self._checked(asked)
+            # First: what the engine makes of it takes longer than the pictures.
+            if sent.sample.pictures:
+                self._desk.engine.expect(session.model, sent.without_pictures())
+            side_by_side(
+                self._desk.decoders,
+                tuple(sent.sample.pictures.values()),
+                lambda pictures: self._decoded(asked, sent, pictures, started_s),
+                # Others would wait for it; alone, a robot waits for less.
+                here=sent.sample.quick_picture if self._desk.num_in_flight <= 1 else None,
+            )
+        except Exception as error:
+            self._failed(asked, error, started_s)
+
+    def _decoded(self, asked: _Asked, sent: SentRow, pictures: list[Array] | BaseException, started_s: float) -> None:
+        if self._is_over:
+            return
+        if isinstance(pictures, BaseException):
+            self._failed(asked, pictures, started_s)
+            return
+        decode_s = self._clock() - started_s
+        if self._next is not None:
+            self._settle(asked, Superseded(), decode_s)
+        else:
+            row = sent.row(pictures)
             self._submit(asked, row, decode_s)
             if asked.request.ask_subtask_for:
                 self._subtask.ask(asked.session, asked.request, row.sample)
+        self._prepare_next()
 
-    async def _decode(self, asked: _Asked) -> Row:
+    def _failed(self, asked: _Asked, error: BaseException, started_s: float) -> None:
+        if not isinstance(error, InvalidInput):
+            logger.error("request %d of %s failed", asked.request.request_id, asked.session.robot_id, exc_info=error)
+            error = InternalError("the server failed on this request")
+        self._settle(asked, error, self._clock() - started_s)
+        self._prepare_next()
+
+    def _prepare_next(self) -> None:
+        self._decoding = False
+        asked, self._next = self._next, None
+        if asked is not None:
+            self._prepare(asked)
+
+    def _checked(self, asked: _Asked) -> SentRow:
         session = asked.session
         served = self._desk.models[session.model]
-        sent = check_row(
+        return check_row(
             asked.request,
             robot_fit=session.fit,
             model_spec=served.used_spec,
@@ -248,24 +287,45 @@ class RobotStream:
             # The session's own, not what load makes of it: a chunk depends on nothing but its request.
             default_execution_horizon=session.asked_interval_steps,
         )
-        pictures = side_by_side(self._desk.decoders, tuple(sent.sample.pictures.values()))
-        if sent.sample.pictures:
-            self._desk.engine.expect(session.model, sent.without_pictures())
-        return sent.row(await pictures)
+
+    def _rehearse_next(self) -> None:
+        """Goes the way of the request that is about to come, with the last one, which was found good.
+
+        Only for a robot that is alone: others keep everything warm, and would wait for it.
+        """
+        last = self._last_answered
+        if last is None or self._is_over or self._desk.num_streams != 1 or self._desk.num_in_flight:
+            return
+        model, sent = last.session.model, self._checked(last)
+
+        def decoded(pictures: list[Array] | BaseException) -> None:
+            if not isinstance(pictures, BaseException) and not self._desk.num_in_flight:
+                self._desk.engine.rehearse(model, sent.row(pictures))
+
+        side_by_side(
+            self._desk.decoders, tuple(sent.sample.pictures.values()), decoded, here=sent.sample.quick_picture
+        )  # fmt: skip
 
     def _submit(self, asked: _Asked, row: Row, decode_s: float) -> None:
         def done(outcome: Outcome) -> None:
+            if threading.get_ident() == self._loop_thread:
+                self._settle(asked, outcome, decode_s)
+                return
             try:
                 self._loop.call_soon_threadsafe(self._settle, asked, outcome, decode_s)
             except RuntimeError:  # The loop is closed: nobody listens any more.
                 logger.debug("request %d has no listener", asked.request.request_id)
+
+        def rehearse(rehearsal: Rehearsal) -> None:
+            if threading.get_ident() == self._loop_thread and asked.request.request_id in self._in_flight:
+                self._response(asked, rehearsal.answer, self._stage_s(asked, rehearsal.answer, decode_s)).SerializeToString()
 
         self._desk.engine.submit(
             owner=asked.session.session_id,
             request_id=asked.request.request_id,
             arrived_s=self._clock(),
             deadline_s=asked.deadline_s,
-            job=Job(model=asked.session.model, row=row, done=done),
+            job=Job(model=asked.session.model, row=row, done=done, rehearse=rehearse),
         )
 
     def _settle(self, asked: _Asked, outcome: Outcome, decode_s: float) -> None:
@@ -274,41 +334,47 @@ class RobotStream:
             return
         if isinstance(outcome, Answer):
             self._answer(asked, outcome, decode_s)
+            self._last_answered = asked if self._desk.num_streams == 1 else None
+            self._loop.call_soon(self._next_request.answered)
         else:
             self._refuse(asked.request, outcome, {"decode": decode_s, "total": self._clock() - asked.received_s})
         if not self._in_flight:
             self._idle.set()
 
     def _answer(self, asked: _Asked, answer: Answer, decode_s: float) -> None:
-        session = asked.session
-        now_s = self._clock()
-        stage_s = {
+        stage_s = self._stage_s(asked, answer, decode_s)
+        # Sent also when late: it costs nothing any more, and the robot judges its age.
+        self._outbox.put_nowait(self._response(asked, answer, stage_s))
+        is_late = asked.received_s + stage_s["total"] > asked.deadline_s
+        # Behind the answer, which the stream sends in its next step: nobody waits for what operators read.
+        self._loop.call_soon(self._note, asked.session, asked, answer, stage_s, is_late)
+
+    def _stage_s(self, asked: _Asked, answer: Answer, decode_s: float) -> dict[str, float]:
+        return {
             "decode": decode_s,
             "queue": answer.queue_s,
             "prefix": answer.prefix_s,
             "sample": answer.sample_s,
             "postprocess": answer.postprocess_s,
-            "total": now_s - asked.received_s,
+            "total": self._clock() - asked.received_s,
         }
-        # Sent also when late: it costs nothing any more, and the robot judges its age.
+
+    def _response(self, asked: _Asked, answer: Answer, stage_s: Mapping[str, float]) -> inference_pb2.ActResponse:
+        session = asked.session
         times = {stage: stamps.to_duration(seconds) for stage, seconds in stage_s.items()}
         chunk = inference_pb2.Chunk(
             actions=codec.encode_tensor(answer.actions[:, : session.fit.action_size]),
             model_actions=codec.encode_tensor(answer.model_actions),
             replan_interval_steps=self._desk.replan_interval_steps(session),
         )
-        self._outbox.put_nowait(
-            inference_pb2.ActResponse(
-                session_id=session.session_id,
-                request_id=asked.request.request_id,
-                version=answer.version,
-                request_sent=asked.request.sent,
-                times=inference_pb2.StageTimes(**times, batch_size=answer.batch_size),
-                chunk=chunk,
-            )
+        return inference_pb2.ActResponse(
+            session_id=session.session_id,
+            request_id=asked.request.request_id,
+            version=answer.version,
+            request_sent=asked.request.sent,
+            times=inference_pb2.StageTimes(**times, batch_size=answer.batch_size),
+            chunk=chunk,
         )
-        # Behind the answer, which the stream sends in its next step: nobody waits for what operators read.
-        self._loop.call_soon(self._note, session, asked, answer, stage_s, now_s > asked.deadline_s)
 
     def _note(self, session: Session, asked: _Asked, answer: Answer, stage_s: Mapping[str, float], is_late: bool) -> None:
         self._desk.notes.answered(session, asked.request, answer, stage_s, is_late=is_late)

@@ -14,7 +14,7 @@ import numpy as np
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, ManyhandsError, TooLate
 
-from .engine_port import Answer, Job, Outcome, TextEnd
+from .engine_port import Answer, Job, Outcome, Rehearsal, TextEnd
 from .fused_model import FusedModel
 from .rows_in_work import Chunk, ChunkRow, Take, TextRowInWork
 from .text_writer import Heard
@@ -58,6 +58,7 @@ class LaunchedUnit:
         wait: Until it is done; answers the seconds it took.
         take: Takes the tokens of a text unit in.
         chunks: That are complete with this unit, and fetch: makes them, when it is done.
+        nearly: Chunks that have one unit to go behind this one.
         version: Of the weights it ran with.
     """
 
@@ -68,6 +69,7 @@ class LaunchedUnit:
     take: Take
     chunks: Sequence[ChunkWork[ChunkInWork]] = ()
     fetch: Callable[[], list[Chunk]] = list
+    nearly: Sequence[ChunkWork[ChunkInWork]] = ()
 
 
 def answer_chunk(work: ChunkWork[ChunkInWork], chunk: Chunk, launched: LaunchedUnit, done_s: float, now_s: float) -> bool:
@@ -94,6 +96,26 @@ def answer_chunk(work: ChunkWork[ChunkInWork], chunk: Chunk, launched: LaunchedU
         outcome = InternalError("the model's chunk is not finite; no action was sent")
     end_chunk(payload, outcome)
     return is_finite
+
+
+def rehearse_answer(work: ChunkWork[ChunkInWork], launched: LaunchedUnit) -> None:
+    """Goes the way that answer_chunk() will go."""
+    if work.payload.job.rehearse is None:
+        return
+    actions, model_actions = launched.model.rehearsed(work.payload.row)
+    if not (np.isfinite(actions).all() and np.isfinite(model_actions).all()):
+        return
+    answer = Answer(
+        actions=actions,
+        model_actions=model_actions,
+        version=launched.version,
+        queue_s=0.0,
+        prefix_s=0.0,
+        sample_s=0.0,
+        postprocess_s=0.0,
+        batch_size=launched.unit.size,
+    )
+    work.payload.job.rehearse(Rehearsal(answer=answer))
 
 
 def end_chunk(chunk: ChunkInWork, outcome: Outcome) -> None:

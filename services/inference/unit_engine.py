@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,9 @@ from manyhands.errors import InternalError, TooLate, Unreachable
 from . import unit_warm_up
 from .capacity import DeviceCapacity
 from .engine import Progress
-from .engine_port import Job, Question, Superseded, TextEnd
+from .engine_port import Job, Question, Row, Superseded, TextEnd
 from .fused_model import FusedModel
-from .rows_in_work import Take
+from .rows_in_work import ChunkRow, Take
 from .text_writer import Heard, text_request
 from .timed_change import TimedChange
 from .unit_answers import ChunkInWork, LaunchedUnit, TextInWork, end_chunk, end_text, told, too_late
@@ -34,6 +35,8 @@ from .unit_results import UnitResults, fetching
 from .unit_scheduler import UnitScheduler
 from .unit_state import EngineState
 from .units import ACTION_KINDS, ChunkWork, TextWork, Unit, UnitKind
+
+logger = logging.getLogger(__name__)
 
 
 class UnitEngine:
@@ -125,6 +128,19 @@ class UnitEngine:
             job.done(Unreachable("the server is going away; open a session again"))
         elif not accepted:
             job.done(too_late(work, now_s))
+
+    def rehearse(self, model: str, row: Row) -> None:
+        """As EnginePort.rehearse, where nothing else is in work."""
+        served = self.models[model]
+        try:
+            chunk = served.chunk_row(row)
+        except Exception as error:  # The row itself will say so.
+            logger.debug("a row cannot be rehearsed: %s", error)
+            return
+        with self._changed:
+            if not len(self._scheduler) and not self._state.num_outstanding:
+                self._state.between.append(functools.partial(_rehearse_launch, served, chunk))
+                self._state.wake()
 
     def ask(self, question: Question, heard: Heard) -> Callable[[], None]:
         """As EnginePort.ask."""
@@ -264,6 +280,8 @@ class UnitEngine:
             self._results.tell_failed(unit, error)
             return
         now_s = self._clock()
+        is_step = unit.kind is UnitKind.EXPERT
+        nearly = [row.work for row in unit.rows if is_step and row.step == row.work.num_steps - 2]
         chunks: Sequence[ChunkWork[ChunkInWork]] = ()
         with self._changed:
             expected_s = self._scheduler.times.likely_s(unit.group, unit.size, now_s) if model.runs_ahead else 0.0
@@ -281,6 +299,7 @@ class UnitEngine:
                 take=takes[0],
                 chunks=chunks,
                 fetch=fetching(model, [work.payload for work in chunks]),
+                nearly=nearly,
             )
         )
 
@@ -308,6 +327,13 @@ class UnitEngine:
 
     def _tell(self, name: str, done: int, total: int, what: str) -> None:
         self._progress(f"preparing {name}: {what}", done, total)
+
+
+def _rehearse_launch(model: FusedModel, chunk: ChunkRow) -> None:
+    try:
+        model.rehearse_prefix(chunk)
+    except Exception:
+        logger.exception("a row of %s cannot be rehearsed", model.name)
 
 
 def _nothing() -> None:

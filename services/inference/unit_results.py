@@ -6,6 +6,7 @@ which chunks that are done would wait for their answers. There is one text unit 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,9 +16,25 @@ from .engine import is_fatal
 from .engine_port import TextEnd
 from .fused_model import FusedModel
 from .rows_in_work import Chunk
-from .unit_answers import ChunkInWork, LaunchedUnit, TextInWork, answer_chunk, end_chunk, end_of, end_text, send_pieces, told
+from .unit_answers import (
+    ChunkInWork,
+    LaunchedUnit,
+    TextInWork,
+    answer_chunk,
+    end_chunk,
+    end_of,
+    end_text,
+    rehearse_answer,
+    send_pieces,
+    told,
+)
 from .unit_state import EngineState
 from .units import ACTION_KINDS, TextWork, Unit, UnitKind
+
+logger = logging.getLogger(__name__)
+
+# After so long without an answer, what answers pass through has left the processor's caches.
+COLD_S = 0.004
 
 
 class UnitResults:
@@ -32,6 +49,7 @@ class UnitResults:
         self._launched: queue.SimpleQueue[LaunchedUnit | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawing")
+        self._answered_s = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -62,6 +80,7 @@ class UnitResults:
 
     def _run(self) -> None:
         while (launched := self._launched.get()) is not None:
+            self._rehearse(launched)
             try:
                 seconds = launched.wait()
             except Exception as error:
@@ -76,11 +95,25 @@ class UnitResults:
             else:
                 self._take_in(launched, seconds, done_s)
 
+    def _rehearse(self, launched: LaunchedUnit) -> None:
+        """Of a chunk that comes after a pause, while the device is at its last step but one and this thread only waits.
+
+        At the last one the answer might have to wait for its rehearsal, which takes about as long as a step.
+        """
+        if launched.nearly and launched.model.runs_ahead and self._state.clock() - self._answered_s > COLD_S:
+            try:
+                rehearse_answer(launched.nearly[0], launched)
+            except Exception:
+                logger.exception("an answer of %s cannot be rehearsed", launched.model.name)
+
     def _device_is_done(self) -> None:
         """With the unit that was launched first."""
-        with self._state.changed:
-            self._state.device.done(self._state.clock())
-            self._state.changed.notify()
+        state = self._state
+        with state.changed:
+            state.device.done(state.clock())
+            # Woken for nothing, the engine's thread would take the interpreter from this one, which has a chunk to answer.
+            if len(state.scheduler) and not state.is_waiting:
+                state.changed.notify()
 
     def _is_taken_in(self) -> None:
         with self._state.changed:
@@ -95,8 +128,9 @@ class UnitResults:
         except Exception as error:
             self.tell_failed(launched.unit, error)
         else:
-            texts = self._tell_scheduler(launched, seconds, done_s, known)
+            # Robots first. No chunk ends with its prefix, so what that took is known by now.
             self._answer_chunks(launched, chunks, done_s)
+            texts = self._tell_scheduler(launched, seconds, done_s, known)
             self._answer_texts(launched, texts)
         self._is_taken_in()
 
@@ -121,10 +155,16 @@ class UnitResults:
         return texts
 
     def _answer_chunks(self, launched: LaunchedUnit, chunks: Sequence[Chunk], done_s: float) -> None:
-        for work, chunk in zip(launched.chunks, chunks, strict=True):
-            is_finite = answer_chunk(work, chunk, launched, done_s, self._state.clock())
-            with self._state.changed:
-                self._state.release_later([work], wipe=not is_finite)
+        state = self._state
+        answered = [
+            (work, answer_chunk(work, chunk, launched, done_s, state.clock()))
+            for work, chunk in zip(launched.chunks, chunks, strict=True)
+        ]
+        if answered:
+            self._answered_s = state.clock()
+            with state.changed:
+                for work, is_finite in answered:
+                    state.release_later([work], wipe=not is_finite)
 
     def _answer_texts(self, launched: LaunchedUnit, complete: Sequence[TextWork[TextInWork]]) -> None:
         for text in launched.unit.texts:

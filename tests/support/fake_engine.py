@@ -29,6 +29,7 @@ from services.inference.engine_port import (
     ModelDescription,
     Outcome,
     Question,
+    Rehearsal,
     Row,
     Swap,
     SwapResult,
@@ -75,12 +76,12 @@ def description(camera_size: int) -> ModelDescription:
 
 
 class FakeEngine:
-    """Answers each row at once, on the thread that submits it.
+    """Answers each row at once, on the thread that submits it, after a rehearsal.
 
-    The first two numbers of a chunk are the row's seed and how many rows were told ahead so far.
+    The first three numbers of a chunk are the row's seed and how many rows were told ahead and rehearsed so far.
     """
 
-    num_expected = 0
+    num_expected = num_rehearsed = 0
 
     def __init__(self, camera_size: int) -> None:
         self.models = {"fake": description(camera_size)}
@@ -92,26 +93,30 @@ class FakeEngine:
         pass
 
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
+        actions = np.zeros((HORIZON, STATE_SIZE), dtype=np.float32)
+        answer = Answer(
+            actions=actions,
+            model_actions=np.zeros((HORIZON, ACTION_SIZE), dtype=np.float32),
+            version=self.models["fake"].version,
+            queue_s=0.0,
+            prefix_s=0.0,
+            sample_s=0.0,
+            postprocess_s=0.0,
+            batch_size=1,
+        )
+        if job.rehearse is not None:
+            job.rehearse(Rehearsal(answer=answer))
         until_s = time.monotonic() + float(os.environ.get(BUSY_S, "0"))
         while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
             pass
-        actions = np.zeros((HORIZON, STATE_SIZE), dtype=np.float32)
-        actions[0, :2] = job.row.seed, self.num_expected
-        job.done(
-            Answer(
-                actions=actions,
-                model_actions=np.zeros((HORIZON, ACTION_SIZE), dtype=np.float32),
-                version=self.models["fake"].version,
-                queue_s=max(0.0, time.monotonic() - arrived_s),
-                prefix_s=0.0,
-                sample_s=0.0,
-                postprocess_s=0.0,
-                batch_size=1,
-            )
-        )
+        actions[0, :3] = job.row.seed, self.num_expected, self.num_rehearsed
+        job.done(answer)
 
     def expect(self, model: str, row: Row) -> None:
         self.num_expected += 1
+
+    def rehearse(self, model: str, row: Row) -> None:
+        self.num_rehearsed += 1
 
     def withdraw(self, owner: str) -> None:
         pass

@@ -62,7 +62,7 @@ def plain(policy, asked):
     return policy.postprocess(chunk, inputs)[0], policy.carried(chunk, inputs)[0].numpy()
 
 
-def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1):
+def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1, rehearse=None):
     outcomes = queue.Queue()
     now_s = time.monotonic()
     engine.submit(
@@ -70,7 +70,7 @@ def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1):
         request_id=request_id,
         arrived_s=now_s,
         deadline_s=now_s + deadline_s,
-        job=Job(model="tiny", row=asked, done=outcomes.put),
+        job=Job(model="tiny", row=asked, done=outcomes.put, rehearse=rehearse),
     )
     return outcomes
 

@@ -255,6 +255,17 @@ class FusedPi052:
         recorded.run()
 
     @torch.inference_mode()
+    def rehearse_prefix(
+        self, pictures: torch.Tensor | Pictures, picture_valid: Sequence[bool], tokens: Tokens, start: ChunkStart
+    ) -> None:
+        """Brings a row's inputs where those of the next one will be written over them, and begins a chunk in no slot."""
+        if not isinstance(pictures, torch.Tensor):
+            self._send_pictures(pictures, self._bucket("vision_of_bytes", 1, 0).inputs["pictures"][: len(pictures)])
+        length = self._fit("prompt", len(tokens), self.settings.prompt_lengths)
+        self._send_prompts(self._bucket("prefix", 1, length).inputs, [(self.slots.scratch, picture_valid, tokens)])
+        self.begin_chunks([(self.slots.scratch, start)])
+
+    @torch.inference_mode()
     def begin_question(
         self, slot: int, pictures: torch.Tensor | Pictures, picture_valid: Sequence[bool], tokens: Tokens
     ) -> None:

@@ -32,6 +32,9 @@ FACTS = "prompts.json"
 def make(folder: Path, size: str, device: str) -> dict[str, object]:
     """Writes the checkpoint folder/NAME unless it is there; answers task, prompt_tokens, question_tokens, max_new_tokens.
 
+    Args:
+        size: full; tiny; or clock, a tiny network with the full one's pictures, actions and steps.
+
     In bfloat16 at full size; tokens are bytes with the special tokens of PaliGemma's tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +52,7 @@ def _random_policy(size: str, device: str) -> Pi052Policy:
     vocabulary = 257_152 if size == "full" else 8192
     fillers = vocabulary - len(PI_SPECIAL) - 256 - len(LOCATION_TOKENS)
     tokenizer = bytes_tokenizer(PI_SPECIAL, (*LOCATION_TOKENS, *(f"unused {index}" for index in range(fillers))))
-    pixels = 224 if size == "full" else 16
+    pixels = 16 if size == "tiny" else 224
     cameras = [
         Feature(name=f"observation.images.{name}", kind=FeatureKind.IMAGE, dtype="uint8", shape=(pixels, pixels, 3))
         for name in CAMERAS
@@ -58,8 +61,12 @@ def _random_policy(size: str, device: str) -> Pi052Policy:
     action = Feature(name="action", kind=FeatureKind.ACTION, dtype="float32", shape=(8,))
     spec = Spec(observation=(*cameras, state), action=(action,), control_rate_hz=50.0)
     config = Pi052Config(network=NetworkConfig(precision=Precision.BFLOAT16), prompt_length=PROMPT_TOKENS, fast_weight=0.0)
-    if size == "tiny":
+    if size != "full":
         tiny = configs.dump(configs.TINY)
+        if size == "clock":
+            vision = {**tiny["network"]["vision"], "patch": 56}
+            network = {"vision": vision, "image_height": pixels, "image_width": pixels, "action_size": 32}
+            tiny |= {"horizon": 50, "num_steps": 10, "network": {**tiny["network"], **network}}
         config = configs.parse({**tiny, "network": {**tiny["network"], "vocabulary": vocabulary}, "byte_prompts": False,
                                 "prompt_length": PROMPT_TOKENS, "fast_weight": 0.0})  # fmt: skip
     with torch.device("meta"):

@@ -144,6 +144,9 @@ def _stages(loads: dict[str, Found]) -> list[str]:
         for stage in STAGES:
             shown.setdefault(stage, []).append(_pair(stages.get(stage, NOTHING), 2))
         is_known = load["latency_ms"]["p50"] is not None
+        apart = sum(stages.get(stage, NOTHING)["p50"] or 0.0 for stage in STAGES if stage != "total")
+        between = f"{total['p50'] - apart:.2f}" if is_known else "-"
+        shown.setdefault("between threads: total's p50 less those of the stages", []).append(between)
         outside = f"{load['latency_ms']['p50'] - total['p50']:.2f}" if is_known else "-"
         shown.setdefault("outside the server: the robot's p50 less that of total", []).append(outside)
         shown.setdefault("robots in a pass, mean", []).append(f"{load['mean_batch_size']:.2f}")

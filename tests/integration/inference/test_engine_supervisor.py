@@ -20,9 +20,9 @@ from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from services.inference import engine_client
 from services.inference.engine_client import ANSWER_SLOTS, REQUEST_SLOTS
-from services.inference.engine_port import Answer, Job, Observed, Outcome, Question, Row, Superseded, TextEnd
+from services.inference.engine_port import Answer, Job, Observed, Outcome, Question, Rehearsal, Row, Superseded, TextEnd
 from services.inference.engine_supervisor import EngineSupervisor
-from tests.support.fake_engine import BAD, BAD_AFTER, HORIZON, MANNERS, description
+from tests.support.fake_engine import BAD, BAD_AFTER, BUSY_S, HORIZON, MANNERS, description
 
 HARMLESS = {"twice"}
 RESTARTED = 20.0
@@ -107,6 +107,27 @@ async def test_rows_go_and_chunks_come_many_times_round_the_ring() -> None:
         assert [outcome.actions[0, 0] for outcome in outcomes if isinstance(outcome, Answer)] == list(range(100))
 
 
+async def test_a_rehearsal_comes_before_the_answer_and_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BUSY_S, "0.05")
+    async with running() as supervisor:
+        heard: list[object] = []
+        answered = asyncio.Event()
+
+        def done(outcome: Outcome) -> None:
+            heard.append(outcome)
+            answered.set()
+
+        now_s = time.monotonic()
+        job = Job(model="fake", row=row(5), done=done, rehearse=heard.append)
+        supervisor.submit(owner="left", request_id=1, arrived_s=now_s, deadline_s=now_s + 20.0, job=job)
+        await asyncio.wait_for(answered.wait(), 10.0)
+        first, second = heard
+        assert isinstance(first, Rehearsal)
+        assert isinstance(second, Answer)
+        assert first.answer.actions[0, 0] == 0
+        assert second.actions[0, 0] == 5
+
+
 async def test_a_row_told_ahead_is_heard_and_is_not_answered() -> None:
     async with running() as supervisor:
         for seed in range(3 * REQUEST_SLOTS):
@@ -116,6 +137,15 @@ async def test_a_row_told_ahead_is_heard_and_is_not_answered() -> None:
             outcome = await asyncio.wait_for(submit(supervisor, seed), 10.0)
             assert isinstance(outcome, Answer)
             assert outcome.actions[0, :2].tolist() == [seed, seed + 1]
+
+
+async def test_a_row_that_is_rehearsed_is_heard_and_is_not_answered() -> None:
+    async with running() as supervisor:
+        for seed in range(3 * REQUEST_SLOTS):
+            supervisor.rehearse("fake", row(seed))
+            outcome = await asyncio.wait_for(submit(supervisor, seed), 10.0)
+            assert isinstance(outcome, Answer)
+            assert outcome.actions[0, :3].tolist() == [seed, 0, seed + 1]
 
 
 async def test_chunks_that_the_front_end_does_not_take_wait_in_the_engine() -> None:

@@ -9,7 +9,7 @@ from manyhands import codec
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput
 from manyhands.spec import Feature, FeatureKind, Spec
-from services.inference.prepare import letterbox, prepare_sample
+from services.inference.prepare import check_sample, letterbox, prepare_sample
 from services.inference.sessions import fit
 
 CAMERA = "observation.images.front"
@@ -68,3 +68,17 @@ def test_a_feature_that_need_not_be_sent_must_not_be_sent() -> None:
         prepare_sample(values, "reach", robot_fit=robot_fit, model_spec=model)
     assert refused.value.field == "observation.images.ceiling"
     prepare_sample(values[:2], "reach", robot_fit=robot_fit, model_spec=model)
+
+
+def test_a_picture_is_quick_where_it_is_small_and_need_not_be_resized() -> None:
+    robot, model = spec(3, 20, 20, ceiling=True), spec(3, 20, 20, ceiling=True)
+    picture = np.zeros((20, 20, 3), dtype=np.uint8)
+    arrays = {"observation.state": np.zeros(3, dtype=np.float32), CAMERA: picture, "observation.images.ceiling": picture}
+    robot_fit = fit(robot, model, masks_cameras=False)
+    png = codec.encode_values(arrays, image_encoding=common_pb2.IMAGE_ENCODING_PNG)
+    jpeg = codec.encode_values(arrays)
+    for values, quick in ((jpeg, 0), ([*png[:2], jpeg[2]], 1), (png, None)):
+        assert check_sample(values, "reach", robot_fit=robot_fit, model_spec=model).quick_picture == quick
+    larger = spec(3, 40, 40, ceiling=True)
+    robot_fit = fit(robot, larger, masks_cameras=False)
+    assert check_sample(jpeg, "reach", robot_fit=robot_fit, model_spec=larger).quick_picture is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, ManyhandsError, TooLate
 from manyhands.spec import Feature, FeatureKind, Spec
-from services.inference.engine_port import Answer, ModelDescription, Observed, Row, Superseded
+from services.inference.engine_port import Answer, ModelDescription, Observed, Rehearsal, Row, Superseded
 from services.inference.slot_layout import BadSlot, Request, SlotLayout
 
 
@@ -76,6 +76,7 @@ def requests(draw: st.DrawFn) -> Request:
             seed=draw(st.integers(-(1 << 63), (1 << 63) - 1)),
         ),
         is_ahead=draw(st.booleans()),
+        is_rehearsal=draw(st.booleans()),
     )
 
 
@@ -87,12 +88,13 @@ def test_a_request_comes_out_as_it_went_in_whatever_was_in_the_slot_before(first
     LAYOUT.write_request(body, second)
     read = LAYOUT.read_request(body)
     body[:] = bytes(len(body))  # What was read is a copy.
-    assert (read.token, read.owner, read.request_id, read.model, read.is_ahead) == (
+    assert (read.token, read.owner, read.request_id, read.model, read.is_ahead, read.is_rehearsal) == (
         second.token,
         second.owner,
         second.request_id,
         second.model,
         second.is_ahead,
+        second.is_rehearsal,
     )
     assert (read.arrived_s, read.deadline_s) == (second.arrived_s, second.deadline_s)
     assert read.row.sample.task == second.row.sample.task
@@ -137,6 +139,11 @@ def test_an_answer_comes_out_as_it_went_in(chosen: ModelDescription) -> None:
     np.testing.assert_array_equal(read.model_actions, sent.model_actions)
     assert read.version == sent.version
     assert (read.queue_s, read.prefix_s, read.sample_s, read.postprocess_s, read.batch_size) == (0.1, 0.2, 0.3, 0.4, 3)
+    LAYOUT.write_answer(body, 102, chosen.name, Rehearsal(answer=sent))
+    token, rehearsal = LAYOUT.read_answer(body)
+    assert token == 102
+    assert isinstance(rehearsal, Rehearsal)
+    np.testing.assert_array_equal(rehearsal.answer.actions, sent.actions)
     LAYOUT.write_answer(body, 100, chosen.name, Superseded())
     assert LAYOUT.read_answer(body) == (100, Superseded())
     LAYOUT.write_answer(body, 101, chosen.name, TooLate("x" * 5000, field="deadline", retry_after_s=0.5))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import queue
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +17,8 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, TooLate
 from policies import text
 from policies.policy import TextKind, TextRequest
-from services.inference import fused_model
+from services.inference import fused_model, launches, unit_results
+from services.inference.engine_port import Observed
 from services.inference.fused_model import FusedModel
 from services.inference.launches import MAX_AHEAD
 from services.inference.unit_engine import UnitEngine
@@ -82,6 +86,95 @@ def test_units_are_launched_while_the_device_is_behind_and_no_more_than_it_may_h
     assert outcomes.empty(), "a chunk is answered when the device has it"
     num_steps = engine.models["tiny"].num_steps
     device.let_go(num_steps)
+    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
+
+
+def test_a_robot_is_answered_before_anything_else_is_done_and_nobody_is_woken_meanwhile(ahead, monkeypatch):
+    """One who is woken takes the interpreter."""
+    engine, device = ahead
+    outcomes = submit(engine, "left", row(1))
+    device.let_go(engine.models["tiny"].num_steps)
+    device.has_launched("run_prefix", *["run_expert"] * engine.models["tiny"].num_steps)
+    wait_for(lambda: engine._state.num_outstanding == 1)
+    before: list[str] = []
+    notify, observe = engine._changed.notify, engine._scheduler.times.observe
+
+    def note(what, run, *arguments):
+        if outcomes.empty():
+            before.append(what)
+        run(*arguments)
+
+    monkeypatch.setattr(engine._changed, "notify", functools.partial(note, "woken", notify))
+    monkeypatch.setattr(engine._scheduler.times, "observe", functools.partial(note, "observed", observe))
+    device.let_go()
+    wait_for(lambda: not engine._state.num_outstanding)
+    assert before == []
+    answer_of(outcomes)
+
+
+def test_an_answer_is_rehearsed_while_the_device_is_at_it_and_not_soon_after_another(ahead, policy, clock, monkeypatch):
+    engine, device = ahead
+    monkeypatch.setattr(unit_results, "COLD_S", 30.0)
+    num_units, rehearsed = 1 + engine.models["tiny"].num_steps, queue.Queue()
+    for seed, waits_s, num_expected in ((1, 60.0, 1), (2, 0.0, 0), (3, 60.0, 1)):
+        clock.pushed_s += waits_s
+        outcomes = submit(engine, "left", row(seed), rehearse=rehearsed.put, deadline_s=600.0)
+        device.let_go(num_units - 2)
+        wait_for(lambda: engine._state.num_outstanding == 2 and device._gates.qsize() == 2)
+        if num_expected:
+            rehearsal = rehearsed.get(timeout=5.0)
+            assert rehearsal.answer.actions.shape == plain(policy, row(seed))[0].shape
+        assert outcomes.empty()
+        device.let_go(2)
+        assert near(answer_of(outcomes).actions, plain(policy, row(seed))[0])
+        assert rehearsed.empty()
+
+
+@pytest.mark.parametrize("spoilt", ["raises", "not finite"])
+def test_a_rehearsal_that_fails_concerns_nobody(ahead, policy, monkeypatch, spoilt):
+    engine, device = ahead
+    model, rehearsed = engine.models["tiny"], []
+    numbers = np.full((1, 1), np.nan, dtype=np.float32)
+    monkeypatch.setattr(model, "rehearsed", lambda _: 1 / 0 if spoilt == "raises" else (numbers, numbers))
+    outcomes = submit(engine, "left", row(1), rehearse=rehearsed.append)
+    device.let_go(1 + model.num_steps)
+    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
+    assert rehearsed == []
+
+
+def test_a_row_is_rehearsed_where_nothing_is_in_work_and_nothing_comes_of_it(ahead, policy, monkeypatch):
+    engine, device = ahead
+    model, rehearsed = engine.models["tiny"], []
+    rehearse = model.rehearse_prefix
+    monkeypatch.setattr(model, "rehearse_prefix", lambda chunk: (rehearse(chunk), rehearsed.append(chunk)))
+    prefix = np.ones((2, 8), dtype=np.float32)
+    engine.rehearse("tiny", row(7, prefix=prefix, task="something else"))
+    wait_for(lambda: rehearsed)
+    engine.rehearse("tiny", dataclasses.replace(row(1), sample=Observed(observation={}, task="reach")))
+    assert device.launched == []
+    assert model.slots.num_free == model.slots.sizes.num_slots
+    outcomes = submit(engine, "left", row(1))
+    device.has_launched("run_prefix", *["run_expert"] * (MAX_AHEAD - 1))
+    engine.rehearse("tiny", row(7))
+    device.let_go(1 + model.num_steps)
+    assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
+    assert len(rehearsed) == 1
+
+
+def test_a_rehearsal_of_a_row_that_fails_leaves_the_engine_as_it_was(ahead, policy, monkeypatch):
+    engine, device = ahead
+    with monkeypatch.context() as broken:
+        entered = threading.Event()
+
+        def fail(chunk):
+            entered.set()
+            raise ZeroDivisionError
+
+        broken.setattr(engine.models["tiny"], "rehearse_prefix", fail)
+        engine.rehearse("tiny", row(1))
+        assert entered.wait(5.0)
+    outcomes = submit(engine, "left", row(1))
+    device.let_go(1 + engine.models["tiny"].num_steps)
     assert near(answer_of(outcomes).actions, plain(policy, row(1))[0])
 
 
@@ -348,3 +441,21 @@ def test_a_chunk_that_cannot_be_fetched_is_told_and_the_engine_goes_on(engine, p
         broken.setattr(fused_model.FusedModel, "_to_host", lambda *_: 1 / 0)
         assert isinstance(submit(engine, "left", row(1)).get(timeout=10.0), InternalError)
     assert near(answer_of(submit(engine, "left", row(2))).actions, plain(policy, row(2))[0])
+
+
+def test_a_chunk_is_read_when_its_copy_has_arrived(engine, policy, monkeypatch):
+    """It travels behind the unit that made it; until then its place holds an older one."""
+    model, copies = engine.models["tiny"], []
+
+    def travelling(tensor):
+        place = torch.full_like(tensor, 7.0)
+        copies.append((place, tensor.clone()))
+        return place
+
+    def arrive():
+        for place, numbers in copies:
+            place.copy_(numbers)
+
+    monkeypatch.setattr(model, "_to_host", travelling)
+    monkeypatch.setattr(launches, "arrival", lambda _: arrive)
+    assert near(answer_of(submit(engine, "left", row(1))).actions, plain(policy, row(1))[0])

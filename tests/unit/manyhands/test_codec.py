@@ -228,3 +228,26 @@ def test_values_keep_order_and_refuse_a_name_twice_or_nothing() -> None:
         codec.decode_values([*values, values[0]])
     with pytest.raises(InvalidInput, match="neither"):
         codec.decode_value(common_pb2.NamedValue(name="x"))
+
+
+def _encoded_jpeg(pixels: np.ndarray, *, progressive: bool = False) -> common_pb2.Image:
+    data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive)])[1].tobytes()
+    return common_pb2.Image(
+        encoding=common_pb2.IMAGE_ENCODING_JPEG, height=pixels.shape[0], width=pixels.shape[1], data=data
+    )
+
+
+def test_small_pictures_are_quick_and_what_may_take_long_is_not() -> None:
+    small = _picture(64, 80)
+    assert codec.is_quick(_encoded_jpeg(small))
+    assert codec.is_quick(codec.encode_image(small, common_pb2.IMAGE_ENCODING_RAW_RGB8))
+    assert not codec.is_quick(_encoded_jpeg(small, progressive=True))
+    assert not codec.is_quick(codec.encode_image(small, common_pb2.IMAGE_ENCODING_PNG))
+    assert not codec.is_quick(_encoded_jpeg(_picture(257, 256)))
+    declared_small = _encoded_jpeg(_picture(480, 640))
+    declared_small.height, declared_small.width = 64, 80
+    assert not codec.is_quick(declared_small)
+    padded = _encoded_jpeg(small)
+    padded.data += bytes(codec.QUICK_JPEG_BYTES)
+    assert not codec.is_quick(padded)
+    assert not codec.is_quick(common_pb2.Image(encoding=common_pb2.IMAGE_ENCODING_JPEG, height=8, width=8, data=b"no"))
