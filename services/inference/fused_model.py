@@ -26,6 +26,7 @@ from policies.prompted import Read
 from . import launches
 from .engine import canary_row
 from .engine_port import Observed, Row
+from .fused import trial
 from .fused.network import FusedPi052, Pictures
 from .fused.settings import FusedSettings, PrefixRow, TextRow
 from .fused.slots import Slots
@@ -140,21 +141,21 @@ class FusedModel(ServedModel):
     def _without_pictures(self, row: Row) -> ChunkRow:
         # The version first: replace() changes it last, so whatever is read of two versions looks old.
         version, policy = self.version, self.policy
+        read, start = self._read_by(policy, row)
+        return ChunkRow(read=read, pictures=(), asked=row, version=version, start=start)
+
+    def _read_by(self, policy: Pi052Policy, row: Row) -> tuple[Read, ChunkStart]:
+        """What its chunk is made of, pictures apart, with the statistics of that policy."""
         read = policy.observation(sample_of(row.sample))
-        return ChunkRow(
-            read=read,
-            pictures=(),
-            asked=row,
-            version=version,
-            start=ChunkStart.of(
-                policy.draw_noise([row.seed])[0],
-                committed=_anchored(policy, row, read),
-                delay_steps=row.delay_steps,
-                execution_horizon=row.execution_horizon,
-                schedule=self.fused.settings.schedule,
-                trained_max_delay=self.fused.settings.trained_max_delay,
-            ),
+        start = ChunkStart.of(
+            policy.draw_noise([row.seed])[0],
+            committed=_anchored(policy, row, read),
+            delay_steps=row.delay_steps,
+            execution_horizon=row.execution_horizon,
+            schedule=self.fused.settings.schedule,
+            trained_max_delay=self.fused.settings.trained_max_delay,
         )
+        return read, start
 
     def text_row(self, observed: Observed, request: TextRequest) -> TextRowInWork:
         policy = self.policy
@@ -291,24 +292,33 @@ class FusedModel(ServedModel):
             self.slots.give_back(row.slot)
             row.slot = None
 
-    def stage(self, policy: AnyPolicy) -> None:
-        """Brings another version's weights beside those that serve, from any thread; replace() makes them serve."""
-        assert isinstance(policy, Pi052Policy)
-        self.fused.weights.stage(policy.network.state_dict())
+    def reserve(self) -> None:
+        """Takes the memory that stage() needs, before anybody is served."""
+        self.fused.weights.reserve()
 
-    def replace(self, policy: AnyPolicy, version: common_pb2.PolicyVersion, digests: Mapping[str, bytes]) -> AnyPolicy:
-        """As ServedModel's. The canary runs on what serves: the plain module on the CPU would take minutes.
+    def stage(self, policy: AnyPolicy) -> None:
+        """Brings another version's weights beside those that serve, from any thread, and tries them; replace() makes them
+        serve.
 
         Raises:
-            Refused: The canary's chunk is not finite. The weights are again those that served before, also where it raises.
+            InvalidInput: A tensor is missing or has another shape.
+            Refused: The version's canary chunk is not finite.
         """
+        assert isinstance(policy, Pi052Policy)
+        self.fused.weights.stage(policy.network.state_dict())
+        asked = canary_row(policy)
+        read, start = self._read_by(policy, asked)
+        with self.fused.weights.aside():
+            pictures = torch.stack([self._on_device(picture) for picture in self._pictures(sample_of(asked.sample))])
+        valid = [True] * len(pictures)
+        made = trial.staged_chunk(self.fused.units, pictures, valid, read.prompt.tokens, start, self._canary_steps)
+        if not all(np.isfinite(part).all() for part in policy.finished(made.numpy()[None], read.state.numpy())):
+            raise Refused("its canary chunk is not finite")
+
+    def replace(self, policy: AnyPolicy, version: common_pb2.PolicyVersion, digests: Mapping[str, bytes]) -> AnyPolicy:
+        """As ServedModel's, of what was staged last."""
         self.fused.weights.commit()
-        try:
-            if not np.isfinite(self.canary()).all():
-                raise Refused("its canary chunk is not finite")
-        except Exception:
-            self.fused.weights.revert()
-            raise
+        self.wait()
         previous = super().replace(policy, version, digests)
         self._ahead.clear()  # Made with the statistics of before.
         return previous
@@ -319,7 +329,7 @@ class FusedModel(ServedModel):
         is_finite = False
         try:
             self.run_prefix([row])
-            for step in sorted({0, self.num_steps // 2, self.num_steps - 1}):
+            for step in self._canary_steps:
                 self.run_expert([(row, step)])
             arrived = self.fetch([row])
             self.wait()
@@ -328,6 +338,10 @@ class FusedModel(ServedModel):
         finally:
             self.release(row, wipe=not is_finite)
         return chunk
+
+    @property
+    def _canary_steps(self) -> Sequence[int]:
+        return sorted({0, self.num_steps // 2, self.num_steps - 1})
 
     def wait(self) -> None:
         """Until the device has done what was asked."""

@@ -91,7 +91,7 @@ class WeightsFollower:
 
     def start(self, *, catch_up_s: float = 0.0, resume: Mapping[str, Resume] | None = None) -> list[str]:
         """Starts watching, having waited up to catch_up_s for the versions to begin with: a restarted server should not
-        serve its robots older weights than they had.
+        serve its robots older weights than they had. What a swap needs beside the weights is taken here.
 
         Args:
             resume: Versions to begin with, by model; the others begin with the newest good one when following.
@@ -100,6 +100,8 @@ class WeightsFollower:
             Notes for the log: which model begins with its checkpoint, and why.
         """
         resume = resume or {}
+        for slot in self._slots.values():
+            _prepare(slot)
         swaps = {
             name: self._staging.submit(self._take_first, slot, resume.get(name))
             for name, slot in self._slots.items()
@@ -289,6 +291,21 @@ class WeightsFollower:
         self._swaps.append(swap)
         if self._on_swap is not None:
             self._on_swap(swap)
+
+
+def _prepare(slot: _Slot) -> None:
+    """While robots are served, copying the module (its Python objects; no weights yet) would hold the interpreter for a third
+    of a second, and memory of the device might be short. A module that is on a device is copied when it is needed."""
+    policy = slot.served.policy
+    if next(iter(policy.state_dict().values())).device.type == "cpu":
+        slot.spare = Spare.of(policy)
+    if isinstance(slot.served, FusedModel):
+        try:
+            slot.served.reserve()
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "%s: its weights cannot be swapped while the device is as full as this: %s", slot.served.name, error
+            )
 
 
 def _check_canary(policy: AnyPolicy, version: common_pb2.PolicyVersion) -> None:

@@ -18,6 +18,7 @@ from policies.pi052.model import Pi052Network
 from services.inference.fused import FusedPi052, fp8
 from services.inference.fused.ops import ReferenceOps
 from services.inference.fused.slots import Residual
+from services.inference.fused.trial import staged_chunk
 from services.inference.fused.units import NO_LOCATIONS
 from tests.support import fused_lab as lab
 
@@ -225,6 +226,10 @@ def test_new_weights_serve_in_graphs_that_were_captured_before(networks: tuple[P
     fused.prepare(lambda done, total, _: seen.append((done, total)))
     assert seen[-1] == (len(seen), len(seen))
     fused.weights.stage(other.state_dict())
+    tried = staged_chunk(
+        fused.units, one.pictures.to(CUDA), one.picture_valid, one.tokens, lab.start(one), range(lab.NUM_STEPS)
+    )
+    assert lab.relative(tried.to(CUDA), lab.plain_chunk(plain, one)) < TOLERANCE
     fused.weights.commit()
     [slot] = lab.begin(fused, [one])
     staggered(fused, [slot], 1)
@@ -349,5 +354,6 @@ def test_new_weights_in_fp8_serve_in_graphs_that_were_captured_before(networks: 
     fused.weights.commit()
     assert lab.relative(logits(fused), logits(fused_of(other, fp8=True))) < FP8_TOLERANCE
     assert lab.relative(logits(fused), before) > 0.5
-    fused.weights.revert()
+    fused.weights.stage(networks[0].state_dict())
+    fused.weights.commit()
     assert torch.equal(logits(fused), before)

@@ -56,8 +56,3 @@ class Courier:
             arrived.copy_(pinned, non_blocking=True)
             target[begin : begin + step].copy_(arrived)
             self._sent[at].record(self._stream)
-
-    def copy(self, source: torch.Tensor, into: torch.Tensor) -> None:
-        """Of one buffer on the device into another, in pieces that other work gets between."""
-        for begin in range(0, source.numel(), PIECE_BYTES):
-            into[begin : begin + PIECE_BYTES].copy_(source[begin : begin + PIECE_BYTES])

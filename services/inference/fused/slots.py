@@ -1,9 +1,10 @@
 """Where robots' rows live on the device: a slot holds all that one row is between two units of work.
 
 Units take slot numbers, so joining rows of different robots in one pass, and parting them again, moves no data: a graph
-reads a few integers and finds the rest. One slot more than asked for is scratch: it fills a batch up to its bucket.
+reads a few integers and finds the rest. Two slots more than asked for are scratch, which fills a batch up to its bucket, and
+of trials of new weights.
 
-Shapes: N slots with the scratch slot, C keys a slot can hold, T horizon, A action size, D width of the language tower.
+Shapes: N slots with those two, C keys a slot can hold, T horizon, A action size, D width of the language tower.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Slots:
         self, sizes: SlotSizes, tower: TowerSize, action_size: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.sizes = sizes
-        num = sizes.num_slots + 1
+        num = sizes.num_slots + 2
         shape = (tower.depth, num, sizes.capacity, tower.head_dim)
         # Zeros, not garbage: a masked key that is not a number would spoil a row through 0 * nan.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -79,6 +80,11 @@ class Slots:
     @property
     def scratch(self) -> int:
         return self.sizes.num_slots
+
+    @property
+    def trial(self) -> int:
+        """For a version that does not serve yet: see trial.py."""
+        return self.sizes.num_slots + 1
 
     @property
     def num_free(self) -> int:

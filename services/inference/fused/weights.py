@@ -1,6 +1,8 @@
 """Weights as the fused path reads them, and how a new version of them comes in without a graph being captured again.
 
     state dict --stage()--> spare buffer --commit()--> the buffer every captured graph points into
+                                 |
+                              staged(): tried there before it serves (trial.py)
 
 Fused: q, k and v of a layer are one matrix, gate and up are one; a picture patch is a row of a matrix. The expert's norms
 take their scale, shift and gate from tables, one entry per Euler step: modulations depend on nothing but the flow time, and
@@ -10,6 +12,8 @@ second time, and the pass that divides by the root mean square multiplies by the
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -79,14 +83,16 @@ class FusedWeights:
         self.dtype = dtype
         self.device = device
         self._layout: Layout = layout(config, num_steps, dtype, fp8=fp8)
-        self._buffer = torch.zeros(self._layout.num_bytes, dtype=torch.uint8, device=device)
         self._spare: torch.Tensor | None = None
-        self._previous: torch.Tensor | None = None
         self._staged = False
         self._courier = Courier(device)
-        self.views = self._layout.views(self._buffer)
-        self.language = [self._layer(f"language.layers.{index}") for index in range(config.language.depth)]
-        self.expert = [self._layer(f"expert.layers.{index}") for index in range(config.expert.depth)]
+        self._read(torch.zeros(self._layout.num_bytes, dtype=torch.uint8, device=device))
+
+    def _read(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+        self.views = self._layout.views(buffer)
+        self.language = [self._layer(f"language.layers.{index}") for index in range(self.config.language.depth)]
+        self.expert = [self._layer(f"expert.layers.{index}") for index in range(self.config.expert.depth)]
         self.language_norm = self._norm("language.norm")
         self.expert_norm = self._norm("expert.norm")
 
@@ -108,13 +114,24 @@ class FusedWeights:
         Raises:
             InvalidInput: A tensor is missing or has another shape; field names it.
         """
-        if self._spare is None or self._previous is None:
-            self._spare, self._previous = torch.zeros_like(self._buffer), torch.zeros_like(self._buffer)
+        self.reserve()
+        assert self._spare is not None
         self._staged = False
-        with self._courier.journey():
+        with self.aside():
             _fill(self._layout.views(self._spare), _Source(state, self._courier, self.device), self.config, self.num_steps)
-            self._courier.copy(self._buffer, self._previous)
         self._staged = True
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Work inside goes by the stream that versions come by, beside what serves, and is done at the end."""
+        return self._courier.journey()
+
+    def staged(self) -> FusedWeights:
+        """What stage() brought, read like these, so that it can be tried before it serves. Not to be kept."""
+        assert self._staged, "stage() comes first"
+        assert self._spare is not None
+        tried = copy.copy(self)
+        tried._read(self._spare)
+        return tried
 
     @torch.inference_mode()
     def commit(self) -> None:
@@ -123,15 +140,14 @@ class FusedWeights:
         assert self._staged, "the last stage() failed"
         self._buffer.copy_(self._spare)
 
-    @torch.inference_mode()
-    def revert(self) -> None:
-        """Undoes the last commit(); once."""
-        assert self._previous is not None, "nothing was committed"
-        self._buffer.copy_(self._previous)
+    def reserve(self) -> None:
+        """Takes the memory that stage() needs: at the start, so that it is there when a version comes."""
+        if self._spare is None:
+            self._spare = torch.zeros_like(self._buffer)
 
     def free_spare(self) -> None:
         """Gives the memory beside the serving weights back; the next stage() takes it again."""
-        self._spare, self._previous, self._staged = None, None, False
+        self._spare, self._staged = None, False
 
     def _layer(self, at: str) -> Layer:
         return Layer(

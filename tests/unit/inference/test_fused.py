@@ -9,6 +9,7 @@ from manyhands.errors import InvalidInput
 from policies import images, text
 from policies.pi052.config import NetworkConfig
 from services.inference.fused import FusedPi052, prefix_slices
+from services.inference.fused.trial import staged_chunk
 from services.inference.fused.units import NO_LOCATIONS
 from tests.support import fused_lab as lab
 
@@ -271,6 +272,26 @@ def test_new_weights_serve_after_commit_and_not_before(model: torch.nn.Module) -
         fused.slots.give_back(slot)
         fused.weights.commit()
     assert where == {name: view.data_ptr() for name, view in fused.weights.views.items()}
+
+
+@pytest.mark.parametrize("one", mixed_requests(), ids=lambda one: f"{len(one.tokens)} tokens")
+def test_a_trial_is_a_chunk_of_the_staged_weights_and_touches_no_robot(model: torch.nn.Module, one: lab.Request) -> None:
+    fused, other = fused_of(model), lab.network(seed=9)
+    slots = lab.begin(fused, mixed_requests())
+    fused.expert_step([(slot, 0) for slot in slots])
+    pool = fused.slots
+    states = (pool.keys, pool.values, *(tensor[None] for tensor in (pool.actions, pool.valid, pool.action_keys, pool.token)))
+    before = [state[:, : pool.trial].clone() for state in states]
+    fused.weights.stage(other.state_dict())
+    made = staged_chunk(fused.units, one.pictures, one.picture_valid, one.tokens, lab.start(one), range(lab.NUM_STEPS))
+    assert lab.relative(made, lab.plain_chunk(other, one)) < TOLERANCE
+    assert lab.relative(made, lab.plain_chunk(model, one)) > TOLERANCE
+    assert all(torch.equal(state[:, : pool.trial], kept) for state, kept in zip(states, before, strict=True))
+    run = [(slot, step) for step in range(1, lab.NUM_STEPS) for slot in slots]
+    for slot, step in run:
+        fused.expert_step([(slot, step)])
+    for slot, asked in zip(slots, mixed_requests(), strict=True):
+        assert lab.relative(pool.actions[slot], lab.plain_chunk(model, asked)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["language.layers.1.k.weight", "expert.norm.modulation.bias", "projector.weight"])

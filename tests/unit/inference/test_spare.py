@@ -200,6 +200,14 @@ def follower(service: ScriptedWeights, served: ServedModel) -> Iterator[WeightsF
     follower.stop()
 
 
+def test_what_a_swap_needs_is_made_at_the_start_and_not_under_robots(
+    follower: WeightsFollower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower.start()
+    monkeypatch.setattr(Spare, "of", lambda _policy: pytest.fail("a module was copied while robots are served"))
+    assert follower.swap("tiny", 1).result(20.0).current.number == 1
+
+
 def test_wrong_pieces_are_refused_and_the_old_version_keeps_serving(
     served: ServedModel, tensors: dict[str, RawTensor], service: ScriptedWeights, follower: WeightsFollower
 ) -> None:

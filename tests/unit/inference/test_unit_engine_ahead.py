@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import InternalError, TooLate
+from manyhands.errors import InternalError, Refused, TooLate
 from policies import text
 from policies.policy import TextKind, TextRequest
 from services.inference import fused_model, launches, unit_results
@@ -328,20 +328,30 @@ def test_a_row_that_waits_while_statistics_change_is_read_with_the_new_ones(engi
     assert not near(outcome.actions, plain(policy, row(1))[0])
 
 
-def test_a_canary_that_raises_leaves_what_serves_as_it_was(engine, policy, monkeypatch):
-    second, model = make_policy(), engine.models["tiny"]
+def test_a_version_is_tried_beside_what_serves_and_a_bad_one_changes_nothing(engine, policy):
+    model = engine.models["tiny"]
+    bad = make_policy()
     with torch.no_grad():
-        for parameter in second.network.parameters():
+        bad.network.action_out.weight.fill_(3e38)
+    expected = [plain(policy, row(seed))[0] for seed in range(3)]
+    outcomes = [submit(engine, f"robot {seed}", row(seed)) for seed in range(3)]
+    with pytest.raises(Refused, match="canary"):
+        model.stage(bad)
+    outcomes += [submit(engine, f"robot {seed}", row(seed)) for seed in range(3)]
+    for outcome, actions in zip(outcomes, expected * 2, strict=True):
+        answered = answer_of(outcome)
+        assert answered.version.number == 0
+        assert near(answered.actions, actions)
+    assert all(numbers.isfinite().all() for numbers in (model.slots.keys, model.slots.values, model.slots.actions))
+    good = other_statistics(policy)
+    with torch.no_grad():
+        for parameter in good.network.parameters():
             parameter.add_(0.01)
-    model.fused.weights.stage(second.network.state_dict())
-    with monkeypatch.context() as broken:
-        broken.setattr(model, "run_expert", lambda rows: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.between_passes(lambda: replace(engine, second, 1))
+    model.stage(good)
+    engine.between_passes(lambda: replace(engine, good, 1))
     outcome = answer_of(submit(engine, "left", row(1)))
-    assert outcome.version.number == 0
-    assert near(outcome.actions, plain(policy, row(1))[0])
-    engine.between_passes(lambda: None)
+    assert outcome.version.number == 1
+    assert near(outcome.actions, plain(good, row(1))[0])
     assert model.slots.num_free == model.slots.sizes.num_slots
 
 

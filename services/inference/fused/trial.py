@@ -1,0 +1,83 @@
+"""A chunk by weights that are staged and do not serve yet, made beside those that do.
+
+By the functions that graphs are captured from, called as they are, on the stream that versions come by and in a slot that no
+robot has. A few layers at a time with a pause behind each: a robot's chunk waits for one piece at most, and a version that
+is refused never was among what serves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .graphs import GraphPool
+from .prefix_slices import PrefixSlices
+from .settings import Tokens
+from .starts import ChunkStart
+from .units import Units
+
+# Each a third of a millisecond of an H200.
+PREFIX_PIECES = 24
+PAUSE_S = 0.002
+
+
+@torch.inference_mode()
+def staged_chunk(
+    units: Units,
+    pictures: torch.Tensor,
+    picture_valid: Sequence[bool],
+    tokens: Tokens,
+    start: ChunkStart,
+    steps: Sequence[int],
+) -> torch.Tensor:
+    """(T, A) float32 on the host, after some of its Euler steps: what is no number in one of them stays none.
+
+    Args:
+        units: Those that serve.
+        pictures: (I, 3, height, width) float32 in [-1, 1].
+        picture_valid: I, whether a camera is there.
+    """
+    device, num_tokens = units.weights.device, len(tokens)
+    with units.weights.aside():
+        tried = replace(units, weights=units.weights.staged())
+
+        def numbers(values: object, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.as_tensor(values, dtype=dtype).to(device)[None]
+
+        slots = numbers(units.slots.trial)
+        inputs = {
+            "pictures": pictures,
+            "slots": slots,
+            "picture_valid": numbers(picture_valid),
+            "tokens": numbers(tokens),
+            "token_valid": numbers([1] * num_tokens),
+        }
+        prefix = PrefixSlices(
+            tried,
+            GraphPool(torch.device("cpu")),  # Nothing is captured: these weights are here once.
+            lambda _: inputs,
+            num_cameras=len(pictures),
+            longest_prompt=num_tokens,
+            num_slices=PREFIX_PIECES,
+        )
+        prefix.begin(num_tokens)
+        for at in range(prefix.num_slices):
+            prefix.run(at)
+            _let_others(device)
+        tried.begin(slots, numbers(start.num_clean), numbers(start.numbers, torch.float32))
+        for step in steps:
+            tried.expert_step(slots, numbers(step))
+            _let_others(device)
+        chunk = tried.slots.actions[tried.slots.trial].to("cpu", copy=True)
+        if not chunk.isfinite().all():
+            tried.slots.wipe(tried.slots.trial)
+        return chunk
+
+
+def _let_others(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    time.sleep(PAUSE_S)
