@@ -325,6 +325,13 @@ class _Simulation:
         outcome = self._outcome
         outcome.busy_s[unit.kind.value] = outcome.busy_s.get(unit.kind.value, 0.0) + seconds
         outcome.sizes.setdefault(unit.kind.value, Counter())[unit.size] += 1
+        if unit.texts and self._durations.text_lag_s > 0:
+            self._at(self._now_s + self._durations.text_lag_s, lambda: self._taken_in(unit, seconds))
+        else:
+            self._taken_in(unit, seconds)
+
+    def _taken_in(self, unit: Unit[None, bool], seconds: float) -> None:
+        outcome = self._outcome
         before = {text.work.text_id: text.num_tokens for text in unit.texts}
         checked = {}
         if unit.kind is UnitKind.DRAFT_CHECK:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 # Of a prefix, that must be saved. In simulated time (docs/design/0016) less makes chunks wait for a little, more lets queues
-# grow until deadlines are near. With 0.5, steps of 0.5 ms beside a prefix of 8.3 made a full device slower than steps of
-# 0.78 did, because they were no longer shared.
-WORTHWHILE_SHARE = 0.35
+# grow until deadlines are near. With 0.45, steps of 0.5 ms beside a prefix of 8.3 make a full device slower than steps of
+# 0.78 do, because they are no longer shared.
+WORTHWHILE_SHARE = 0.42
 
 
 def pays(*, prefix_s: float, step_s: Callable[[int], float], num_rows: int, steps_left: int, num_steps: int) -> bool:

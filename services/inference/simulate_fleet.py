@@ -3,11 +3,11 @@
 The scheduler is the one that serves; how long a unit of work takes comes from a table in milliseconds. Without --durations
 it is what the served engine takes for pi052 on an H200 with three cameras and 200 prompt tokens. A file has the same form:
 
-    {"prefix": {"1": 8.1, "2": 15.2, "4": 30.3}, "expert_step": {"1": 0.80, "8": 1.39},
-     "text_prefix": 8.7, "draft_check": 2.0, "text_step": {"1": 1.68, "32": 2.0}}
+    {"prefix": {"1": 8.34, "2": 15.4, "4": 30.4}, "expert_step": {"1": 0.68, "8": 1.27},
+     "text_prefix": 8.4, "draft_check": 2.0, "text_step": {"1": 1.63, "32": 1.98}}
 
 "text_prefix_slices" says how many units a question's prefix comes in, of equal length; without it, as many as make each no
-longer than a text step.
+longer than a text step. "text_lag" is the time from the end of a text unit to the first decision that knows of it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ class DurationsTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prefix: dict[int, float] = Field(default={1: 8.1, 2: 15.2, 4: 30.3}, min_length=1)
-    expert_step: dict[int, float] = Field(default={1: 0.80, 2: 0.85, 4: 0.98, 8: 1.39, 16: 2.05}, min_length=1)
-    text_prefix: float = Field(default=8.7, gt=0)
+    prefix: dict[int, float] = Field(default={1: 8.34, 2: 15.4, 4: 30.4}, min_length=1)
+    expert_step: dict[int, float] = Field(default={1: 0.68, 2: 0.75, 4: 0.96, 8: 1.27, 16: 1.99}, min_length=1)
+    text_prefix: float = Field(default=8.4, gt=0)
     draft_check: float = Field(default=2.0, gt=0)
-    text_step: dict[int, float] = Field(default={1: 1.68, 8: 1.75, 16: 1.83, 32: 2.0}, min_length=1)
+    text_step: dict[int, float] = Field(default={1: 1.63, 8: 1.73, 16: 1.79, 32: 1.98}, min_length=1)
     text_prefix_slices: int | None = Field(default=None, ge=1)
+    text_lag: float = Field(default=1.5, ge=0)
 
 
 class Settings(config.Settings):
@@ -113,6 +114,7 @@ def read_durations(path: Path | None, jitter: float) -> UnitDurations:
         draft_check_s=values.draft_check / 1e3,
         text_step_s=_seconds(values.text_step),
         num_text_slices=values.text_prefix_slices or math.ceil(values.text_prefix / values.text_step[min(values.text_step)]),
+        text_lag_s=values.text_lag / 1e3,
         jitter=jitter,
     )
 

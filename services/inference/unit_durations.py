@@ -17,6 +17,8 @@ class UnitDurations:
     Attributes:
         text_prefix_s: A question's whole prefix.
         num_text_slices: Units that it comes in.
+        text_lag_s: From the end of a text unit to the first decision that knows of it: tokens come by way of the host, and
+            what is next on the device is decided before the device is free.
         jitter: Standard deviation of all of them, as a share.
     """
 
@@ -26,6 +28,7 @@ class UnitDurations:
     draft_check_s: float
     text_step_s: Mapping[int, float]
     num_text_slices: int = 1
+    text_lag_s: float = 0.0
     jitter: float = 0.02
 
     def of(self, kind: UnitKind, size: int) -> float:

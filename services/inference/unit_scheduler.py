@@ -44,9 +44,9 @@ MAX_TEXT_WAIT_S = 0.3
 # Of the time a robot gives, for what comes behind the device: the answer's way back, and estimates that are wrong.
 RESERVE_SHARE = 0.05
 # As much must be left to every chunk where text goes before it: for chunks that come next, and for sharing steps, which
-# those near their deadlines cannot do. In simulated time (docs/design/0016) text gets most between 0.3 and 0.4. With 0.05
+# those near their deadlines cannot do. In simulated time (docs/design/0016) text gets most between 0.25 and 0.35. With 0.05
 # chunks share no longer, the device makes fewer of them than robots ask for, and in the end text has less.
-TEXT_RESERVE_SHARE = 0.4
+TEXT_RESERVE_SHARE = 0.3
 # A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper. Those of an H200
 # get 8 % cheaper by twos and by fours; on a full device that is half as much as all text steps take.
 WORTHWHILE_SAVING = 0.07

@@ -294,8 +294,8 @@ class WeightsFollower:
 
 
 def _prepare(slot: _Slot) -> None:
-    """While robots are served, copying the module (its Python objects; no weights yet) would hold the interpreter for a third
-    of a second, and memory of the device might be short. A module that is on a device is copied when it is needed."""
+    """While robots are served, copying the module (its Python objects; no weights yet) would hold the interpreter for too
+    long, and memory of the device might be short. A module that is on a device is copied when it is needed."""
     policy = slot.served.policy
     if next(iter(policy.state_dict().values())).device.type == "cpu":
         slot.spare = Spare.of(policy)

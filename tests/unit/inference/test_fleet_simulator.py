@@ -132,6 +132,16 @@ def test_text_of_sixteen_robots_gets_what_chunks_at_5_hz_leave_and_none_of_them_
     assert result["device"]["mean_rows"]["text"] > 12
 
 
+def test_text_that_comes_late_to_the_host_leaves_the_device_to_chunks_meanwhile() -> None:
+    many = held(ask_every_s=1.0, ask_tokens=120)
+    at_once, late = (
+        summarise(many, simulate(many, dataclasses.replace(SERVED, text_lag_s=lag_s))) for lag_s in (0.0, 0.0015)
+    )
+    assert late["missed_deadlines"] == at_once["missed_deadlines"] == 0
+    assert 500 < late["text"]["tokens_per_s"] < 0.9 * at_once["text"]["tokens_per_s"]
+    assert late["latency_ms"]["p50"] < at_once["latency_ms"]["p50"]
+
+
 def test_a_slower_device_takes_from_text_first() -> None:
     rates = []
     for factor in (1.0, 1.05, 1.1):
@@ -193,6 +203,13 @@ def test_a_questions_prefix_comes_in_slices_of_a_text_step_unless_the_table_says
     sliced = read_durations(table, 0.0)
     assert sliced.num_text_slices == 5
     assert sliced.of(UnitKind.TEXT_PREFIX, 1) == pytest.approx(0.0012)
+
+
+def test_a_table_says_how_late_text_comes_to_the_host(tmp_path: Path) -> None:
+    table = tmp_path / "mine.json"
+    for written, expected_s in (("{}", 0.0015), ('{"text_lag": 0.4}', 0.0004)):
+        table.write_text(written)
+        assert read_durations(table, 0.02).text_lag_s == pytest.approx(expected_s)
 
 
 def test_over_capacity_intervals_grow_before_robots_are_refused() -> None:
