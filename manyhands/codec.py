@@ -26,6 +26,8 @@ QUICK_PIXELS, QUICK_BYTES = 256 * 256, 3 * 256 * 256
 QUICK_JPEG_BYTES = 64 * 1024
 
 _BASELINE = 0xC0  # Marker of a JPEG's frame: one pass over its pixels, or one a colour.
+# Of a scan, which is such a pass. Inside of one no byte FF stands before another marker's.
+_SCAN = b"\xff\xda"
 
 _TO_NUMPY: dict[int, np.dtype[np.generic]] = {
     common_pb2.DATA_TYPE_BOOL: np.dtype("bool"),
@@ -172,7 +174,7 @@ def decode_image(image: common_pb2.Image, *, field: str = "image") -> npt.NDArra
 def is_quick(image: common_pb2.Image) -> bool:
     """Whether decode_image() takes a fraction of a millisecond, whatever the bytes are.
 
-    A progressive JPEG never is: a few kilobytes of it can hold thousands of passes over all of its pixels.
+    A JPEG with more scans than colours never is: a few kilobytes can hold thousands of passes over all of its pixels.
     """
     if image.height * image.width > QUICK_PIXELS:
         return False
@@ -180,6 +182,8 @@ def is_quick(image: common_pb2.Image) -> bool:
     if image.encoding == common_pb2.IMAGE_ENCODING_RAW_RGB8:
         return len(data) <= QUICK_BYTES
     if image.encoding != common_pb2.IMAGE_ENCODING_JPEG or len(data) > QUICK_JPEG_BYTES:
+        return False
+    if data.count(_SCAN) > 3:
         return False
     frame = _jpeg_frame(data)
     return frame is not None and frame[0] == _BASELINE and frame[1:] == (image.height, image.width)

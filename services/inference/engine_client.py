@@ -304,7 +304,7 @@ class EngineClient:
             self._broken(error)
         # Not inside: whoever hears it does so on this stack, and what they do wrong is not the engine's.
         for job, outcome in answered:
-            job.done(outcome)
+            _tell(job, outcome)
         for job, rehearsal in rehearsed.values():
             if job.rehearse is not None:
                 job.rehearse(rehearsal)
@@ -442,15 +442,21 @@ class EngineClient:
         in_flight, self._in_flight = self._in_flight, {}
         texts, self._texts = self._texts, {}
         swaps, self._swaps = self._swaps, {}
-        for asked in in_flight.values():
-            asked.job.done(error)
-        for left in waiting.values():
-            left.job.done(error)
+        for job in (*(asked.job for asked in in_flight.values()), *(left.job for left in waiting.values())):
+            _tell(job, error)
         for heard in texts.values():
             heard(TextEnd(error=error))
         for future in swaps.values():
             if not future.cancelled():
                 future.set_exception(error)
+
+
+def _tell(job: Job, outcome: Outcome) -> None:
+    """Whatever one robot's answer does, others get theirs."""
+    try:
+        job.done(outcome)
+    except Exception:
+        logger.exception("an answer could not be told")
 
 
 def _failure(message: engine_pb2.Failed) -> Exception:

@@ -284,7 +284,7 @@ class FusedModel(ServedModel):
         return actions[0], carried[0]
 
     def release(self, row: ChunkRow | TextRowInWork, *, wipe: bool = False) -> None:
-        """Gives the slot back. wipe: It holds numbers that are not finite."""
+        """Gives the slot back. wipe: It holds numbers that are not finite, or may: nobody looked."""
         if row.slot is not None:
             if wipe:
                 self.slots.wipe(row.slot)
@@ -310,8 +310,9 @@ class FusedModel(ServedModel):
         read, start = self._read_by(policy, asked)
         with self.fused.weights.aside():
             pictures = torch.stack([self._on_device(picture) for picture in self._pictures(sample_of(asked.sample))])
-        valid = [True] * len(pictures)
-        made = trial.staged_chunk(self.fused.units, pictures, valid, read.prompt.tokens, start, self._canary_steps)
+        tokens = read.prompt.tokens
+        length = next(length for length in self.fused.settings.prompt_lengths if length >= len(tokens))
+        made = trial.staged_chunk(self.fused.units, pictures, tokens, start, self._canary_steps, length=length)
         if not all(np.isfinite(part).all() for part in policy.finished(made.numpy()[None], read.state.numpy())):
             raise Refused("its canary chunk is not finite")
 

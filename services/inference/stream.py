@@ -253,13 +253,17 @@ class RobotStream:
             self._failed(asked, pictures, started_s)
             return
         decode_s = self._clock() - started_s
-        if self._next is not None:
-            self._settle(asked, Superseded(), decode_s)
-        else:
-            row = sent.row(pictures)
-            self._submit(asked, row, decode_s)
-            if asked.request.ask_subtask_for:
-                self._subtask.ask(asked.session, asked.request, row.sample)
+        try:
+            if self._next is not None:
+                self._settle(asked, Superseded(), decode_s)
+            else:
+                row = sent.row(pictures)
+                self._submit(asked, row, decode_s)
+                if asked.request.ask_subtask_for:
+                    self._subtask.ask(asked.session, asked.request, row.sample)
+        except Exception as error:  # The loop calls this: what comes out would leave the stream where it is.
+            self._failed(asked, error, started_s)
+            return
         self._prepare_next()
 
     def _failed(self, asked: _Asked, error: BaseException, started_s: float) -> None:

@@ -187,7 +187,8 @@ class UnitEngine:
         """Nobody is told of them; the lock is held."""
         for work in works:
             work.payload.is_over = True
-        self._state.release_later(works)
+        # Nobody looks at what they have made.
+        self._state.release_later(works, wipe=True)
 
     def pending(self) -> int:
         with self._changed:
@@ -252,7 +253,7 @@ class UnitEngine:
                 end_chunk(late.payload, too_late(late, now_s))
             for late_text in decision.late_texts:
                 # At once: what is launched next may want its place.
-                self.models[late_text.model].release(late_text.payload.row)
+                self.models[late_text.model].release(late_text.payload.row, wipe=True)
                 end_text(late_text.payload, TextEnd(error=TooLate("the text was not finished in time", field="deadline")))
             if decision.unit is not None:
                 self._launch(decision.unit)

@@ -68,8 +68,8 @@ class UnitResults:
         state = self._state
         with state.changed:
             state.scheduler.failed(unit, state.clock())
-            state.release_later(row.work for row in unit.rows)
-            state.release_later(text.work for text in unit.texts)
+            state.release_later((row.work for row in unit.rows), wipe=True)
+            state.release_later((text.work for text in unit.texts), wipe=True)
         answer = told(error, f"a {unit.kind.value} unit of {unit.model}")
         if self._on_fatal is not None and is_fatal(error):
             self._on_fatal(error)

@@ -25,7 +25,7 @@ from manyhands.errors import Cancelled, InvalidInput, ManyhandsError, NotFound, 
 from manyhands.security import SecuritySettings
 from manyhands.weights.v1 import weights_pb2
 
-from .engine import canary_row, compute
+from .engine import canary_row, compute, is_fatal
 from .engine_port import Answer, Swap, SwapResult
 from .fused_model import FusedModel
 from .models import AnyPolicy, ServedModel, check_fits
@@ -248,6 +248,10 @@ class WeightsFollower:
             if isinstance(error, (Refused, NotFound)):
                 raise
             raise Refused(f"version {version.number} of {served.name}: {error}", field=error.field) from error
+        except Exception as error:
+            if not is_fatal(error):
+                self._record(version, accepted=False, reason="it could not be staged; the engine's log has the reason")
+            raise
         self._check_going_on()
         previous = served.version
 

@@ -226,14 +226,26 @@ def test_new_weights_serve_in_graphs_that_were_captured_before(networks: tuple[P
     fused.prepare(lambda done, total, _: seen.append((done, total)))
     assert seen[-1] == (len(seen), len(seen))
     fused.weights.stage(other.state_dict())
-    tried = staged_chunk(
-        fused.units, one.pictures.to(CUDA), one.picture_valid, one.tokens, lab.start(one), range(lab.NUM_STEPS)
-    )
+    tried = staged_chunk(fused.units, one.pictures.to(CUDA), one.tokens, lab.start(one), range(lab.NUM_STEPS), length=48)
     assert lab.relative(tried.to(CUDA), lab.plain_chunk(plain, one)) < TOLERANCE
     fused.weights.commit()
     [slot] = lab.begin(fused, [one])
     staggered(fused, [slot], 1)
     assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(plain, one)) < TOLERANCE
+
+
+def test_attention_over_what_is_no_number_is_no_number(networks: tuple[Pi052Network, Pi052Network]) -> None:
+    """Or a version whose scores overflow would pass its canary as one that looks at nothing."""
+    fused = fused_of(networks[0])
+    slots = torch.arange(4, dtype=torch.int32, device=CUDA)
+    fused.slots.action_keys.fill_(200)
+    with torch.inference_mode():
+        rows = fused.units.expert_rows(slots, slots)
+        q = torch.randn(4, HORIZON, 8, 256, dtype=torch.bfloat16, device=CUDA)
+        q[1] = torch.nan
+        mixed = fused.units.few.attend(q, rows, fused.slots, 0)
+    assert mixed[1].isnan().all()
+    assert mixed[[0, 2, 3]].isfinite().all()
 
 
 # -- FP8 ---------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ MIN_SLICES = 2
 
 class PrefixSlices:
     """Attributes:
+    slices: The pieces (of piece_costs_s()) of each.
     num_slices: That a prefix comes in; 0: there are no questions.
     """
 
@@ -57,7 +58,7 @@ class PrefixSlices:
         self._pool = pool
         self._inputs = inputs
         num_patches = num_cameras * config.num_patches
-        self._slices = planned(config, num_cameras=num_cameras, longest_prompt=longest_prompt, num_slices=num_slices)
+        self.slices = planned(config, num_cameras=num_cameras, longest_prompt=longest_prompt, num_slices=num_slices)
         self._vision_x = torch.zeros(num_patches, config.vision.width, dtype=torch.float32, device=device)
         self._vision_branch = torch.zeros(num_patches, config.vision.width, dtype=dtype, device=device)
         self._x = torch.zeros(1, num_patches + longest_prompt, config.language.width, dtype=dtype, device=device)
@@ -68,7 +69,7 @@ class PrefixSlices:
 
     @property
     def num_slices(self) -> int:
-        return len(self._slices)
+        return len(self.slices)
 
     def prepare(self, length: int) -> list[Recorded[None]]:
         """All slices of a prompt length at once: capturing one runs it, which would spoil a prefix in progress."""
@@ -76,13 +77,13 @@ class PrefixSlices:
             with torch.inference_mode(False):
                 inputs = self._inputs(length)
             self._prepared[length] = [
-                Recorded(partial(self.run_pieces, pieces), inputs, self._pool) for pieces in self._slices
+                Recorded(partial(self.run_pieces, pieces), inputs, self._pool) for pieces in self.slices
             ]
         return self._prepared[length]
 
     def begin(self, length: int) -> Mapping[str, torch.Tensor]:
         """The inputs of all slices, to be written now; a prefix in progress is given up."""
-        assert self._slices, "this network was prepared for no questions"
+        assert self.slices, "this network was prepared for no questions"
         self._current, self._next = self.prepare(length), 0
         return self._current[0].inputs
 

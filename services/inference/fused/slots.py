@@ -15,8 +15,9 @@ import torch
 
 from policies.configuration import TowerSize
 
-# Kernels read whole blocks of keys; what is behind the last key must at least exist.
-KEYS_READ_AT_A_TIME = 64
+# Kernels read whole blocks of keys, up to so many, and mask none of their values: what is behind a row's last key must be of
+# the row's own slot. Slots are whole numbers of smaller blocks, which addresses are computed faster with.
+KEYS_READ_AT_A_TIME, KEYS_ALIGNED_TO = 128, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,9 @@ class SlotSizes:
 
     @property
     def capacity(self) -> int:
-        return -(-(self.text_capacity + self.horizon) // KEYS_READ_AT_A_TIME) * KEYS_READ_AT_A_TIME
+        """Up to the end of the last block that can begin inside."""
+        end = self.text_capacity + -(-self.horizon // KEYS_READ_AT_A_TIME) * KEYS_READ_AT_A_TIME
+        return -(-end // KEYS_ALIGNED_TO) * KEYS_ALIGNED_TO
 
 
 class Slots:

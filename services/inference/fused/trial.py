@@ -26,54 +26,52 @@ PAUSE_S = 0.002
 
 @torch.inference_mode()
 def staged_chunk(
-    units: Units,
-    pictures: torch.Tensor,
-    picture_valid: Sequence[bool],
-    tokens: Tokens,
-    start: ChunkStart,
-    steps: Sequence[int],
+    units: Units, pictures: torch.Tensor, tokens: Tokens, start: ChunkStart, steps: Sequence[int], *, length: int
 ) -> torch.Tensor:
     """(T, A) float32 on the host, after some of its Euler steps: what is no number in one of them stays none.
 
     Args:
         units: Those that serve.
-        pictures: (I, 3, height, width) float32 in [-1, 1].
-        picture_valid: I, whether a camera is there.
+        pictures: (I, 3, height, width) float32 in [-1, 1]; all cameras are there.
+        length: That the prompt is padded to: one of those prepared, whose kernels are compiled.
     """
-    device, num_tokens = units.weights.device, len(tokens)
+    device, slot = units.weights.device, units.slots.trial
+
+    def numbers(values: object, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(device)[None]
+
     with units.weights.aside():
         tried = replace(units, weights=units.weights.staged())
-
-        def numbers(values: object, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.as_tensor(values, dtype=dtype).to(device)[None]
-
-        slots = numbers(units.slots.trial)
-        inputs = {
-            "pictures": pictures,
-            "slots": slots,
-            "picture_valid": numbers(picture_valid),
-            "tokens": numbers(tokens),
-            "token_valid": numbers([1] * num_tokens),
-        }
         prefix = PrefixSlices(
             tried,
             GraphPool(torch.device("cpu")),  # Nothing is captured: these weights are here once.
-            lambda _: inputs,
+            lambda _: {},
             num_cameras=len(pictures),
-            longest_prompt=num_tokens,
+            longest_prompt=length,
             num_slices=PREFIX_PIECES,
         )
-        prefix.begin(num_tokens)
-        for at in range(prefix.num_slices):
-            prefix.run(at)
-            _let_others(device)
-        tried.begin(slots, numbers(start.num_clean), numbers(start.numbers, torch.float32))
-        for step in steps:
-            tried.expert_step(slots, numbers(step))
-            _let_others(device)
-        chunk = tried.slots.actions[tried.slots.trial].to("cpu", copy=True)
-        if not chunk.isfinite().all():
-            tried.slots.wipe(tried.slots.trial)
+        slots, padding = numbers(slot), [0] * (length - len(tokens))
+        inputs = {
+            "pictures": pictures,
+            "slots": slots,
+            "picture_valid": numbers([1] * len(pictures)),
+            "tokens": numbers([*tokens, *padding]),
+            "token_valid": numbers([1] * len(tokens) + padding),
+        }
+        is_finite = False
+        try:
+            for pieces in prefix.slices:
+                prefix.run_pieces(pieces, **inputs)
+                _let_others(device)
+            tried.begin(slots, numbers(start.num_clean), numbers(start.numbers, torch.float32))
+            for step in steps:
+                tried.expert_step(slots, numbers(step))
+                _let_others(device)
+            chunk = tried.slots.actions[slot].to("cpu", copy=True)
+            is_finite = bool(chunk.isfinite().all())
+        finally:
+            if not is_finite:
+                tried.slots.wipe(slot)
         return chunk
 
 

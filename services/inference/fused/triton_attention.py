@@ -149,6 +149,8 @@ def attend_kernel(
         tl.store(out, result.to(out_ptr.dtype.element_ty), mask=there[:, None])
     else:
         lse = tl.where(largest > -1e29, largest + tl.log2(tl.maximum(weight, 1e-30)), -1e30)
+        # Scores that are no numbers are no largest ones; they must not look like a piece without keys.
+        lse = tl.where(weight == weight, lse, float("nan"))
         tl.store(lse_ptr + flat * PIECES + piece, lse, mask=there)
         if num > 0:
             out = out_ptr + (flat * PIECES + piece)[:, None].to(tl.int64) * E + e[None, :]
@@ -174,8 +176,8 @@ def combine_kernel(
     weight = tl.zeros((QUERIES,), tl.float32)
     for piece in tl.static_range(PIECES):
         lse = tl.load(lse_ptr + query * PIECES + piece, mask=there, other=-1e30)
-        # A piece without keys was never written: what lies there may be anything.
-        written = lse > -1e29
+        # A piece without keys was never written: what lies there may be anything. One that is no number was.
+        written = (lse > -1e29) | (lse != lse)
         share = tl.where(written, tl.exp2(lse - largest), 0.0)
         at = part_ptr + (query * PIECES + piece)[:, None].to(tl.int64) * E + e[None, :]
         acc += share[:, None] * tl.load(at, mask=written[:, None], other=0.0).to(tl.float32)

@@ -142,8 +142,9 @@ def action_in_kernel(
     w = tl.load(w_ptr + column[None, :] * size + inner[:, None], mask=inner[:, None] < size, other=0.0)
     bias = tl.load(bias_ptr + column)
     if PDL:
-        gdc_launch_dependents()
+        # In this order: kernels behind it read tables that the one in front of it writes before they wait themselves.
         gdc_wait()
+        gdc_launch_dependents()
     there = token < num_tokens
     inside = there[:, None] & (inner[None, :] < size)
     place = (tl.load(slots_ptr + row) * num_tokens + token)[:, None] * size + inner[None, :]

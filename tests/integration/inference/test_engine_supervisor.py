@@ -107,6 +107,26 @@ async def test_rows_go_and_chunks_come_many_times_round_the_ring() -> None:
         assert [outcome.actions[0, 0] for outcome in outcomes if isinstance(outcome, Answer)] == list(range(100))
 
 
+@pytest.mark.parametrize("how", ["answered", "the engine died"])
+async def test_an_answer_that_cannot_be_told_costs_nobody_else_theirs(how: str) -> None:
+    def broken(_outcome: Outcome) -> None:
+        raise RuntimeError("this robot's stream is broken")
+
+    async with running() as supervisor:
+        now_s = time.monotonic()
+        if how != "answered":
+            os.kill(children()[0].pid, signal.SIGSTOP)
+        job = Job(model="fake", row=row(1), done=broken)
+        supervisor.submit(owner="broken", request_id=1, arrived_s=now_s, deadline_s=now_s + 20.0, job=job)
+        others = [submit(supervisor, seed, owner=f"robot{seed}") for seed in range(5)]
+        if how != "answered":
+            os.kill(children()[0].pid, signal.SIGKILL)
+        outcomes = await asyncio.wait_for(asyncio.gather(*others), 10.0)
+        expected = Answer if how == "answered" else Unreachable
+        assert all(isinstance(outcome, expected) for outcome in outcomes)
+        await until(lambda: len(children()) == 1)
+
+
 async def test_a_rehearsal_comes_before_the_answer_and_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BUSY_S, "0.05")
     async with running() as supervisor:

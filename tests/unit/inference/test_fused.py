@@ -9,6 +9,7 @@ from manyhands.errors import InvalidInput
 from policies import images, text
 from policies.pi052.config import NetworkConfig
 from services.inference.fused import FusedPi052, prefix_slices
+from services.inference.fused.slots import SlotSizes
 from services.inference.fused.trial import staged_chunk
 from services.inference.fused.units import NO_LOCATIONS
 from tests.support import fused_lab as lab
@@ -76,7 +77,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model: torch.nn.Module) -> None
 def test_a_slot_is_as_new_when_it_is_taken_again(model: torch.nn.Module) -> None:
     fused, asked = fused_of(model), mixed_requests()
     for left_behind in (fused.slots.keys, fused.slots.values, fused.slots.actions, fused.slots.committed, fused.slots.pull):
-        left_behind.fill_(torch.nan)  # As after weights that were refused for it.
+        left_behind.fill_(1e3)  # Another robot's. What is no number is wiped: kernels mask no values of few queries.
     for one in (asked[1], asked[3], asked[2], asked[0]):  # Long prompts before short ones, text in between.
         [slot] = lab.begin(fused, [one])
         lab.fused_ids(fused, [slot], 0, 5)
@@ -274,7 +275,9 @@ def test_new_weights_serve_after_commit_and_not_before(model: torch.nn.Module) -
     assert where == {name: view.data_ptr() for name, view in fused.weights.views.items()}
 
 
-@pytest.mark.parametrize("one", mixed_requests(), ids=lambda one: f"{len(one.tokens)} tokens")
+@pytest.mark.parametrize(
+    "one", [one for one in mixed_requests() if all(one.picture_valid)], ids=lambda one: str(len(one.tokens))
+)
 def test_a_trial_is_a_chunk_of_the_staged_weights_and_touches_no_robot(model: torch.nn.Module, one: lab.Request) -> None:
     fused, other = fused_of(model), lab.network(seed=9)
     slots = lab.begin(fused, mixed_requests())
@@ -283,7 +286,7 @@ def test_a_trial_is_a_chunk_of_the_staged_weights_and_touches_no_robot(model: to
     states = (pool.keys, pool.values, *(tensor[None] for tensor in (pool.actions, pool.valid, pool.action_keys, pool.token)))
     before = [state[:, : pool.trial].clone() for state in states]
     fused.weights.stage(other.state_dict())
-    made = staged_chunk(fused.units, one.pictures, one.picture_valid, one.tokens, lab.start(one), range(lab.NUM_STEPS))
+    made = staged_chunk(fused.units, one.pictures, one.tokens, lab.start(one), range(lab.NUM_STEPS), length=24)
     assert lab.relative(made, lab.plain_chunk(other, one)) < TOLERANCE
     assert lab.relative(made, lab.plain_chunk(model, one)) > TOLERANCE
     assert all(torch.equal(state[:, : pool.trial], kept) for state, kept in zip(states, before, strict=True))
@@ -292,6 +295,14 @@ def test_a_trial_is_a_chunk_of_the_staged_weights_and_touches_no_robot(model: to
         fused.expert_step([(slot, step)])
     for slot, asked in zip(slots, mixed_requests(), strict=True):
         assert lab.relative(pool.actions[slot], lab.plain_chunk(model, asked)) < TOLERANCE
+
+
+@pytest.mark.parametrize("horizon", [1, 50, 64, 65, 128, 200])
+def test_no_block_of_keys_that_a_kernel_reads_ends_in_the_next_slot(horizon: int) -> None:
+    sizes = SlotSizes(num_slots=1, max_prefix=968, max_text=128, horizon=horizon)
+    for block in (32, 64, 128):
+        assert sizes.text_capacity + -(-horizon // block) * block <= sizes.capacity
+        assert sizes.text_capacity - 1 + block <= sizes.capacity
 
 
 @pytest.mark.parametrize("name", ["language.layers.1.k.weight", "expert.norm.modulation.bias", "projector.weight"])

@@ -20,6 +20,7 @@ from manyhands.weights_manifest import RawTensor
 from policies import checkpoint
 from policies.flow import FlowPolicy
 from services.inference import spare as spare_module
+from services.inference import weights_follower
 from services.inference.models import ServedModel
 from services.inference.spare import Spare
 from services.inference.weights_follower import WeightsFollower
@@ -206,6 +207,21 @@ def test_what_a_swap_needs_is_made_at_the_start_and_not_under_robots(
     follower.start()
     monkeypatch.setattr(Spare, "of", lambda _policy: pytest.fail("a module was copied while robots are served"))
     assert follower.swap("tiny", 1).result(20.0).current.number == 1
+
+
+def test_a_version_that_cannot_be_tried_is_told_among_the_swaps(
+    served: ServedModel, follower: WeightsFollower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(weights_follower, "_check_canary", fail)
+    with pytest.raises(RuntimeError):
+        follower.swap("tiny", 1).result(20.0)
+    [swap] = follower.swaps()
+    assert (swap.version.number, swap.accepted) == (1, False)
+    assert "log" in swap.reason
+    assert served.version.number == 0
 
 
 def test_wrong_pieces_are_refused_and_the_old_version_keeps_serving(

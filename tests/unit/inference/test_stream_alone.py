@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -65,14 +66,16 @@ class Desk:
         self.num_intervals_asked += 1
         return 10
 
-    def ask(self, encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG) -> None:
+    def ask(
+        self, encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG, *, request_id: int = 1
+    ) -> None:
         arrays: dict[str, Any] = {
             feature.name: np.zeros(feature.shape, dtype=feature.dtype)
             for feature in self.models["fake"].used_spec.observation
         }
         request = inference_pb2.ActRequest(
             session_id=self.session.session_id,
-            request_id=1,
+            request_id=request_id,
             observation=common_pb2.Observation(values=codec.encode_values(arrays, image_encoding=encoding)),
             deadline=stamps.to_duration(5.0),
         )
@@ -156,6 +159,23 @@ async def test_no_request_is_kept_where_others_are_served(desk: Desk) -> None:
     desk.num_streams = 2
     desk.ask()
     assert desk.stream._last_answered is None
+
+
+async def test_a_request_that_fails_behind_its_pictures_is_answered_and_the_next_one_goes_on(desk: Desk) -> None:
+    real = desk.engine.submit
+    desk.engine.submit = lambda **row: 1 / 0  # type: ignore[method-assign, assignment]
+    desk.num_in_flight = 2  # Pictures are decoded on threads, and the loop is told.
+    desk.ask()
+    await asyncio.sleep(0.01)
+    response = desk.stream._outbox.get_nowait()
+    assert response is not None
+    assert response.WhichOneof("result") == "refusal"
+    desk.engine.submit = real  # type: ignore[method-assign]
+    desk.ask(request_id=2)
+    await asyncio.sleep(0.01)
+    response = desk.stream._outbox.get_nowait()
+    assert response is not None
+    assert response.WhichOneof("result") == "chunk"
 
 
 async def test_pictures_of_a_stream_that_is_over_are_dropped(desk: Desk) -> None:

@@ -355,6 +355,23 @@ def test_a_version_is_tried_beside_what_serves_and_a_bad_one_changes_nothing(eng
     assert model.slots.num_free == model.slots.sizes.num_slots
 
 
+def test_what_a_robot_that_left_amid_a_chunk_had_is_wiped(engine, monkeypatch):
+    """Nobody looked whether it was finite, and kernels mask no values of what lies behind a row's keys."""
+    model = engine.models["tiny"]
+    model.slots.keys.zero_()
+    stall = Stall(monkeypatch, model, "run_expert")
+    submit(engine, "left", row(1))
+    assert stall.entered.wait(10.0)
+    assert (model.slots.keys != 0).any()
+    engine.withdraw("left")
+    stall.gate.set()
+    ended_s = time.monotonic() + 10.0
+    while model.slots.num_free < model.slots.sizes.num_slots and time.monotonic() < ended_s:
+        time.sleep(0.001)
+    assert model.slots.num_free == model.slots.sizes.num_slots
+    assert not (model.slots.keys != 0).any()
+
+
 def test_what_was_prepared_ahead_of_a_change_is_prepared_again(engine, policy, monkeypatch):
     second, model = other_statistics(policy), engine.models["tiny"]
     stall = Stall(monkeypatch, policy, "observation", of="telling")
