@@ -134,12 +134,13 @@ class RobotStream:
             self._is_over = True
             self._next_request.stop()
             reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
             self._subtask.stop()
             # A stream that another one took over from may end much later, on a dead link: what is asked is the other's then.
             if self._session is not None and self._session.stream is self:
                 self._desk.sessions.detach(self._session, self, self._clock())
                 self._desk.engine.withdraw(self._session.session_id)
+            # Last: who is cancelled here, or waits for a reader that does not end, has let go of its name.
+            await asyncio.gather(reading, return_exceptions=True)
 
     def drain(self, reconnect_after_s: float, reason: str) -> None:
         """Tells the client to go elsewhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -69,17 +70,21 @@ class Desk:
     def ask(
         self, encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG, *, request_id: int = 1
     ) -> None:
+        self.stream._prepare(self.stream._take(self.request(encoding, request_id), time.monotonic()))
+
+    def request(
+        self, encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG, request_id: int = 1
+    ) -> inference_pb2.ActRequest:
         arrays: dict[str, Any] = {
             feature.name: np.zeros(feature.shape, dtype=feature.dtype)
             for feature in self.models["fake"].used_spec.observation
         }
-        request = inference_pb2.ActRequest(
+        return inference_pb2.ActRequest(
             session_id=self.session.session_id,
             request_id=request_id,
             observation=common_pb2.Observation(values=codec.encode_values(arrays, image_encoding=encoding)),
             deadline=stamps.to_duration(5.0),
         )
-        self.stream._prepare(self.stream._take(request, time.monotonic()))
 
 
 @pytest.fixture
@@ -176,6 +181,35 @@ async def test_a_request_that_fails_behind_its_pictures_is_answered_and_the_next
     response = desk.stream._outbox.get_nowait()
     assert response is not None
     assert response.WhichOneof("result") == "chunk"
+
+
+async def test_a_stream_whose_reader_does_not_end_lets_go_of_its_name(desk: Desk) -> None:
+    released = asyncio.Event()
+
+    async def requests() -> AsyncIterator[inference_pb2.ActRequest]:
+        yield desk.request()
+        try:
+            await asyncio.sleep(60.0)
+        finally:
+            await released.wait()
+
+    async def read() -> None:
+        responses = desk.stream.responses(requests())
+        try:
+            async for _ in responses:
+                pass
+        finally:
+            await responses.aclose()  # type: ignore[attr-defined]
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(0.01)
+    assert desk.session.stream is desk.stream
+    reading.cancel()
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    assert desk.session.stream is None
+    released.set()
+    await asyncio.gather(reading, return_exceptions=True)
 
 
 async def test_pictures_of_a_stream_that_is_over_are_dropped(desk: Desk) -> None:
