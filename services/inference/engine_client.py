@@ -168,13 +168,13 @@ class EngineClient:
 
     def expect(self, model: str, row: Row) -> None:
         """As EnginePort.expect; where no slot is free, rows that are ready need them more."""
-        self._tell(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True))
+        self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True))
 
     def rehearse(self, model: str, row: Row) -> None:
         """As EnginePort.rehearse; likewise."""
-        self._tell(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_rehearsal=True))
+        self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_rehearsal=True))
 
-    def _tell(self, request: Request) -> None:
+    def _write_unasked(self, request: Request) -> None:
         if not self._waiting and self._ended is None and self._has_slot():
             self._write(request)
 

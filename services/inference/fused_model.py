@@ -116,7 +116,11 @@ class FusedModel(ServedModel):
 
     def bucket(self, row: ChunkRow | TextRowInWork) -> int:
         """Tokens that its prompt is padded to."""
-        return next(n for n in self.fused.settings.prompt_lengths if n >= len(row.read.prompt.tokens))
+        return self._padded(len(row.read.prompt.tokens))
+
+    def _padded(self, num_tokens: int) -> int:
+        """The prompt length that was prepared for so many tokens."""
+        return next(length for length in self.fused.settings.prompt_lengths if length >= num_tokens)
 
     # -- requests to rows: any thread ----------------------------------------------------------------------------------
 
@@ -310,9 +314,8 @@ class FusedModel(ServedModel):
         read, start = self._read_by(policy, asked)
         with self.fused.weights.aside():
             pictures = torch.stack([self._on_device(picture) for picture in self._pictures(sample_of(asked.sample))])
-        tokens = read.prompt.tokens
-        length = next(length for length in self.fused.settings.prompt_lengths if length >= len(tokens))
-        made = trial.staged_chunk(self.fused.units, pictures, tokens, start, self._canary_steps, length=length)
+        tokens, steps = read.prompt.tokens, self._canary_steps
+        made = trial.staged_chunk(self.fused.units, pictures, tokens, start, steps, length=self._padded(len(tokens)))
         if not all(np.isfinite(part).all() for part in policy.finished(made.numpy()[None], read.state.numpy())):
             raise Refused("its canary chunk is not finite")
 

@@ -249,7 +249,8 @@ class WeightsFollower:
                 raise
             raise Refused(f"version {version.number} of {served.name}: {error}", field=error.field) from error
         except Exception as error:
-            if not is_fatal(error):
+            # Else it would be missing among the swaps; of an end of the server it says nothing about the version.
+            if not is_fatal(error) and not self._stopping.is_set():
                 self._record(version, accepted=False, reason="it could not be staged; the engine's log has the reason")
             raise
         self._check_going_on()

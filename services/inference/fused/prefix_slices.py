@@ -32,68 +32,22 @@ SHARE_OF_TEXT_STEP = 0.9
 MIN_SLICES = 2
 
 
-class PrefixSlices:
-    """Attributes:
-    slices: The pieces (of piece_costs_s()) of each.
-    num_slices: That a prefix comes in; 0: there are no questions.
+class PrefixPieces:
+    """What a piece of a prefix leaves for the next.
+
+    Args:
+        longest_prompt: Tokens that there is room for.
     """
 
-    def __init__(
-        self,
-        units: Units,
-        pool: GraphPool,
-        inputs: Callable[[int], Mapping[str, torch.Tensor]],
-        *,
-        num_cameras: int,
-        longest_prompt: int,
-        num_slices: int | None,
-    ) -> None:
-        """
-        Args:
-            inputs: New ones of a prompt length, as run_pieces() takes them.
-            num_slices: None: as many as make each about as long as a text step.
-        """
+    def __init__(self, units: Units, *, num_cameras: int, longest_prompt: int) -> None:
         config, device, dtype = units.weights.config, units.weights.device, units.weights.dtype
         self._units = units
-        self._pool = pool
-        self._inputs = inputs
         num_patches = num_cameras * config.num_patches
-        self.slices = planned(config, num_cameras=num_cameras, longest_prompt=longest_prompt, num_slices=num_slices)
         self._vision_x = torch.zeros(num_patches, config.vision.width, dtype=torch.float32, device=device)
         self._vision_branch = torch.zeros(num_patches, config.vision.width, dtype=dtype, device=device)
         self._x = torch.zeros(1, num_patches + longest_prompt, config.language.width, dtype=dtype, device=device)
-        # By prompt length, every slice; those of the prefix in progress, and which of them comes next.
-        self._prepared: dict[int, list[Recorded[None]]] = {}
-        self._current: Sequence[Recorded[None]] = ()
-        self._next = 0
 
-    @property
-    def num_slices(self) -> int:
-        return len(self.slices)
-
-    def prepare(self, length: int) -> list[Recorded[None]]:
-        """All slices of a prompt length at once: capturing one runs it, which would spoil a prefix in progress."""
-        if length not in self._prepared:
-            with torch.inference_mode(False):
-                inputs = self._inputs(length)
-            self._prepared[length] = [
-                Recorded(partial(self.run_pieces, pieces), inputs, self._pool) for pieces in self.slices
-            ]
-        return self._prepared[length]
-
-    def begin(self, length: int) -> Mapping[str, torch.Tensor]:
-        """The inputs of all slices, to be written now; a prefix in progress is given up."""
-        assert self.slices, "this network was prepared for no questions"
-        self._current, self._next = self.prepare(length), 0
-        return self._current[0].inputs
-
-    def run(self, at: int) -> None:
-        """Slice number at of the prefix in progress."""
-        assert at == self._next, f"slice {self._next} of this prefix comes next, not {at}"
-        self._next += 1
-        self._current[at].run()
-
-    def run_pieces(
+    def run(
         self,
         pieces: range,
         *,
@@ -136,6 +90,63 @@ class PrefixSlices:
         else:
             # In place, like all that a layer does to the stream: x is the buffer.
             units.many.settled(residual, rows)
+
+
+class PrefixSlices:
+    """Attributes:
+    num_slices: That a prefix comes in; 0: there are no questions.
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        pool: GraphPool,
+        inputs: Callable[[int], Mapping[str, torch.Tensor]],
+        *,
+        num_cameras: int,
+        longest_prompt: int,
+        num_slices: int | None,
+    ) -> None:
+        """
+        Args:
+            inputs: New ones of a prompt length, as PrefixPieces.run() takes them.
+            num_slices: None: as many as make each about as long as a text step.
+        """
+        self._pieces = PrefixPieces(units, num_cameras=num_cameras, longest_prompt=longest_prompt)
+        self._pool = pool
+        self._inputs = inputs
+        config = units.weights.config
+        self._slices = planned(config, num_cameras=num_cameras, longest_prompt=longest_prompt, num_slices=num_slices)
+        # By prompt length, every slice; those of the prefix in progress, and which of them comes next.
+        self._prepared: dict[int, list[Recorded[None]]] = {}
+        self._current: Sequence[Recorded[None]] = ()
+        self._next = 0
+
+    @property
+    def num_slices(self) -> int:
+        return len(self._slices)
+
+    def prepare(self, length: int) -> list[Recorded[None]]:
+        """All slices of a prompt length at once: capturing one runs it, which would spoil a prefix in progress."""
+        if length not in self._prepared:
+            with torch.inference_mode(False):
+                inputs = self._inputs(length)
+            self._prepared[length] = [
+                Recorded(partial(self._pieces.run, pieces), inputs, self._pool) for pieces in self._slices
+            ]
+        return self._prepared[length]
+
+    def begin(self, length: int) -> Mapping[str, torch.Tensor]:
+        """The inputs of all slices, to be written now; a prefix in progress is given up."""
+        assert self._slices, "this network was prepared for no questions"
+        self._current, self._next = self.prepare(length), 0
+        return self._current[0].inputs
+
+    def run(self, at: int) -> None:
+        """Slice number at of the prefix in progress."""
+        assert at == self._next, f"slice {self._next} of this prefix comes next, not {at}"
+        self._next += 1
+        self._current[at].run()
 
 
 def planned(config: NetworkConfig, *, num_cameras: int, longest_prompt: int, num_slices: int | None) -> list[range]:

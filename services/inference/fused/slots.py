@@ -16,7 +16,7 @@ import torch
 from policies.configuration import TowerSize
 
 # Kernels read whole blocks of keys, up to so many, and mask none of their values: what is behind a row's last key must be of
-# the row's own slot. Slots are whole numbers of smaller blocks, which addresses are computed faster with.
+# the row's own slot. Its size is rounded, so that kernels are compiled for one that 16 divides.
 KEYS_READ_AT_A_TIME, KEYS_ALIGNED_TO = 128, 64
 
 

@@ -13,8 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from .graphs import GraphPool
-from .prefix_slices import PrefixSlices
+from .prefix_slices import PrefixPieces, planned
 from .settings import Tokens
 from .starts import ChunkStart
 from .units import Units
@@ -42,14 +41,8 @@ def staged_chunk(
 
     with units.weights.aside():
         tried = replace(units, weights=units.weights.staged())
-        prefix = PrefixSlices(
-            tried,
-            GraphPool(torch.device("cpu")),  # Nothing is captured: these weights are here once.
-            lambda _: {},
-            num_cameras=len(pictures),
-            longest_prompt=length,
-            num_slices=PREFIX_PIECES,
-        )
+        sizes = {"num_cameras": len(pictures), "longest_prompt": length}
+        prefix = PrefixPieces(tried, **sizes)
         slots, padding = numbers(slot), [0] * (length - len(tokens))
         inputs = {
             "pictures": pictures,
@@ -60,8 +53,8 @@ def staged_chunk(
         }
         is_finite = False
         try:
-            for pieces in prefix.slices:
-                prefix.run_pieces(pieces, **inputs)
+            for pieces in planned(tried.weights.config, **sizes, num_slices=PREFIX_PIECES):
+                prefix.run(pieces, **inputs)
                 _let_others(device)
             tried.begin(slots, numbers(start.num_clean), numbers(start.numbers, torch.float32))
             for step in steps:

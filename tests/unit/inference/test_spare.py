@@ -224,6 +224,19 @@ def test_a_version_that_cannot_be_tried_is_told_among_the_swaps(
     assert served.version.number == 0
 
 
+def test_a_trial_that_an_end_of_the_server_cuts_off_says_nothing_of_the_version(
+    follower: WeightsFollower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_arguments: object) -> None:
+        follower.end_swaps()
+        raise RuntimeError("what it needs is closed")
+
+    monkeypatch.setattr(weights_follower, "_check_canary", cut_off)
+    with pytest.raises(Cancelled):
+        follower.swap("tiny", 1).result(20.0)
+    assert follower.swaps() == []
+
+
 def test_wrong_pieces_are_refused_and_the_old_version_keeps_serving(
     served: ServedModel, tensors: dict[str, RawTensor], service: ScriptedWeights, follower: WeightsFollower
 ) -> None:
