@@ -19,7 +19,7 @@ from . import capacity, sharing
 from .service_times import ServiceTimes
 from .unit_durations import UnitDurations
 from .unit_scheduler import UnitScheduler
-from .units import PREFIX_SIZES, ChunkWork, TextWork, Unit, UnitKind, group
+from .units import PREFIX_SIZES, ChunkWork, TextWork, Unit, UnitKind, expert_sizes, group
 
 MODEL = "model"
 RETRY_AFTER_S = 4.0
@@ -373,11 +373,10 @@ def _capacity(fleet: Fleet, durations: UnitDurations) -> capacity.DeviceCapacity
 def _warmed_up(fleet: Fleet, durations: UnitDurations) -> ServiceTimes:
     """Estimates as an engine has them that ran each prepared unit before it served."""
     times = ServiceTimes(forgets=False)
-    expert_sizes = [size for size in durations.expert_step_s if size <= fleet.max_rows] or [1]
     text_sizes = [size for size in durations.text_step_s if size <= fleet.max_texts] or [1]
     prepared: Sequence[tuple[UnitKind, Sequence[int]]] = (
         (UnitKind.PREFIX, [size for size in PREFIX_SIZES if size <= fleet.max_rows]),
-        (UnitKind.EXPERT, expert_sizes),
+        (UnitKind.EXPERT, expert_sizes(fleet.max_rows)),
         (UnitKind.TEXT_PREFIX, [1]),
         (UnitKind.DRAFT_CHECK, [1]),
         (UnitKind.TEXT, text_sizes),

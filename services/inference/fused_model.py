@@ -34,6 +34,7 @@ from .fused.starts import ChunkStart
 from .models import AnyPolicy, ServedModel
 from .rows_ahead import RowsAhead, inputs_of
 from .rows_in_work import Chunk, ChunkRow, Take, TextRowInWork, slot_of, valid_of
+from .units import expert_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class FusedModel(ServedModel):
             num_slots=3 * max_rows + max_texts,
             max_text=config.max_new_tokens,
             prompt_lengths=(*lengths, config.prompt_length),
-            expert_rows=_buckets(max_rows),
+            expert_rows=expert_sizes(max_rows),
             text_rows=_buckets(max_texts),
             prefix_slices=None if policy.has_text_head else 0,
             draft_length=min(MAX_DRAFT_TOKENS, config.max_new_tokens) if policy.has_text_head else 0,
@@ -239,17 +240,19 @@ class FusedModel(ServedModel):
         if row.num_slices == 0:
             row.slot = self._take_slot() if row.slot is None else row.slot
             self.fused.begin_question(row.slot, self._fitting(row.pictures), valid_of(row), row.read.prompt.tokens)
+            row.num_foretold = 0
         self.fused.prefix_slice(slot_of(row), row.num_slices)
         row.num_slices += 1
         if row.num_slices < self.num_prefix_slices:
             return _nothing
-        return self._taking([row], *self.fused.first_text([TextRow(slot=slot_of(row), flags=row.flags)]))
+        return self._chosen(self.fused.first_text, [row])
 
     def run_draft(self, row: TextRowInWork) -> Take:
         """As many tokens of the draft as greedy decoding agrees with, and the one after; none if the first one differs."""
         if not row.draft or row.has_ended or row.tokens[0] != row.draft[0] or len(row.draft) < 2:
             return _nothing
         found = self.fused.check_draft([TextRow(slot=slot_of(row), flags=row.flags)], [row.draft[1:]])
+        row.num_foretold = None
         tokens, counts = (self._to_host(tensor) for tensor in found)
 
         def take() -> None:
@@ -261,9 +264,12 @@ class FusedModel(ServedModel):
         return take
 
     def run_text(self, rows: Sequence[TextRowInWork]) -> Take:
-        """The next token of each."""
+        """The next token of each; the one before may still be on its way to the host, unless it is drawn."""
         self._send_drawn(rows)
-        return self._taking(rows, *self.fused.text_step([TextRow(slot=slot_of(row), flags=row.flags) for row in rows]))
+        for row in rows:
+            if row.num_foretold is None:
+                row.num_foretold = len(row.tokens)
+        return self._chosen(self.fused.text_step, rows)
 
     def fetch(self, rows: Sequence[ChunkRow]) -> Callable[[], list[Chunk]]:
         """Sends finished chunks to the host; what is answered makes the robots' chunks of them, when they have arrived."""
@@ -296,9 +302,13 @@ class FusedModel(ServedModel):
             self.slots.give_back(row.slot)
             row.slot = None
 
-    def reserve(self) -> None:
-        """Takes the memory that stage() needs, before anybody is served."""
-        self.fused.weights.reserve()
+    def rehearse_stage(self) -> None:
+        """Stages the weights that serve, before anybody is served, on the thread that versions will come by.
+
+        What happens the first time only (memory of the device, of its own for a stream; handles of libraries, of their own
+        for a thread) holds the driver, and with it every unit's launch.
+        """
+        self.stage(self.policy)
 
     def stage(self, policy: AnyPolicy) -> None:
         """Brings another version's weights beside those that serve, from any thread, and tries them; replace() makes them
@@ -383,6 +393,15 @@ class FusedModel(ServedModel):
             return tensor.clone()
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
+    def _chosen(
+        self, unit: Callable[[Sequence[TextRow]], tuple[torch.Tensor, torch.Tensor]], rows: Sequence[TextRowInWork]
+    ) -> Take:
+        answer = unit([TextRow(slot=slot_of(row), flags=row.flags) for row in rows])
+        for row in rows:
+            assert row.num_foretold is not None
+            row.num_foretold += 1
+        return self._taking(rows, *answer)
+
     def _taking(self, rows: Sequence[TextRowInWork], logits: torch.Tensor, likeliest: torch.Tensor) -> Take:
         """Logits hold until the next unit only, so what is needed of them goes to the host now.
 
@@ -399,6 +418,8 @@ class FusedModel(ServedModel):
             for index, (row, token, is_broken) in enumerate(
                 zip(rows, likeliest.tolist(), broken.tolist(), strict=True)
             ):  # fmt: skip
+                if row.has_ended:
+                    continue  # It took a step before this was known.
                 row.is_broken = is_broken
                 if is_broken:
                     continue

@@ -14,42 +14,56 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 _ROUNDING = 1e-9
 
 
+# By text_id.
+Parts = Mapping[Hashable, float]
+
+
 class HoldUps:
     """Keys are chunks; who holds them up are text_ids. Amounts are in text units."""
 
     def __init__(self) -> None:
         self._waited: dict[Hashable, dict[Hashable, float]] = {}
-        # Of the text unit that runs.
-        self._running: dict[Hashable, float] = {}
-
-    @property
-    def text_runs(self) -> bool:
-        return bool(self._running)
+        # By text unit that runs or is about to.
+        self._running: dict[Hashable, Parts] = {}
 
     def came(self, key: Hashable) -> None:
-        """A chunk; the text unit that runs holds it up."""
-        self._waited[key] = dict(self._running)
+        """A chunk; the text units that run hold it up."""
+        self._waited[key] = self._of_running()
 
     def left(self, key: Hashable) -> None:
         """It was answered, or is given up."""
         self._waited.pop(key, None)
 
-    def text_begins(self, who: Collection[Hashable]) -> None:
-        self._running = dict.fromkeys(who, 1.0 / len(who))
+    def text_begins(self, unit: Hashable, who: Collection[Hashable]) -> None:
+        parts = dict.fromkeys(who, 1.0 / len(who))
+        self._running[unit] = parts
         for waited in self._waited.values():
-            for one, part in self._running.items():
-                waited[one] = waited.get(one, 0.0) + part
+            _add(waited, parts)
 
-    def text_ends(self) -> None:
-        self._running = {}
+    def text_ends(self, unit: Hashable) -> None:
+        del self._running[unit]
 
     def used(self) -> Mapping[Hashable, float]:
-        """What questions have used up of their text units, each towards the chunk there that waited for it most; else 0."""
-        most: dict[Hashable, float] = {}
+        """What questions have used up of their text units, each towards the chunk that waited for it most; else 0.
+
+        A chunk may come at any time, and would wait for all that runs: it counts as if it were there.
+        """
+        most = self._of_running()
         for waited in self._waited.values():
             for who, part in waited.items():
                 most[who] = max(part, most.get(who, 0.0))
         return most
+
+    def _of_running(self) -> dict[Hashable, float]:
+        found: dict[Hashable, float] = {}
+        for parts in self._running.values():
+            _add(found, parts)
+        return found
+
+
+def _add(to: dict[Hashable, float], parts: Parts) -> None:
+    for who, part in parts.items():
+        to[who] = to.get(who, 0.0) + part
 
 
 def may_run_alone(who: Hashable, used: Mapping[Hashable, float]) -> bool:

@@ -53,6 +53,8 @@ class TextRowInWork:
     Attributes:
         draft: What greedy decoding is likely to give, the end token included; empty for none.
         num_slices: Of its prefix that have run.
+        num_foretold: Tokens that it has when what is launched has been taken in; None behind the check of a draft. The
+            engine's thread alone knows.
         drawn: Its newest token where that is not the likeliest and the device does not know it yet.
         is_broken: Its logits were not numbers.
     """
@@ -65,6 +67,7 @@ class TextRowInWork:
     draft: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
     num_slices: int = 0
+    num_foretold: int | None = 0
     drawn: int | None = None
     is_broken: bool = False
     slot: int | None = None
@@ -76,7 +79,9 @@ class TextRowInWork:
 
     @property
     def flags(self) -> int:
-        short = TOO_SHORT if len(self.tokens) < self.rules.min_new_tokens else 0
+        """Of its next token."""
+        assert self.num_foretold is not None
+        short = TOO_SHORT if self.num_foretold < self.rules.min_new_tokens else 0
         return short | (NO_LOCATIONS if self.rules.suppress_locations else 0)
 
     @property

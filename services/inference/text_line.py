@@ -72,16 +72,17 @@ class TextLine(Generic[ChunkT, TextT]):
         self._forget(late)
         return tuple(late)
 
-    def begin(self, unit: Unit[ChunkT, TextT]) -> None:
-        """The unit runs now."""
+    def begin(self, unit: Unit[ChunkT, TextT], now_s: float) -> None:
+        """The unit runs, or is the next that does."""
         for text in unit.texts:
+            text.num_running += 1
+            text.touched_s = now_s
             if self._waiting.pop(text.work.text_id, None) is not None:
                 self._texts[text.work.text_id] = text
 
     def finished(
         self,
         unit: Unit[ChunkT, TextT],
-        now_s: float,
         *,
         num_new_tokens: Mapping[Hashable, int],
         ended: frozenset[Hashable],
@@ -90,7 +91,7 @@ class TextLine(Generic[ChunkT, TextT]):
         complete: list[TextWork[TextT]] = []
         for text in unit.texts:
             text_id = text.work.text_id
-            text.touched_s = now_s
+            text.num_running -= 1
             num_new = 0
             if unit.kind is UnitKind.TEXT_PREFIX:
                 text.num_slices += 1
@@ -115,7 +116,7 @@ class TextLine(Generic[ChunkT, TextT]):
         candidates: list[tuple[float, int, tuple[TextInProgress[TextT], ...]]] = []
         for together in self._decoding(used):
             candidates.append((min(text.touched_s for text in together), 1, together))
-        able = [text for text in self._texts.values() if may_run_alone(text.work.text_id, used)]
+        able = [text for text in self._texts.values() if text.may_go_on and may_run_alone(text.work.text_id, used)]
         drafted = [text for text in able if text.kind is UnitKind.DRAFT_CHECK]
         if drafted:
             first = min(drafted, key=_touched)
@@ -135,15 +136,19 @@ class TextLine(Generic[ChunkT, TextT]):
         return unit, waited_since_s
 
     def _decoding(self, used: Mapping[Hashable, float]) -> list[tuple[TextInProgress[TextT], ...]]:
-        """By model, the texts that could take a step together now."""
+        """By model, the texts that could take a step together now.
+
+        One that is on its way goes on with the others, or nobody does: each on its own, one behind the other, they would
+        take a step each where one serves all, and never meet again.
+        """
         by_model: dict[str, list[TextInProgress[TextT]]] = {}
         for text in self._texts.values():
-            if text.kind is UnitKind.TEXT:
+            if text.kind is UnitKind.TEXT and text.may_go_on:
                 by_model.setdefault(text.work.model, []).append(text)
         found = []
         for texts in by_model.values():
             able = may_step_together([text.work.text_id for text in texts], used)
-            if able:
+            if able and all(text.work.text_id in able for text in texts if text.num_running):
                 found.append(tuple(text for text in texts if text.work.text_id in able))
         return found
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .units import UnitKind
+from .units import EXPERT_SIZES, UnitKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitDurations:
     """How long a unit takes, in seconds by its size; between two sizes as long as a straight line says.
 
-    Engines prepare sizes that double, and a unit runs as the next bigger one.
+    Engines prepare some sizes (expert_sizes(); else sizes that double), and a unit runs as the next bigger one.
 
     Attributes:
         text_prefix_s: A question's whole prefix.
@@ -32,11 +32,11 @@ class UnitDurations:
     jitter: float = 0.02
 
     def of(self, kind: UnitKind, size: int) -> float:
+        if kind is UnitKind.EXPERT:
+            return interpolate(self.expert_step_s, next((known for known in EXPERT_SIZES if known >= size), size))
         prepared = 1 << (size - 1).bit_length()
         if kind is UnitKind.PREFIX:
             return interpolate(self.prefix_s, prepared)
-        if kind is UnitKind.EXPERT:
-            return interpolate(self.expert_step_s, prepared)
         if kind is UnitKind.TEXT:
             return interpolate(self.text_step_s, prepared)
         return self.draft_check_s if kind is UnitKind.DRAFT_CHECK else self.text_prefix_s / self.num_text_slices

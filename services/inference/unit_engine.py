@@ -162,6 +162,7 @@ class UnitEngine:
             arrived_s=self._clock(),
             deadline_s=question.until_s,
             payload=TextInWork(heard=heard, row=row),
+            is_drawn=row.is_drawn,
         )
         with self._changed:
             stopping = self._stopping

@@ -44,10 +44,12 @@ MAX_TEXT_WAIT_S = 0.3
 # Of the time a robot gives, for what comes behind the device: the answer's way back, and estimates that are wrong.
 RESERVE_SHARE = 0.05
 # As much must be left to every chunk where text goes before it: for chunks that come next, and for sharing steps, which
-# those near their deadlines cannot do. With 0.3 instead of 0.4 fewer of the chunks that are
-# promised are late in simulated time (docs/design/0016), and text has 7 to 10 % more. With 0.05
-# chunks share no longer, the device makes fewer of them than robots ask for, and in the end text has less.
-TEXT_RESERVE_SHARE = 0.3
+# those near their deadlines cannot do. On a faster card of two, 0.3 gave text 380 tokens/s instead of 1095 in simulated time
+# (docs/design/0016), because chunks no longer shared.
+TEXT_RESERVE_SHARE = 0.5
+# Text units that have begun and are not taken in. Tokens reach the host some time after the device has them, and what runs
+# behind them is decided before: one runs, one is on its way to the host, one is next.
+MAX_TEXT_UNITS = 3
 # A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper. Those of an H200
 # get 8 % cheaper by twos and by fours; on a full device that is half as much as all text steps take.
 WORTHWHILE_SAVING = 0.07
@@ -75,6 +77,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         self._rows: dict[str, Row[ChunkT]] = {}
         self._texts: TextLine[ChunkT, TextT] = TextLine(max_texts=max_texts, max_prefixes=max_prefixes)
         self._hold_ups = HoldUps()
+        self._texts_running: dict[int, Unit[ChunkT, TextT]] = {}
         self._busy_at_least_until_s = 0.0
 
     def __len__(self) -> int:
@@ -173,10 +176,8 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             self.times.observe(unit.group, unit.size, duration_s, now_s)
             self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
-            self._hold_ups.text_ends()
-            return Finished(
-                texts=self._texts.finished(unit, now_s, num_new_tokens=num_new_tokens or {}, ended=frozenset(ended))
-            )
+            self._end_text(unit)
+            return Finished(texts=self._texts.finished(unit, num_new_tokens=num_new_tokens or {}, ended=frozenset(ended)))
         complete: list[ChunkWork[ChunkT]] = []
         for row in unit.rows:
             if unit.kind is UnitKind.PREFIX:
@@ -191,7 +192,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """The unit raised: its rows and texts leave, unanswered by the scheduler."""
         self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
-            self._hold_ups.text_ends()
+            self._end_text(unit)
         for row in unit.rows:
             self._forget(row)
         for text in unit.texts:
@@ -204,8 +205,13 @@ class UnitScheduler(Generic[ChunkT, TextT]):
                 self._line.start(row.work)
                 self._rows[row.work.owner] = row
         elif unit.kind is not UnitKind.EXPERT:
-            self._texts.begin(unit)
-            self._hold_ups.text_begins([text.work.text_id for text in unit.texts])
+            self._texts.begin(unit, now_s)
+            self._texts_running[id(unit)] = unit
+            self._hold_ups.text_begins(id(unit), [text.work.text_id for text in unit.texts])
+
+    def _end_text(self, unit: Unit[ChunkT, TextT]) -> None:
+        del self._texts_running[id(unit)]
+        self._hold_ups.text_ends(id(unit))
 
     def _forget(self, row: Row[ChunkT]) -> bool:
         self._hold_ups.left(_key(row.work))
@@ -326,9 +332,10 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         return True
 
     def _next_text(self) -> tuple[Unit[ChunkT, TextT], float] | None:
-        """None also while a text unit is not finished: what is next depends on its tokens, and a chunk that comes meanwhile
-        would wait for two."""
-        if not len(self._texts) or self._hold_ups.text_runs:
+        """None also while enough of text is on its way, and while a token is drawn: tokens are taken in in their order."""
+        running = self._texts_running.values()
+        is_drawn = any(text.work.is_drawn for unit in running for text in unit.texts)
+        if not len(self._texts) or len(running) >= MAX_TEXT_UNITS or is_drawn:
             return None
         return self._texts.next_unit(self._hold_ups.used())
 

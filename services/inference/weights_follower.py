@@ -101,7 +101,7 @@ class WeightsFollower:
         """
         resume = resume or {}
         for slot in self._slots.values():
-            _prepare(slot)
+            self._staging.submit(_prepare, slot).result()
         swaps = {
             name: self._staging.submit(self._take_first, slot, resume.get(name))
             for name, slot in self._slots.items()
@@ -300,13 +300,13 @@ class WeightsFollower:
 
 def _prepare(slot: _Slot) -> None:
     """While robots are served, copying the module (its Python objects; no weights yet) would hold the interpreter for too
-    long, and memory of the device might be short. A module that is on a device is copied when it is needed."""
+    long, and the first version would be in everybody's way. A module that is on a device is copied when it is needed."""
     policy = slot.served.policy
     if next(iter(policy.state_dict().values())).device.type == "cpu":
         slot.spare = Spare.of(policy)
     if isinstance(slot.served, FusedModel):
         try:
-            slot.served.reserve()
+            slot.served.rehearse_stage()
         except torch.OutOfMemoryError as error:
             logger.warning(
                 "%s: its weights cannot be swapped while the device is as full as this: %s", slot.served.name, error

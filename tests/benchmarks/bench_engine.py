@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from policies.pi052.config import NetworkConfig, Precision  # noqa: E402
 from policies.pi052.model import Pi052Network  # noqa: E402
 from services.inference.fused import FusedPi052, FusedSettings, PrefixRow, TextRow  # noqa: E402
+from services.inference.units import expert_sizes  # noqa: E402
 from tests.support import fused_lab as lab  # noqa: E402
 
 CONFIG = NetworkConfig(precision=Precision.BFLOAT16)
@@ -282,6 +283,7 @@ def main() -> int:
         num_cameras=NUM_CAMERAS,
         prompt_lengths=(NUM_TOKENS,),
         prefix_rows=(1, 2, 4),
+        expert_rows=expert_sizes(16),
         text_rows=(1, 8, 16, 32),
         pictures_fit=True,
     )

@@ -20,6 +20,7 @@ from services.inference.fused.ops import ReferenceOps
 from services.inference.fused.slots import Residual
 from services.inference.fused.trial import staged_chunk
 from services.inference.fused.units import NO_LOCATIONS
+from services.inference.units import EXPERT_SIZES
 from tests.support import fused_lab as lab
 
 pytestmark = [
@@ -55,7 +56,7 @@ def networks() -> tuple[Pi052Network, Pi052Network]:
 
 def fused_of(model: Pi052Network, **changes: object) -> FusedPi052:
     asked: dict[str, object] = {"horizon": HORIZON, "num_slots": 20, "prompt_lengths": (48, 200), "max_text": 128}
-    asked |= {"prefix_rows": (1, 2, 4), "expert_rows": (1, 2, 4, 16), "text_rows": (1, 4, 32)}
+    asked |= {"prefix_rows": (1, 2, 4), "expert_rows": EXPERT_SIZES, "text_rows": (1, 4, 32)}
     dtype = changes.pop("dtype", torch.bfloat16)
     assert isinstance(dtype, torch.dtype)
     kernels = changes.pop("kernels", None)
@@ -96,7 +97,7 @@ def staggered(fused: FusedPi052, slots: Sequence[int], most: int) -> None:
 
 
 @pytest.mark.parametrize("trained_max_delay", [0, 4])
-@pytest.mark.parametrize("most", [1, 2, 4, 16])
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 6, 16])
 def test_chunks_are_those_of_the_plain_module_in_every_batch(
     networks: tuple[Pi052Network, Pi052Network], most: int, trained_max_delay: int
 ) -> None:
@@ -111,11 +112,12 @@ def test_chunks_are_those_of_the_plain_module_in_every_batch(
 
 def test_a_row_has_the_same_bits_whoever_is_in_its_pass(networks: tuple[Pi052Network, Pi052Network]) -> None:
     fused, asked = fused_of(networks[0]), mixed_requests(8)
-    for rows in (2, 4, 16):
+    for rows in (2, 4, 5, 6, 16):
+        fewest = 1 + max(size for size in EXPERT_SIZES if size < rows)
         found = []
         for neighbours in (asked[1:rows], asked[-1:]):  # A full pass, and one with scratch rows.
             slots = [slot for one in [asked[0], *neighbours] for slot in lab.begin(fused, [one])][:rows]
-            padded = slots if len(slots) > rows // 2 else slots + [fused.slots.scratch] * (rows // 2 + 1 - len(slots))
+            padded = slots + [fused.slots.scratch] * (fewest - len(slots))
             for step in range(lab.NUM_STEPS):
                 fused.expert_step([(slot, step) for slot in padded])
             found.append(fused.slots.actions[slots[0]].clone())

@@ -96,7 +96,7 @@ def test_questions_delay_chunks_by_less_than_one_of_their_prefixes() -> None:
 
 def test_what_is_promised_is_kept_where_a_single_row_cannot_be_hurried(tmp_path: Path) -> None:
     """A device whose step of eight rows takes twice as long as that of one: one after the other 66 chunks a second are made,
-    106 with shared steps, and 20 robots at 5 Hz that ask every 2 s replan less often."""
+    108 with shared steps, and 20 robots at 5 Hz that ask every 2 s replan less often."""
     table = tmp_path / "gpu.json"
     table.write_text(
         json.dumps(
@@ -110,10 +110,10 @@ def test_what_is_promised_is_kept_where_a_single_row_cannot_be_hurried(tmp_path:
         )
     )
     outcome = simulate(fleet(num_robots=20, max_rows=16, seconds=60.0, ramp_up_s=5.0), read_durations(table, 0.02))
-    assert outcome.chunks_per_s == pytest.approx(1 / (0.0076 + 0.015 / 8))
+    assert outcome.chunks_per_s == pytest.approx(1 / (0.0076 + 0.0195 / 12))
     # 10 questions a second, and 20 steps a second that serve all.
     assert outcome.text_share == pytest.approx(10 * 0.0078 + 20 * 0.00165)
-    assert outcome.stretch == pytest.approx(100 / (0.8 * 105.5 * (1 - outcome.text_share)), rel=0.01)
+    assert outcome.stretch == pytest.approx(100 / (0.8 * 108.4 * (1 - outcome.text_share)), rel=0.01)
     assert outcome.num_missed == 0
     assert outcome.refused_robots == 0
 
@@ -128,18 +128,18 @@ def test_text_of_sixteen_robots_gets_what_chunks_at_5_hz_leave_and_none_of_them_
     assert result["missed_deadlines"] == 0
     assert result["chunks"] / result["seconds"] == pytest.approx(80, abs=0.5)
     assert result["latency_ms"]["p99"] < 97.0
-    # Steps are nearly full.
-    assert result["device"]["mean_rows"]["text"] > 12
+    # Who is not amid a prefix, steps with the others.
+    assert result["device"]["mean_rows"]["text"] > 11
 
 
-def test_text_that_comes_late_to_the_host_leaves_the_device_to_chunks_meanwhile() -> None:
+def test_text_that_comes_late_to_the_host_loses_nothing_by_it_where_several_step_together() -> None:
     many = held(ask_every_s=1.0, ask_tokens=120)
     at_once, late = (
         summarise(many, simulate(many, dataclasses.replace(SERVED, text_lag_s=lag_s))) for lag_s in (0.0, 0.0015)
     )
     assert late["missed_deadlines"] == at_once["missed_deadlines"] == 0
-    assert 500 < late["text"]["tokens_per_s"] < 0.9 * at_once["text"]["tokens_per_s"]
-    assert late["latency_ms"]["p50"] < at_once["latency_ms"]["p50"]
+    assert late["text"]["tokens_per_s"] > 0.95 * at_once["text"]["tokens_per_s"] > 850
+    assert late["device"]["mean_rows"]["text"] > 11
 
 
 def test_a_slower_device_takes_from_text_first() -> None:
@@ -191,7 +191,8 @@ def test_as_many_questions_are_amid_their_prefixes_as_in_the_engine() -> None:
 
 
 def test_sizes_that_are_not_prepared_take_as_long_as_the_next_bigger_one() -> None:
-    assert H200.of(UnitKind.EXPERT, 3) == H200.of(UnitKind.EXPERT, 4) > H200.of(UnitKind.EXPERT, 2)
+    assert SERVED.of(UnitKind.EXPERT, 7) == SERVED.of(UnitKind.EXPERT, 8) > SERVED.of(UnitKind.EXPERT, 6)
+    assert SERVED.of(UnitKind.TEXT, 9) == SERVED.of(UnitKind.TEXT, 16) > SERVED.of(UnitKind.TEXT, 8)
     assert H200.of(UnitKind.PREFIX, 1) == pytest.approx(0.0059)
 
 

@@ -188,6 +188,63 @@ def test_what_a_text_needs_next_waits_for_its_token_and_actions_do_not(ahead):
     assert outcomes.empty()
 
 
+def test_texts_that_step_together_run_ahead_of_their_tokens_and_say_the_same(ahead, policy):
+    engine, device = ahead
+    heard = [ask(engine, SUBTASK, seed=seed)[1] for seed in range(3)]
+    let_go_until(device, lambda: len(joint_steps_on_their_way(engine)) >= 2)
+    letting_go = threading.Thread(target=let_all_go, args=(device, engine))
+    letting_go.start()
+    for seed, queued in enumerate(heard):
+        assert whole_text(queued) == "".join(policy.generate([sample(seed)], SUBTASK, CPU))
+    letting_go.join()
+
+
+def test_a_step_that_a_text_takes_after_its_end_is_for_nothing(ahead, policy, monkeypatch):
+    engine, device = ahead
+    model = engine.models["tiny"]
+    rules = policy.decoding(SUBTASK)
+    spoken = [tokens_of(policy, seed) for seed in range(3)]
+    # One of them ends before its last tokens.
+    end = spoken[0][8]
+    assert end not in spoken[0][:8]
+    monkeypatch.setattr(policy, "decoding", lambda request: dataclasses.replace(rules, end_token=end))
+    expected = ["".join(policy.generate([sample(seed)], SUBTASK, CPU)) for seed in range(3)]
+    rows = []
+    text_row = model.text_row
+    monkeypatch.setattr(model, "text_row", lambda *asked: rows.append(text_row(*asked)) or rows[-1])
+    heard = [ask(engine, SUBTASK, seed=seed)[1] for seed in range(3)]
+    let_go_until(device, lambda: len(joint_steps_on_their_way(engine)) >= 2)
+    letting_go = threading.Thread(target=let_all_go, args=(device, engine))
+    letting_go.start()
+    assert [whole_text(queued) for queued in heard] == expected
+    letting_go.join()
+    assert rows[0].tokens == spoken[0][:9]
+    assert rows[0].num_foretold > 9, "it did step ahead of its end"
+    engine.between_passes(lambda: None)
+    assert model.slots.num_free == model.slots.sizes.num_slots
+
+
+def joint_steps_on_their_way(engine):
+    """Of three texts."""
+    with engine._changed:
+        return [unit for unit in engine._scheduler._texts_running.values() if unit.size == 3]
+
+
+def tokens_of(policy, seed):
+    asked = policy.question(sample(seed), SUBTASK)
+    inputs = policy._inputs([sample(seed)], [asked.prompt], asked.state, None, len(asked.prompt.tokens), CPU)
+    generated = text.generate(policy.network, policy.text_state(inputs), policy.decoding(SUBTASK), [torch.Generator()])
+    return [int(token) for token in generated]
+
+
+def let_all_go(device, engine):
+    """Until nothing is in work; a moment late, so that the engine is ahead."""
+    while engine.pending() or engine._state.num_outstanding:
+        time.sleep(0.003)
+        if not device._gates.empty():
+            device.let_go()
+
+
 def test_weights_change_when_the_device_has_nothing_before_it(ahead):
     engine, device = ahead
     outcomes, changed = submit(engine, "left", row(1)), threading.Event()
@@ -399,7 +456,7 @@ def test_a_question_that_is_late_leaves_its_place_to_the_next_one(clock, monkeyp
     outcomes = submit(engine, "acts", row(3), deadline_s=60.0)
     lates += [ask(engine, SUBTASK, seed=2, deadline_s=1.0)[1] for _ in range(most - 1)]
     let_go_until(device, lambda: device.launched.count("run_text_prefix") == most)
-    let_go_until(device, lambda: not engine._scheduler._hold_ups.text_runs)
+    let_go_until(device, lambda: not engine._scheduler._texts_running)
     assert not model.fused._free_places
     _, last = ask(engine, SUBTASK, seed=4)
     clock.pushed_s = 2.0

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.inference.service_times import ServiceTimes
-from services.inference.unit_scheduler import MAX_TEXT_WAIT_S, TEXT_RESERVE_SHARE, UnitScheduler
+from services.inference.unit_scheduler import MAX_TEXT_UNITS, MAX_TEXT_WAIT_S, TEXT_RESERVE_SHARE, UnitScheduler
 from services.inference.units import ACTION_KINDS, ChunkWork, TextWork, Unit, UnitKind, group
 
 # As measured on an H200: prefixes cost in proportion, expert and text steps hardly grow.
@@ -80,10 +80,14 @@ class Ran:
 
 @dataclass
 class Device:
-    """Runs what the scheduler says, from arrivals given beforehand."""
+    """Runs what the scheduler says, from arrivals given beforehand.
+
+    text_lag_s: From the end of a text unit to its report.
+    """
 
     scheduler: AnyScheduler
     arrivals: list[ChunkWork[None] | TextWork[None]] = field(default_factory=list)
+    text_lag_s: float = 0.0
     ran: list[Ran] = field(default_factory=list)
     done_s: dict[tuple[str, int], float] = field(default_factory=dict)
     texts_done_s: dict[object, float] = field(default_factory=dict)
@@ -92,7 +96,7 @@ class Device:
     late_texts: list[TextWork[None]] = field(default_factory=list)
 
     def run(self, until_s: float = 100.0) -> None:
-        events = [(work.arrived_s, index, work) for index, work in enumerate(self.arrivals)]
+        events: list[tuple[float, int, Any]] = [(work.arrived_s, index, work) for index, work in enumerate(self.arrivals)]
         heapq.heapify(events)
         now_s = 0.0
         while now_s < until_s:
@@ -116,16 +120,25 @@ class Device:
             )
             self.ran.append(ran)
             self._arrive(events, end_s)
-            finished = self.scheduler.finished(unit, end_s - now_s, end_s)
-            for work in finished.chunks:
-                self.done_s[work.owner, work.request_id] = end_s
-            for text in finished.texts:
-                self.texts_done_s[text.text_id] = end_s
+            if unit.kind in ACTION_KINDS or not self.text_lag_s:
+                self._finish(ran)
+            else:
+                heapq.heappush(events, (end_s + self.text_lag_s, len(self.arrivals) + len(self.ran), ran))
             now_s = end_s
+
+    def _finish(self, ran: Ran) -> None:
+        finished = self.scheduler.finished(ran.unit, ran.finished_s - ran.started_s, ran.finished_s)
+        for work in finished.chunks:
+            self.done_s[work.owner, work.request_id] = ran.finished_s
+        for text in finished.texts:
+            self.texts_done_s[text.text_id] = ran.finished_s
 
     def _arrive(self, events: list[tuple[float, int, Any]], now_s: float) -> None:
         while events and events[0][0] <= now_s:
             at_s, _, work = heapq.heappop(events)
+            if isinstance(work, Ran):
+                self._finish(work)
+                continue
             if isinstance(work, TextWork):
                 self.scheduler.ask(work)
                 continue
@@ -137,8 +150,8 @@ class Device:
         return [ran.unit.kind for ran in self.ran]
 
 
-def run(scheduler: AnyScheduler, *arrivals: ChunkWork[None] | TextWork[None]) -> Device:
-    device = Device(scheduler, list(arrivals))
+def run(scheduler: AnyScheduler, *arrivals: ChunkWork[None] | TextWork[None], text_lag_s: float = 0.0) -> Device:
+    device = Device(scheduler, list(arrivals), text_lag_s)
     device.run()
     return device
 
@@ -315,6 +328,74 @@ def test_a_draft_is_checked_in_one_pass() -> None:
     assert (unit.kind, unit.texts[0].num_tokens) == (UnitKind.TEXT, 4)
 
 
+def decoding(num: int, **changed: Any) -> AnyScheduler:
+    """With so many texts of one token each."""
+    scheduler = make()
+    for number in range(num):
+        scheduler.ask(question(f"q{number}", at=-1.0, within=20.0, num_prefix_slices=0, **changed))
+        unit = scheduler.next_unit(0.0).unit
+        assert unit is not None
+        scheduler.finished(unit, TEXT_S[1], 0.0)
+    return scheduler
+
+
+def test_joint_steps_follow_before_the_tokens_of_the_one_before_are_there() -> None:
+    scheduler = decoding(4, max_tokens=MAX_TEXT_UNITS + 3)
+    units = [scheduler.next_unit(0.001 * number).unit for number in range(MAX_TEXT_UNITS + 1)]
+    assert [(unit.kind, unit.size) for unit in units if unit] == [(UnitKind.TEXT, 4)] * MAX_TEXT_UNITS
+    assert units[-1] is None
+    assert units[0] is not None
+    assert units[1] is not None
+    # One had ended: what it has stepped since is nobody's.
+    assert [work.text_id for work in scheduler.finished(units[0], TEXT_S[1], 0.01, ended=["q0"]).texts] == ["q0"]
+    later = scheduler.next_unit(0.01).unit
+    assert later is not None
+    assert [text.work.text_id for text in later.texts] == ["q1", "q2", "q3"]
+    assert scheduler.finished(units[1], TEXT_S[1], 0.02, ended=["q0"]).texts == ()
+    assert scheduler.num_texts == 3
+
+
+def test_no_step_is_taken_beyond_the_last_token() -> None:
+    scheduler = decoding(4, max_tokens=3)
+    first, second = scheduler.next_unit(0.0).unit, scheduler.next_unit(0.001).unit
+    assert scheduler.next_unit(0.002).unit is None
+    assert first is not None
+    assert second is not None
+    assert scheduler.finished(first, TEXT_S[1], 0.003).texts == ()
+    assert len(scheduler.finished(second, TEXT_S[1], 0.004).texts) == 4
+
+
+@pytest.mark.parametrize("changed", [{"is_drawn": True}, {"num_prefix_slices": 3}, {"num_draft_tokens": 8}])
+def test_what_depends_on_the_host_waits_for_it(changed: dict[str, Any]) -> None:
+    scheduler = make()
+    asked = {"num_prefix_slices": 0, "max_tokens": 20, **changed}
+    for number in range(2):
+        scheduler.ask(question(f"q{number}", **asked))
+    first = scheduler.next_unit(0.0).unit
+    assert first is not None
+    others = [scheduler.next_unit(0.001).unit for _ in range(2)]
+    ids = [text.work.text_id for unit in (first, *others) if unit for text in unit.texts]
+    assert len(ids) == len(set(ids)), "each has one unit on its way"
+    scheduler.finished(first, TEXT_S[1], 0.002, num_new_tokens={"q0": 1})
+    assert scheduler.next_unit(0.002).unit is not None
+
+
+def test_a_lone_question_has_one_unit_at_a_time_so_that_a_chunk_that_comes_waits_for_one() -> None:
+    scheduler = make()
+    scheduler.ask(question("q", num_prefix_slices=0))
+    assert scheduler.next_unit(0.0).unit is not None
+    assert scheduler.next_unit(0.001).unit is None
+
+
+def test_tokens_that_are_late_leave_no_gap_between_joint_steps() -> None:
+    asked = [question(f"q{index}", num_prefix_slices=0, max_tokens=50, within=60.0) for index in range(8)]
+    device = run(make(), *asked, text_lag_s=0.0015)
+    together = [ran for ran in device.ran if ran.unit.size > 1]
+    assert len(together) > 45
+    assert all(later.started_s == earlier.finished_s for earlier, later in itertools.pairwise(together))
+    assert len(device.texts_done_s) == 8
+
+
 def test_text_waits_for_chunks_whose_deadline_is_near_but_not_for_ever() -> None:
     # Robots in turn keep the device busy, and each has less time to spare than a text step takes.
     arrivals: list[ChunkWork[None] | TextWork[None]] = [question("q", num_prefix_slices=0, max_tokens=5, within=60.0)]
@@ -481,11 +562,11 @@ def fleets(draw: st.DrawFn) -> list[ChunkWork[None] | TextWork[None]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(fleets())
+@given(fleets(), st.sampled_from([0.0, 0.0015]))
 def test_no_question_holds_a_chunk_up_by_more_than_one_text_unit_and_nothing_starves(
-    arrivals: list[ChunkWork[None] | TextWork[None]],
+    arrivals: list[ChunkWork[None] | TextWork[None]], text_lag_s: float
 ) -> None:
-    device = run(make(max_prefixes=2), *arrivals)
+    device = run(make(max_prefixes=2), *arrivals, text_lag_s=text_lag_s)
     asked = {(work.owner, work.request_id): work for work in arrivals if isinstance(work, ChunkWork)}
     refused = {(work.owner, work.request_id) for work in (*device.refused, *device.replaced)}
     # Every chunk has exactly one fate, and so has every text.
@@ -513,6 +594,8 @@ def test_no_question_holds_a_chunk_up_by_more_than_one_text_unit_and_nothing_sta
         assert num_units <= len(parts)
         # What has begun comes to its end: other prefixes pass it only as far as its deadline allows, and text.
         assert done_s <= max(asked[key].deadline_s, begun_s[key] + 4 * ALONE_S) + in_all_s + LONGEST_TEXT_UNIT_S
+    if text_lag_s:
+        return
     # The device is never idle while something waits.
     for earlier, later in itertools.pairwise(device.ran):
         if later.started_s > earlier.finished_s + 1e-9:
