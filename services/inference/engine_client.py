@@ -23,6 +23,7 @@ from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate,
 
 from . import engine_messages
 from .capacity import DeviceCapacity
+from .device_use import DeviceTime
 from .engine_port import (
     EngineLoad,
     Job,
@@ -64,12 +65,14 @@ class Listeners:
         progress: phase, done, total while it loads.
         swap: What became of a version.
         version: A version that serves, and whether newer ones do not replace it.
+        device_time: What the device did since it was told last, and which device.
         end: Once, when the engine is gone: why.
     """
 
     progress: Callable[[str, int, int], None]
     swap: Callable[[Swap], None]
     version: Callable[[engine_pb2.VersionServed], None]
+    device_time: Callable[[DeviceTime, str], None]
     end: Callable[[Exception], None]
 
 
@@ -350,7 +353,7 @@ class EngineClient:
         elif which == "capacity":
             self._capacity[message.capacity.model] = engine_messages.from_capacity(message.capacity)
         elif which == "load":
-            self._load = engine_messages.from_load(message.load, self._load.device)
+            self._take_load(message.load)
         elif which == "version_served":
             self._serve_version(message.version_served)
         elif which == "swap_event":
@@ -390,6 +393,15 @@ class EngineClient:
                 answer_slot_bytes=answers.slot_bytes,
             )
         )
+
+    def _take_load(self, message: engine_pb2.Load) -> None:
+        load = engine_messages.from_load(message, self._load.device)
+        strangers = {model for model, _ in load.device_time.units} - self.models.keys()
+        if strangers:
+            raise engine_messages.BadFrame(f"runs units of {sorted(strangers)}, which it did not describe")
+        # Counted from 0 in every process: whoever adds up what came since needs to know of no restart.
+        self._listeners.device_time(load.device_time.since(self._load.device_time), load.device)
+        self._load = load
 
     def _serve_version(self, told: engine_pb2.VersionServed) -> None:
         model = self.models.get(told.version.model)

@@ -18,7 +18,9 @@ from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec
 
 from .capacity import DeviceCapacity
+from .device_use import DeviceTime, UnitUse
 from .engine_port import EngineLoad, Model, ModelDescription, Observed, Question, Swap, SwapResult, TextEnd
+from .units import UnitKind
 
 MessageT = TypeVar("MessageT", engine_pb2.ToEngine, engine_pb2.FromEngine)
 
@@ -236,16 +238,45 @@ def to_load(load: EngineLoad) -> engine_pb2.Load:
         waiting_count=load.waiting_count,
         memory_used_bytes=load.memory_used_bytes,
         memory_total_bytes=load.memory_total_bytes,
+        units=[
+            engine_pb2.UnitUse(
+                model=model,
+                kind=kind.value,
+                device_s=use.device_s,
+                unit_count=use.num_units,
+                row_count=use.num_rows,
+            )
+            for (model, kind), use in load.device_time.units.items()
+        ],
+        gap_s=load.device_time.gap_s,
     )
 
 
 def from_load(message: engine_pb2.Load, device: str) -> EngineLoad:
+    """Raises BadFrame for a use of the device that cannot be."""
     return EngineLoad(
         waiting_count=max(0, message.waiting_count),
         device=device,
         memory_used_bytes=max(0, message.memory_used_bytes),
         memory_total_bytes=max(0, message.memory_total_bytes),
+        device_time=_device_time(message),
     )
+
+
+def _device_time(message: engine_pb2.Load) -> DeviceTime:
+    units = {}
+    for use in message.units:
+        try:
+            kind = UnitKind(use.kind)
+        except ValueError:
+            raise BadFrame(f"{use.model!r} has units of a kind {use.kind!r}, which there is not") from None
+        counts = (use.device_s, use.unit_count, use.row_count)
+        if not all(0 <= count < math.inf for count in counts):
+            raise BadFrame(f"{use.kind} units of {use.model!r} took (s, units, rows) {counts}; none can be")
+        units[use.model, kind] = UnitUse(device_s=use.device_s, num_units=use.unit_count, num_rows=use.row_count)
+    if not 0 <= message.gap_s < math.inf:
+        raise BadFrame(f"gap_s is {message.gap_s}; it must be finite and not negative")
+    return DeviceTime(units=units, gap_s=message.gap_s)
 
 
 def descriptions(messages: Sequence[engine_pb2.Model]) -> dict[str, ModelDescription]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec
 
 from .capacity import DeviceCapacity
+from .device_use import DeviceTime
 
 
 class Model(Protocol):
@@ -202,12 +203,14 @@ class EngineLoad:
         device: torch's name.
         memory_used_bytes: Of the device, by all its processes.
         memory_total_bytes: 0 where the device has no memory of its own.
+        device_time: Of units, since the engine began.
     """
 
     waiting_count: int
     device: str
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
+    device_time: DeviceTime = field(default_factory=DeviceTime)
 
 
 class EnginePort(Protocol):

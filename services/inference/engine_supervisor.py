@@ -159,7 +159,13 @@ class EngineSupervisor:
                 engine_pb2.Resume(version=told.version, pinned=told.pinned) for told in self._served.values()
             )
             start.catch_up.FromSeconds(int(RESUME_CATCH_UP_S))
-        listeners = Listeners(progress=progress, swap=self._swap_told, version=self._version_served, end=self._engine_ended)
+        listeners = Listeners(
+            progress=progress,
+            swap=self._swap_told,
+            version=self._version_served,
+            device_time=operator_metrics.device_did,
+            end=self._engine_ended,
+        )
         client = self._starting = await EngineClient.start(start, listeners, hung_s=self._hung_s)
         try:
             ready = await client.ready

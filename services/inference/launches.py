@@ -15,6 +15,29 @@ LEAD_S = 0.0012
 MAX_AHEAD = 4
 
 
+class DeviceTimes:
+    """When a device began with what was launched, and when it was done with it; called, it waits for that and answers the
+    seconds between.
+    """
+
+    def __init__(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self._begin = begin
+        self._end = end
+
+    def __call__(self) -> float:
+        self._end.synchronize()
+        return _seconds(self._begin, self._end)
+
+    def gap_s(self, before: DeviceTimes) -> float:
+        """How long it stood still between what was launched before and this, which are both done."""
+        return _seconds(before._end, self._begin)
+
+
+def _seconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1e3
+
+
 def timed(device: torch.device, launch: Callable[[], None]) -> Callable[[], float]:
     """Launches work; what is answered waits until the device has done it and says how many seconds it took there."""
     if device.type != "cuda":
@@ -27,13 +50,12 @@ def timed(device: torch.device, launch: Callable[[], None]) -> Callable[[], floa
     begin.record(stream)
     launch()
     end.record(stream)
+    return DeviceTimes(begin, end)
 
-    def wait() -> float:
-        end.synchronize()
-        milliseconds: float = begin.elapsed_time(end)
-        return milliseconds / 1e3
 
-    return wait
+def gap_s(before: Callable[[], float] | None, after: Callable[[], float]) -> float:
+    """How long a device stood still between two that timed() answered, which are both done; 0 where nothing runs ahead."""
+    return after.gap_s(before) if isinstance(before, DeviceTimes) and isinstance(after, DeviceTimes) else 0.0
 
 
 def arrival(device: torch.device) -> Callable[[], None]:

@@ -14,6 +14,7 @@ from manyhands.security import SecuritySettings
 
 from .capacity import DeviceCapacity
 from .device_memory import device_memory
+from .device_use import DeviceTime
 from .engine import Engine, Progress
 from .engine_port import EngineLoad, Job, Question, Row, Swap, SwapResult, TextEnd
 from .fused_model import MAX_TEXTS, FusedModel
@@ -120,7 +121,11 @@ class LocalEngine:
     def load(self) -> EngineLoad:
         used, total = device_memory(self._device)
         return EngineLoad(
-            waiting_count=self.pending(), device=self._device, memory_used_bytes=used, memory_total_bytes=total
+            waiting_count=self.pending(),
+            device=self._device,
+            memory_used_bytes=used,
+            memory_total_bytes=total,
+            device_time=self._units.device_time() if self._units is not None else DeviceTime(),
         )
 
     def capacity(self, model: str) -> DeviceCapacity | None:

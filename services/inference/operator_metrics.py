@@ -14,6 +14,7 @@ import prometheus_client
 from manyhands.inference.v1 import inference_pb2
 from manyhands.metrics import LATENCY_BUCKETS_S
 
+from .device_use import DeviceTime
 from .engine_port import EngineLoad, Swap
 
 STAGES = ("decode", "queue", "prefix", "sample", "postprocess", "total")
@@ -86,6 +87,17 @@ _MEMORY_USED = prometheus_client.Gauge(
     "manyhands_inference_device_memory_used_bytes", "Memory of the device in use, by all its processes", ["device"]
 )
 _MEMORY_TOTAL = prometheus_client.Gauge("manyhands_inference_device_memory_bytes", "Memory of the device", ["device"])
+# Without a sample where nothing runs in units.
+_DEVICE_SECONDS = prometheus_client.Counter(
+    "manyhands_inference_device_seconds", "Of the device, that units took", ["model", "kind"]
+)
+_DEVICE_UNITS = prometheus_client.Counter("manyhands_inference_device_units", "Units that the device ran", ["model", "kind"])
+_DEVICE_ROWS = prometheus_client.Counter(
+    "manyhands_inference_device_rows", "Chunks or texts in the units that the device ran", ["model", "kind"]
+)
+_DEVICE_GAPS = prometheus_client.Counter(
+    "manyhands_inference_device_gap_seconds", "Of the device, between two units although there was work", ["device"]
+)
 
 
 class ModelMetrics:
@@ -161,6 +173,16 @@ def of_model(model: str) -> ModelMetrics:
 
 def engine_restarted() -> None:
     _RESTARTS.inc()
+
+
+def device_did(time: DeviceTime, device: str) -> None:
+    """Since it was told last."""
+    for (model, kind), use in time.units.items():
+        _DEVICE_SECONDS.labels(model, kind.value).inc(use.device_s)
+        _DEVICE_UNITS.labels(model, kind.value).inc(use.num_units)
+        _DEVICE_ROWS.labels(model, kind.value).inc(use.num_rows)
+    if time.units:
+        _DEVICE_GAPS.labels(device).inc(time.gap_s)
 
 
 def now(*, in_flight: int, load: EngineLoad | None) -> None:

@@ -24,6 +24,7 @@ from manyhands.errors import InternalError, TooLate, Unreachable
 
 from . import unit_warm_up
 from .capacity import DeviceCapacity
+from .device_use import DeviceTime, DeviceUse
 from .engine import Progress
 from .engine_port import Job, Question, Row, Superseded, TextEnd
 from .fused_model import FusedModel
@@ -65,7 +66,13 @@ class UnitEngine:
             max_texts=max_texts,
             max_prefixes=min((model.fused.settings.questions_at_once for model in models.values()), default=1),
         )
-        self._state = EngineState(models=self.models, scheduler=self._scheduler, clock=clock)
+        use = DeviceUse(
+            (name, kind)
+            for name, model in models.items()
+            for kind in UnitKind
+            if kind in ACTION_KINDS or model.policy.has_text_head
+        )
+        self._state = EngineState(models=self.models, scheduler=self._scheduler, clock=clock, use=use)
         self._changed, self._device = self._state.changed, self._state.device
         # Changes of weights, for when no chunk is in progress.
         self._swaps: list[Callable[[], None]] = []
@@ -194,6 +201,11 @@ class UnitEngine:
     def pending(self) -> int:
         with self._changed:
             return len(self._scheduler)
+
+    def device_time(self) -> DeviceTime:
+        """Of units since the start."""
+        with self._changed:
+            return self._state.use.so_far()
 
     def capacity(self, model: str) -> DeviceCapacity | None:
         """What the device can make, from how long units took when they were prepared."""

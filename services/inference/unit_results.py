@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from . import launches
 from .engine import is_fatal
 from .engine_port import TextEnd
 from .fused_model import FusedModel
@@ -50,6 +51,8 @@ class UnitResults:
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawing")
         self._answered_s = 0.0
+        # Of the unit that was done last; None where the device had nothing to do since.
+        self._before: Callable[[], float] | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -86,14 +89,16 @@ class UnitResults:
             except Exception as error:
                 self._device_is_done()
                 self.tell_failed(launched.unit, error)
-                self._is_taken_in()
+                self._before = None
+                self._is_taken_in(launched, None)
                 continue
             self._device_is_done()
             done_s = self._state.clock()
+            before, self._before = self._before, launched.wait
             if any(text.work.payload.row.is_drawn for text in launched.unit.texts):
-                self._drawing.submit(self._take_in, launched, seconds, done_s)
+                self._drawing.submit(self._take_in, launched, seconds, done_s, before)
             else:
-                self._take_in(launched, seconds, done_s)
+                self._take_in(launched, seconds, done_s, before)
 
     def _rehearse(self, launched: LaunchedUnit) -> None:
         """Of a chunk that comes after a pause, while the device is at its last step but one and this thread only waits.
@@ -115,12 +120,19 @@ class UnitResults:
             if len(state.scheduler) and not state.is_waiting:
                 state.changed.notify()
 
-    def _is_taken_in(self) -> None:
-        with self._state.changed:
-            self._state.num_outstanding -= 1
-            self._state.wake()
+    def _is_taken_in(self, launched: LaunchedUnit, seconds: float | None, gap_s: float = 0.0) -> None:
+        """seconds, gap_s: Of the device, for it and between the unit before and it; whatever came of it. None: not known."""
+        state, unit = self._state, launched.unit
+        with state.changed:
+            if seconds is not None:
+                state.use.add(unit.model, unit.kind, num_rows=unit.size, device_s=seconds, gap_s=gap_s)
+            state.num_outstanding -= 1
+            if not state.num_outstanding and not len(state.scheduler):
+                # What comes now is no gap, however soon the next chunk is there.
+                self._before = None
+            state.wake()
 
-    def _take_in(self, launched: LaunchedUnit, seconds: float, done_s: float) -> None:
+    def _take_in(self, launched: LaunchedUnit, seconds: float, done_s: float, before: Callable[[], float] | None) -> None:
         try:
             known = {text.work.text_id: len(text.work.payload.row.tokens) for text in launched.unit.texts}
             launched.take()
@@ -132,7 +144,7 @@ class UnitResults:
             self._answer_chunks(launched, chunks, done_s)
             texts = self._tell_scheduler(launched, seconds, done_s, known)
             self._answer_texts(launched, texts)
-        self._is_taken_in()
+        self._is_taken_in(launched, seconds, launches.gap_s(before, launched.wait))
 
     def _tell_scheduler(
         self, launched: LaunchedUnit, seconds: float, done_s: float, known: Mapping[Hashable, int]

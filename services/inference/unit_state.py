@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from .device_use import DeviceUse
 from .fused_model import FusedModel
 from .launches import DeviceLine
 from .unit_answers import ChunkInWork, TextInWork
@@ -18,6 +19,7 @@ from .units import ChunkWork, TextWork
 class EngineState:
     """Attributes:
     models: By name.
+    use: What the device did.
     device: What it has before it.
     between: For the engine's thread, before its next unit: slots to give back.
     num_outstanding: Units that were launched and are not taken in: tokens, chunks, and what the scheduler is told.
@@ -27,6 +29,7 @@ class EngineState:
     models: Mapping[str, FusedModel]
     scheduler: UnitScheduler[ChunkInWork, TextInWork]
     clock: Callable[[], float]
+    use: DeviceUse
     changed: threading.Condition = field(default_factory=threading.Condition)
     device: DeviceLine = field(default_factory=DeviceLine)
     between: list[Callable[[], None]] = field(default_factory=list)

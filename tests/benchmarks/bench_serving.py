@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from deploy.local import Service, Topology
-from tests.benchmarks.serving import loads, model, page, starts, swap
+from tests.benchmarks.serving import device, loads, model, page, starts, swap
 from tests.benchmarks.serving.loads import ASK_EVERY_S, ASK_TOKENS, FLEET, ROBOTS, Found, asking
 
 ROOT = Path(__file__).parents[2]
@@ -74,8 +74,9 @@ class Bench:
         self._facts: dict[str, Any] = {}
         self._weights: Service | None = None
         self._server: Service | None = None
-        device = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-        self._hardware = f"{device}, {os.cpu_count()} cores"
+        self._metrics_port = device.free_port()
+        processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
+        self._hardware = f"{processor}, {os.cpu_count()} cores"
         self._checkpoints = options.folder / f"serving-{options.size}" if options.keep else folder
 
     def run(self) -> None:
@@ -150,6 +151,7 @@ class Bench:
         options = self._options
         command = ["serve", "--model", f"{model.NAME}={self._checkpoints / model.NAME}", "--device", options.device]
         command += ["--path", "fused", "--max-batch", str(ROBOTS), "--address", "127.0.0.1:0"]
+        command += ["--metrics-port", str(self._metrics_port)]
         if self._weights is not None:
             command += ["--weights", self._weights.address]
         launched_unix_s, began_s = time.time(), time.perf_counter()
@@ -180,7 +182,14 @@ class Bench:
         self._need(seconds + LOAD_EXTRA_S)
         assert self._server is not None
         flags = ("--seconds", str(seconds), *flags)
-        return loads.run(self._server.address, self._facts["task"], self._folder, *flags, timeout_s=self._left_s())
+        meter = device.Meter(self._metrics_port)
+        found = loads.run(self._server.address, self._facts["task"], self._folder, *flags, timeout_s=self._left_s())
+        self._tell_device(found, meter)
+        return found
+
+    def _tell_device(self, load: Found, meter: device.Meter) -> None:
+        load["device"] = meter.found(load["seconds"])
+        self._say(f"device, ms of each second: {device.line(load['device'])}")
 
     def _texts(self) -> None:
         """Longest answers last; the first is the fleet's own load, where that was measured."""
@@ -208,9 +217,11 @@ class Bench:
         published_s = swap.publish(self._weights, self._checkpoints, self._say)
         settle_s = max(5.0, self._options.seconds / 2)
         self._need(3 * settle_s + LOAD_EXTRA_S)
+        meter = device.Meter(self._metrics_port)
         found = swap.measure(
             self._topology, self._server, self._facts["task"], self._folder, settle_s, self._left_s(), self._say
         )
+        self._tell_device(found["load"], meter)
         return {"published_s": published_s, **found}
 
     def _peer(self) -> Found:

@@ -21,6 +21,7 @@ from manyhands.errors import InternalError, NotOffered
 from manyhands.spec import Feature, FeatureKind, Spec
 from services.inference import engine_lines, engine_process, slot_layout
 from services.inference.capacity import DeviceCapacity
+from services.inference.device_use import DeviceTime, UnitUse
 from services.inference.engine_lines import Answers
 from services.inference.engine_port import (
     Answer,
@@ -37,6 +38,7 @@ from services.inference.engine_port import (
 )
 from services.inference.engine_process import EngineHost, exit_at_once
 from services.inference.shared_ring import Doorbell
+from services.inference.units import UnitKind
 
 MANNERS, CAMERA_SIZE, BUSY_S = "FAKE_ENGINE_MANNERS", "FAKE_ENGINE_CAMERA_SIZE", "FAKE_ENGINE_BUSY_S"
 BAD_AFTER = 3
@@ -81,7 +83,7 @@ class FakeEngine:
     The first three numbers of a chunk are the row's seed and how many rows were told ahead and rehearsed so far.
     """
 
-    num_expected = num_rehearsed = 0
+    num_expected = num_rehearsed = num_answered = 0
 
     def __init__(self, camera_size: int) -> None:
         self.models = {"fake": description(camera_size)}
@@ -110,6 +112,7 @@ class FakeEngine:
         while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
             pass
         actions[0, :3] = job.row.seed, self.num_expected, self.num_rehearsed
+        self.num_answered += 1
         job.done(answer)
 
     def expect(self, model: str, row: Row) -> None:
@@ -125,7 +128,14 @@ class FakeEngine:
         return None
 
     def load(self) -> EngineLoad:
-        return EngineLoad(waiting_count=2, device="fake", memory_used_bytes=3 << 30, memory_total_bytes=4 << 30)
+        answered = UnitUse(device_s=0.5 * self.num_answered, num_units=self.num_answered, num_rows=2 * self.num_answered)
+        return EngineLoad(
+            waiting_count=2,
+            device="fake",
+            memory_used_bytes=3 << 30,
+            memory_total_bytes=4 << 30,
+            device_time=DeviceTime(units={("fake", UnitKind.PREFIX): answered}, gap_s=0.25),
+        )
 
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
         for word in question.user_text.split():
@@ -246,6 +256,10 @@ BAD: dict[str, Callable[[BadAnswers, int, str, Outcome], None]] = {
     "serves another model": _tell(
         version_served=engine_pb2.VersionServed(version=common_pb2.PolicyVersion(model="stranger", number=1))
     ),
+    "runs another model": _tell(
+        load=engine_pb2.Load(units=[engine_pb2.UnitUse(model="stranger", kind="prefix")], gap_s=0.25)
+    ),
+    "did less than before": _tell(load=engine_pb2.Load(units=[engine_pb2.UnitUse(model="fake", kind="prefix")])),
     "describes itself again": _tell(described=engine_pb2.Described()),
     "status that is none": _tell(failed=engine_pb2.Failed(status=b"\xff\xff")),
     "twice": _twice,

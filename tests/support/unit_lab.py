@@ -168,3 +168,33 @@ class SlowDevice:
             time.sleep(0.001)
         time.sleep(0.02)
         assert self.launched == list(names)
+
+
+class FakeGpu:
+    """torch.cuda's events of a device whose time passes when a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now_s, self.waited = 0.0, []
+        monkeypatch.setattr(torch.cuda, "Event", functools.partial(FakeEvent, self))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+
+    def runs(self, seconds):
+        self.now_s += seconds
+
+    stands_still = runs
+
+
+class FakeEvent:
+    def __init__(self, gpu, *, enable_timing):
+        assert enable_timing
+        self._gpu = gpu
+
+    def record(self, stream):
+        self.at_s = self._gpu.now_s
+
+    def synchronize(self):
+        self._gpu.waited.append(self.at_s)
+
+    def elapsed_time(self, end):
+        """In ms."""
+        return (end.at_s - self.at_s) * 1e3

@@ -528,26 +528,71 @@ class Load(_message.Message):
     WAITING_COUNT_FIELD_NUMBER: _builtins.int
     MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    GAP_S_FIELD_NUMBER: _builtins.int
     waiting_count: _builtins.int
     """Rows in line."""
     memory_used_bytes: _builtins.int
     """Of the device, by all its processes."""
     memory_total_bytes: _builtins.int
     """0: the device has no memory of its own."""
+    gap_s: _builtins.float
+    """That no unit ran although there was work, since the engine began."""
+    @_builtins.property
+    def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitUse]:
+        """Empty where nothing runs in units."""
+
     def __init__(
         self,
         *,
         waiting_count: _builtins.int = ...,
         memory_used_bytes: _builtins.int = ...,
         memory_total_bytes: _builtins.int = ...,
+        units: _abc.Iterable[Global___UnitUse] | None = ...,
+        gap_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gap_s", b"gap_s", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "units", b"units", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class UnitUse(_message.Message):
+    """What units of one model and kind took of the device, since the engine began."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    DEVICE_S_FIELD_NUMBER: _builtins.int
+    UNIT_COUNT_FIELD_NUMBER: _builtins.int
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    kind: _builtins.str
+    """"prefix", "expert", "text_prefix", "draft_check" or "text"."""
+    device_s: _builtins.float
+    unit_count: _builtins.int
+    row_count: _builtins.int
+    """Chunks or texts, each counted in every unit that it was part of."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        device_s: _builtins.float = ...,
+        unit_count: _builtins.int = ...,
+        row_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_s", b"device_s", "kind", b"kind", "model", b"model", "row_count", b"row_count", "unit_count", b"unit_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnitUse: _TypeAlias = UnitUse  # noqa: Y015
 
 @_typing.final
 class VersionServed(_message.Message):

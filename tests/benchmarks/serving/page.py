@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from services.loadtest.plan import STAGES
+from tests.benchmarks.serving import device
 from tests.benchmarks.serving.loads import ASK_EVERY_S, ASK_TOKENS, RATE_HZ, ROBOTS, Found, is_clean
 
 REQUIRED = {"added_ms": 3.0, "fleet_p99_ms": 100.0, "tokens_per_s": 1000.0, "swap_added_ms": 30.0, "second_start_s": 60.0}
@@ -32,6 +33,7 @@ def lines(title: str, settings: list[str], results: dict[str, Any], failures: di
         )
     if "swap" in results:
         rows += _swap(results["swap"])
+    rows += _device(results)
     rows += _starts(results.get("starts", []))
     if "peer" in results:
         rows += _peer(results["peer"])
@@ -115,6 +117,18 @@ def _swap(found: Found) -> list[Row]:
     rows.append(("in the load with swaps: missed deadlines; errors; refusals", _failed(found["load"]), "0"))
     rows.append(("chunks by version", _counts(found["load"]["chunks_by_version"]), "-"))
     return rows
+
+
+def _device(results: dict[str, Any]) -> list[Row]:
+    """A row for each load."""
+    loads = {"one robot": results.get("load alone"), "fleet": results.get("fleet")}
+    loads |= {f"text, {rung['asked']}": rung["load"] for rung in results.get("text", []) if rung["load"] != loads["fleet"]}
+    loads["swaps"] = results["swap"]["load"] if "swap" in results else None
+    return [
+        (f"{name}: device, ms of each second", device.line(load["device"]), "-")
+        for name, load in loads.items()
+        if load is not None
+    ]
 
 
 def _starts(starts: list[Found]) -> list[Row]:

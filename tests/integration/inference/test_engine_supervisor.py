@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from prometheus_client import REGISTRY
 
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
@@ -26,6 +27,7 @@ from tests.support.fake_engine import BAD, BAD_AFTER, BUSY_S, HORIZON, MANNERS, 
 
 HARMLESS = {"twice"}
 RESTARTED = 20.0
+USE = ("seconds", "units", "rows")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ async def running(**options: Any) -> AsyncIterator[EngineSupervisor]:
     """A supervisor whose loop has seen no unhandled error when it ends, and that leaves no process."""
     unhandled: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
-    supervisor = EngineSupervisor(engine_pb2.Start(log_level="info"), **options)
+    supervisor = EngineSupervisor(engine_pb2.Start(log_level="info", device="fake"), **options)
     await supervisor.start()
     try:
         yield supervisor
@@ -192,6 +194,36 @@ async def test_what_the_engine_says_of_its_load_is_known_while_it_is_there() -> 
                 os.kill(supervisor.pid, signal.SIGKILL)
                 assert not await asyncio.wait_for(serving.get(), RESTARTED)
                 assert supervisor.load() is None
+
+
+async def test_what_devices_did_is_added_up_over_engines_that_die() -> None:
+    def shown() -> list[float]:
+        labels = {"model": "fake", "kind": "prefix"}
+        values = [
+            *(REGISTRY.get_sample_value(f"manyhands_inference_device_{name}_total", labels) for name in USE),
+            REGISTRY.get_sample_value("manyhands_inference_device_gap_seconds_total", {"device": "fake"}),
+        ]
+        return [value or 0.0 for value in values]
+
+    before = shown()
+
+    def since() -> list[float]:
+        return [now - then for now, then in zip(shown(), before, strict=True)]
+
+    async with running() as supervisor:
+        assert since() == [0.0, 0, 0, 0.25], "as soon as it is ready"
+        await chunk(supervisor, 1)
+        await until(lambda: since() == [0.5, 1, 2, 0.25])
+        for seed in (2, 3):
+            await chunk(supervisor, seed)
+        await until(lambda: since() == [1.5, 3, 6, 0.25])
+        first_pid = supervisor.pid
+        assert first_pid is not None
+        os.kill(first_pid, signal.SIGKILL)
+        await until(lambda: supervisor.pid not in (None, first_pid))
+        assert since() == [1.5, 3, 6, 0.5], "the next one begins at 0"
+        await chunk(supervisor, 4)
+        await until(lambda: since() == [2.0, 4, 8, 0.5])
 
 
 async def test_text_comes_in_pieces_and_a_swap_is_answered() -> None:

@@ -8,6 +8,7 @@ import socket
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -25,6 +26,7 @@ from policies import checkpoint
 from tests.support import prompted_lab
 from tests.support.inference_lab import (
     ENVIRONMENT,
+    RAW,
     ask,
     make_observation,
     make_policy,
@@ -61,13 +63,18 @@ FAMILIES = {
 }
 # On a device with memory of its own; without one they have no sample.
 MEMORY = {"manyhands_inference_device_memory_used_bytes", "manyhands_inference_device_memory_bytes"}
+# Of models that run in units; whole passes have no sample.
+DEVICE_USE = {
+    "manyhands_inference_device_seconds": {"model", "kind"},
+    "manyhands_inference_device_units": {"model", "kind"},
+    "manyhands_inference_device_rows": {"model", "kind"},
+    "manyhands_inference_device_gap_seconds": {"device"},
+}
 
 
 @dataclass(kw_only=True)
-class Served:
-    service: Service
+class Page:
     metrics_url: str
-    learner: WeightsClient
 
     def families(self) -> dict[str, Metric]:
         with urllib.request.urlopen(self.metrics_url, timeout=5) as response:
@@ -82,13 +89,23 @@ class Served:
         return 0.0
 
 
+@dataclass(kw_only=True)
+class Served(Page):
+    service: Service
+    learner: WeightsClient
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A small policy "tiny", a tiny pi052 "talks", and a weights service."""
-    folder = tmp_path_factory.mktemp("served")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    folder, port = tmp_path_factory.mktemp("served"), free_port()
     checkpoint.save(make_policy(0), folder / "tiny")
     checkpoint.save(prompted_lab.policy("pi052"), folder / "talks")
     with Topology(folder / "logs", environment=ENVIRONMENT) as topology:
@@ -109,7 +126,7 @@ def client(served: Served) -> Iterator[InferenceClient]:
 def test_names_types_and_labels_are_those_that_are_promised(served: Served) -> None:
     families = {name: family for name, family in served.families().items() if "_inference_" in name or "_engine_" in name}
     families = {name: family for name, family in families.items() if not name.endswith("_created")}
-    assert families.keys() == FAMILIES.keys() | MEMORY
+    assert families.keys() == FAMILIES.keys() | MEMORY | DEVICE_USE.keys()
     for name, (kind, labels) in FAMILIES.items():
         assert families[name].type == kind, name
         assert families[name].documentation
@@ -118,6 +135,7 @@ def test_names_types_and_labels_are_those_that_are_promised(served: Served) -> N
         for sample in samples:
             assert sample.labels.keys() - {"le"} == labels, name
     assert all(families[name].samples == [] for name in MEMORY), "a CPU has no memory of its own"
+    assert all(families[name].samples == [] for name in DEVICE_USE), "nothing runs in units"
     stages = {sample.labels["stage"] for sample in families["manyhands_inference_stage_seconds"].samples}
     assert stages == STAGES
     page = served.families()
@@ -272,3 +290,48 @@ def test_an_engine_that_is_started_again_is_counted(served: Served, client: Infe
     wait_until(lambda: served.value("manyhands_engine_deaths_total") == 1, 10, "a death")
     wait_until(lambda: served.value("manyhands_inference_engine_restarts_total") == 1, 60, "a restart")
     assert client.status().engine_restart_count == 1
+
+
+def test_units_show_what_the_device_did(tmp_path: Path) -> None:
+    policy, port = prompted_lab.policy("pi052"), free_port()
+    checkpoint.save(policy, tmp_path / "talks")
+    page, num_chunks = Page(metrics_url=f"http://127.0.0.1:{port}/metrics"), 3
+
+    def shown(kind: str) -> tuple[float, ...]:
+        return tuple(
+            page.value(f"manyhands_inference_device_{name}_total", model="talks", kind=kind)
+            for name in ("units", "rows", "seconds")
+        )
+
+    with Topology(tmp_path / "logs", environment=ENVIRONMENT) as topology:
+        command = ["serve", f"--model=talks={tmp_path / 'talks'}", "--path", "fused", "--address", "127.0.0.1:0"]
+        service = topology.start("serve", [*command, "--metrics-port", str(port)])
+        families = page.families()
+        for name, labels in DEVICE_USE.items():
+            assert families[name].type == "counter"
+            assert families[name].documentation
+            samples = [sample for sample in families[name].samples if not sample.name.endswith("_created")]
+            assert [sample.value for sample in samples] == [0] * (1 if "device" in labels else 5), "there from the start"
+            assert all(sample.labels.keys() == labels for sample in samples)
+        with InferenceClient(service.address) as client:
+            session = client.open_session(
+                robot_id="left", client_id="left-1", model="talks", spec=prompted_lab.SPEC, replan_interval_steps=3
+            )
+            given = prompted_lab.sample(subtask="")
+            with client.act_stream(session.session_id) as stream:
+                for seed in range(num_chunks):
+                    stream.send(
+                        observation=given.observation,
+                        task=given.task,
+                        noise_seed=seed,
+                        image_encoding=RAW,
+                        deadline_s=20.0,
+                    )
+                    assert isinstance(next_reply(stream).result, Chunk)
+            num_steps = num_chunks * policy.config.num_steps
+            wait_until(lambda: shown("expert")[:2] == (num_steps, num_steps), 5, "Euler steps")
+        assert shown("prefix")[:2] == (num_chunks, num_chunks)
+        assert shown("text")[:2] == (0, 0)
+        assert 0 < shown("expert")[2] < 20
+        assert 0 < shown("prefix")[2] < 20
+        assert page.value("manyhands_inference_device_gap_seconds_total", device="cpu") == 0, "nothing runs ahead on a CPU"

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from services.inference.launches import DeviceLine, timed
+from services.inference.launches import DeviceLine, gap_s, timed
+from tests.support.unit_lab import FakeGpu
 
 
 def test_a_free_device_is_not_kept_waiting() -> None:
@@ -50,3 +51,23 @@ def test_a_device_gets_no_more_ahead_than_it_may_have() -> None:
 def test_work_on_the_cpu_is_done_when_it_was_launched() -> None:
     took_s = timed(torch.device("cpu"), lambda: time.sleep(0.02))()
     assert 0.02 <= took_s < 1.0
+
+
+def test_events_say_what_took_a_gpu_how_long_and_how_long_it_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    first = timed(torch.device("cuda"), lambda: gpu.runs(0.008))
+    gpu.stands_still(0.0004)
+    second = timed(torch.device("cuda"), lambda: gpu.runs(0.001))
+    third = timed(torch.device("cuda"), lambda: gpu.runs(0.002))
+    assert gpu.waited == []
+    assert (first(), second(), third()) == pytest.approx((0.008, 0.001, 0.002))
+    assert gpu.waited == pytest.approx([0.008, 0.0094, 0.0114]), "until each was done, and no longer"
+    assert gap_s(first, second) == pytest.approx(0.0004)
+    assert gap_s(second, third) == pytest.approx(0.0)
+
+
+def test_there_is_no_gap_before_the_first_unit_nor_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    on_cpu = timed(torch.device("cpu"), lambda: None)
+    on_gpu = timed(torch.device("cuda"), lambda: gpu.runs(0.008))
+    assert [gap_s(before, after) for before, after in ((None, on_gpu), (on_cpu, on_gpu), (on_cpu, on_cpu))] == [0.0] * 3

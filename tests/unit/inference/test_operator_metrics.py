@@ -10,8 +10,10 @@ import torch
 
 from services.inference import operator_metrics
 from services.inference.device_memory import device_memory
+from services.inference.device_use import DeviceTime, UnitUse
 from services.inference.engine_messages import from_load, to_load
 from services.inference.engine_port import EngineLoad
+from services.inference.units import UnitKind
 
 LABELS = {"device": "cuda:0"}
 
@@ -46,6 +48,32 @@ def test_capacity_that_is_not_known_is_no_number() -> None:
     metrics.now(sessions=1, version=2, possible_per_s=8.0, text_share=0.25, asked_per_s=3.0)
     assert value("possible_chunks_per_second", {"model": "unit-test-model"}) == 8.0
     assert value("text_share", {"model": "unit-test-model"}) == 0.25
+
+
+def test_what_a_device_did_is_added_up_by_model_and_kind() -> None:
+    did = DeviceTime(
+        units={
+            ("unit-test-arm", UnitKind.PREFIX): UnitUse(device_s=0.5, num_units=4, num_rows=7),
+            ("unit-test-arm", UnitKind.TEXT): UnitUse(),
+        },
+        gap_s=0.25,
+    )
+
+    def shown(kind: str) -> list[float | None]:
+        labels = {"model": "unit-test-arm", "kind": kind}
+        return [value(f"device_{name}_total", labels) for name in ("seconds", "units", "rows")]
+
+    operator_metrics.device_did(did, "cuda:7")
+    assert shown("prefix") == [0.5, 4, 7]
+    assert shown("text") == [0, 0, 0], "there before it happened"
+    operator_metrics.device_did(did, "cuda:7")
+    assert shown("prefix") == [1.0, 8, 14]
+    assert value("device_gap_seconds_total", {"device": "cuda:7"}) == 0.5
+
+
+def test_what_runs_in_no_units_shows_none() -> None:
+    operator_metrics.device_did(DeviceTime(), "cpu:5")
+    assert value("device_gap_seconds_total", {"device": "cpu:5"}) is None
 
 
 def test_a_gpu_is_asked_and_one_that_failed_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,126 @@
+"""The engine says what its units took of the device, and what was lost between them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from manyhands.errors import InternalError
+from policies.policy import TextKind, TextRequest
+from services.inference import launches
+from services.inference.fused_model import FusedModel
+from services.inference.unit_engine import UnitEngine
+from services.inference.units import UnitKind
+from tests.support.prompted_lab import CPU
+from tests.support.unit_lab import FakeGpu, answer_of, ask, hold, make_policy, row, submit, whole_text
+
+SUBTASK = TextRequest(kind=TextKind.SUBTASK)
+DRAWN = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9)
+
+
+@pytest.fixture
+def engine():
+    made = UnitEngine({"tiny": FusedModel("tiny", make_policy(), CPU, max_rows=4, max_texts=4)}, max_rows=4, max_texts=4)
+    made.start()
+    yield made
+    made.stop()
+
+
+def all_taken_in(engine):
+    end_s = time.monotonic() + 10.0
+    while engine._state.num_outstanding:
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+
+def on_gpu(engine, monkeypatch, gpu, *, unit_s=0.002, gap_s=0.0005):
+    """Units take so long there, and it stands still before each; it runs them when they are launched."""
+    model = engine.models["tiny"]
+
+    def launched(launch):
+        gpu.stands_still(gap_s)
+
+        def run():
+            launch()
+            gpu.runs(unit_s)
+
+        return launches.timed(torch.device("cuda"), run)
+
+    monkeypatch.setattr(model, "launched", launched)
+
+
+def test_the_time_of_units_and_between_them_is_counted_while_there_is_work(engine, monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    on_gpu(engine, monkeypatch, gpu)
+    num_steps = engine.models["tiny"].num_steps
+    for seed in (1, 2):
+        answer_of(submit(engine, "left", row(seed)))
+        all_taken_in(engine)
+    found = engine.device_time()
+    prefix, expert = (found.units["tiny", kind] for kind in (UnitKind.PREFIX, UnitKind.EXPERT))
+    assert (prefix.num_units, prefix.num_rows, prefix.device_s) == (2, 2, pytest.approx(0.004))
+    assert (expert.num_units, expert.num_rows) == (2 * num_steps, 2 * num_steps)
+    assert expert.device_s == pytest.approx(2 * num_steps * 0.002)
+    # Between the two chunks there was nothing to do, however short that was.
+    assert found.gap_s == pytest.approx(2 * num_steps * 0.0005)
+
+
+def test_the_time_of_texts_is_counted_drawn_and_not_and_rows_of_a_joint_step_are_told_apart(engine, monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    on_gpu(engine, monkeypatch, gpu)
+    gate, holding = hold(engine)
+    heard = [ask(engine, request, seed=seed)[1] for seed, request in enumerate((SUBTASK, DRAWN))]
+    gate.set()
+    holding.join()
+    for one in heard:
+        whole_text(one)
+    all_taken_in(engine)
+    found = engine.device_time()
+    slices, steps = (found.units["tiny", kind] for kind in (UnitKind.TEXT_PREFIX, UnitKind.TEXT))
+    assert slices.num_units == slices.num_rows == 2 * engine.models["tiny"].num_prefix_slices
+    assert steps.num_units < steps.num_rows <= 2 * steps.num_units
+    assert steps.device_s == pytest.approx(0.002 * steps.num_units)
+    num_units = sum(use.num_units for use in found.units.values())
+    assert found.gap_s == pytest.approx((num_units - 1) * 0.0005)
+
+
+def test_a_unit_that_failed_took_its_time_all_the_same_where_that_is_known(engine, monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    on_gpu(engine, monkeypatch, gpu)
+    monkeypatch.setattr(engine.models["tiny"], "_to_host", lambda *_: 1 / 0)
+    assert isinstance(submit(engine, "left", row(1)).get(timeout=10.0), InternalError)
+    all_taken_in(engine)
+    assert engine.device_time().units["tiny", UnitKind.EXPERT].num_units == engine.models["tiny"].num_steps
+
+
+def test_a_model_without_text_has_no_units_of_text():
+    model = FusedModel("tiny", make_policy("pi05"), CPU, max_rows=1, max_texts=1)
+    units = UnitEngine({"tiny": model}, max_rows=1, max_texts=1).device_time().units
+    assert set(units) == {("tiny", UnitKind.PREFIX), ("tiny", UnitKind.EXPERT)}
+
+
+def test_what_a_unit_that_failed_took_is_no_gap(engine, monkeypatch):
+    gpu, launched = FakeGpu(monkeypatch), []
+    on_gpu(engine, monkeypatch, gpu)
+    model = engine.models["tiny"]
+    launch_on_gpu = model.launched
+
+    def second_fails(launch):
+        launched.append(launch_on_gpu(launch))
+        return launched[-1] if len(launched) != 2 else lambda: 1 / 0
+
+    monkeypatch.setattr(model, "launched", second_fails)
+    gate, holding = hold(engine)
+    outcomes, (_, heard) = submit(engine, "left", row(1)), ask(engine, SUBTASK)
+    gate.set()
+    holding.join()
+    assert isinstance(outcomes.get(timeout=10.0), InternalError)
+    whole_text(heard)
+    all_taken_in(engine)
+    found = engine.device_time()
+    num_units = sum(use.num_units for use in found.units.values())
+    assert num_units == len(launched) - 1 > 2
+    # Neither before the first one nor on either side of the one that failed.
+    assert found.gap_s == pytest.approx((num_units - 2) * 0.0005)
