@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # After so long without an answer, what answers pass through has left the processor's caches.
 COLD_S = 0.004
+# By how much the device's clock may be slower than the host's, at most.
+CLOCKS_DIFFER = 1e-3
 
 
 class UnitResults:
@@ -51,8 +53,8 @@ class UnitResults:
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawing")
         self._answered_s = 0.0
-        # Of the unit that was done last; None where the device had nothing to do since.
-        self._before: Callable[[], float] | None = None
+        # The unit that was done last, and when; None where the device had nothing to do since.
+        self._before: tuple[Callable[[], float], float] | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -87,18 +89,31 @@ class UnitResults:
             try:
                 seconds = launched.wait()
             except Exception as error:
-                self._device_is_done()
+                self._device_is_done(self._state.clock())
                 self.tell_failed(launched.unit, error)
                 self._before = None
                 self._is_taken_in(launched, None)
                 continue
-            self._device_is_done()
-            done_s = self._state.clock()
-            before, self._before = self._before, launched.wait
+            gap_s, done_s = self._when_done(launched, seconds)
+            self._device_is_done(done_s)
             if any(text.work.payload.row.is_drawn for text in launched.unit.texts):
-                self._drawing.submit(self._take_in, launched, seconds, done_s, before)
+                self._drawing.submit(self._take_in, launched, seconds, done_s, gap_s)
             else:
-                self._take_in(launched, seconds, done_s, before)
+                self._take_in(launched, seconds, done_s, gap_s)
+
+    def _when_done(self, launched: LaunchedUnit, seconds: float) -> tuple[float, float]:
+        """How long the device stood still before the unit, and when it was done with it.
+
+        This thread learns of that late: it takes tokens in, and waits for the interpreter. Counted on from the unit before,
+        by the device's own clock, it is known better; a unit that is noticed earlier than it should be done puts that right.
+        """
+        now_s = self._state.clock()
+        gap_s = launches.gap_s(self._before[0], launched.wait) if self._before is not None else None
+        done_s = now_s
+        if self._before is not None and gap_s is not None:
+            done_s = min(now_s, self._before[1] + (gap_s + seconds) * (1.0 + CLOCKS_DIFFER))
+        self._before = (launched.wait, done_s)
+        return gap_s or 0.0, done_s
 
     def _rehearse(self, launched: LaunchedUnit) -> None:
         """Of a chunk that comes after a pause, while the device is at its last step but one and this thread only waits.
@@ -111,11 +126,11 @@ class UnitResults:
             except Exception:
                 logger.exception("an answer of %s cannot be rehearsed", launched.model.name)
 
-    def _device_is_done(self) -> None:
+    def _device_is_done(self, since_s: float) -> None:
         """With the unit that was launched first."""
         state = self._state
         with state.changed:
-            state.device.done(state.clock())
+            state.device.done(since_s)
             # Woken for nothing, the engine's thread would take the interpreter from this one, which has a chunk to answer.
             if len(state.scheduler) and not state.is_waiting:
                 state.changed.notify()
@@ -132,7 +147,7 @@ class UnitResults:
                 self._before = None
             state.wake()
 
-    def _take_in(self, launched: LaunchedUnit, seconds: float, done_s: float, before: Callable[[], float] | None) -> None:
+    def _take_in(self, launched: LaunchedUnit, seconds: float, done_s: float, gap_s: float) -> None:
         try:
             known = {text.work.text_id: len(text.work.payload.row.tokens) for text in launched.unit.texts}
             launched.take()
@@ -144,7 +159,7 @@ class UnitResults:
             self._answer_chunks(launched, chunks, done_s)
             texts = self._tell_scheduler(launched, seconds, done_s, known)
             self._answer_texts(launched, texts)
-        self._is_taken_in(launched, seconds, launches.gap_s(before, launched.wait))
+        self._is_taken_in(launched, seconds, gap_s)
 
     def _tell_scheduler(
         self, launched: LaunchedUnit, seconds: float, done_s: float, known: Mapping[Hashable, int]

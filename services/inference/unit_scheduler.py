@@ -41,8 +41,9 @@ from .units import (
 # Longer than text waits at the load that is promised. With 0.1 it went before chunks that it made late, and gained little:
 # p99 of whole answers in simulated time fell by a quarter on a slow device, and by about a tenth on others.
 MAX_TEXT_WAIT_S = 0.3
-# Of the time a robot gives, for what comes behind the device: the answer's way back, and estimates that are wrong.
-RESERVE_SHARE = 0.05
+# Of the time a robot gives, for what comes behind the device: the answer's way back, and estimates that are wrong. With 0.05
+# a device that is full had its last chunks back 4 ms before they were late, which a busy host is late itself.
+RESERVE_SHARE = 0.1
 # As much must be left to every chunk where text goes before it: for chunks that come next, and for sharing steps, which
 # those near their deadlines cannot do. On a faster card of two, 0.3 gave text 380 tokens/s instead of 1095 in simulated time
 # (docs/design/0016), because chunks no longer shared.

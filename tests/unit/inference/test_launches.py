@@ -66,8 +66,8 @@ def test_events_say_what_took_a_gpu_how_long_and_how_long_it_stood_still(monkeyp
     assert gap_s(second, third) == pytest.approx(0.0)
 
 
-def test_there_is_no_gap_before_the_first_unit_nor_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gap_is_known_before_the_first_unit_nor_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch)
     on_cpu = timed(torch.device("cpu"), lambda: None)
     on_gpu = timed(torch.device("cuda"), lambda: gpu.runs(0.008))
-    assert [gap_s(before, after) for before, after in ((None, on_gpu), (on_cpu, on_gpu), (on_cpu, on_cpu))] == [0.0] * 3
+    assert [gap_s(before, after) for before, after in ((None, on_gpu), (on_cpu, on_gpu), (on_cpu, on_cpu))] == [None] * 3

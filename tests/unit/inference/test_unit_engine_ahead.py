@@ -20,7 +20,6 @@ from policies.policy import TextKind, TextRequest
 from services.inference import fused_model, launches, unit_results
 from services.inference.engine_port import Observed
 from services.inference.fused_model import FusedModel
-from services.inference.launches import MAX_AHEAD
 from services.inference.unit_engine import UnitEngine
 from tests.support.prompted_lab import CPU
 from tests.support.unit_lab import (
@@ -37,6 +36,8 @@ from tests.support.unit_lab import (
     whole_text,
 )
 
+# Fewer units than a chunk of the tiny policy has.
+MAX_AHEAD = 4
 SUBTASK = TextRequest(kind=TextKind.SUBTASK)
 DRAWN = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9)
 
@@ -70,6 +71,7 @@ def ahead(policy, monkeypatch, clock):
     device = SlowDevice(model, monkeypatch)
     # Expected to take as good as no time: only how many may be ahead holds the engine back.
     monkeypatch.setattr(made._scheduler.times, "likely_s", lambda *_: 0.0)
+    monkeypatch.setattr(made._device, "_max_ahead", MAX_AHEAD)
     yield made, device
     monkeypatch.undo()
     while not device._gates.empty():
