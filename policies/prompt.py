@@ -63,8 +63,12 @@ class Prompter(Protocol):
 class Pieces:
     """An answer's tokens as text, one by one. One may end inside a character; its text comes with what completes it."""
 
+    # So many tokens are read again with each new one, at most: an answer's last token costs what its first ones do.
+    WINDOW = 8
+
     def __init__(self, prompter: Prompter) -> None:
         self._prompter = prompter
+        # The last ones, and their text: a token's text depends on the one before it (whether a space stands between).
         self._tokens: list[int] = []
         self._written = ""
 
@@ -75,4 +79,12 @@ class Pieces:
         if not whole.startswith(self._written) or whole.endswith("\ufffd"):
             return None
         new, self._written = whole[len(self._written) :], whole
+        if len(self._tokens) >= self.WINDOW:
+            self._forget(token)
         return new
+
+    def _forget(self, token: int) -> None:
+        """All but the last token, where it has a text of its own, which does not begin inside a character."""
+        alone = self._prompter.text([token])
+        if alone.strip() and "\ufffd" not in alone and self._written.endswith(alone):
+            self._tokens, self._written = [token], alone

@@ -31,13 +31,18 @@ class Line:
         """Readable when unsent bytes wait for the main thread."""
         return self._wake_fd
 
-    def post(self, **message: object) -> None:
-        """Sends a FromEngine, as post(ready=Ready()); what the socket does not take now waits for flush()."""
+    def post(self, *, at_once: bool = True, **message: object) -> None:
+        """Sends a FromEngine, as post(ready=Ready()); what the socket does not take now waits for flush().
+
+        at_once: Else it waits for flush() too: tokens come by the dozen, and one call sends them all.
+        """
         content = engine_messages.frame(engine_pb2.FromEngine(**message))  # type: ignore[arg-type]
         with self._lock:
+            is_awake = bool(self._unsent)
             self._unsent += content
-            self._send_locked()
-            if self._unsent:
+            if at_once:
+                self._send_locked()
+            if self._unsent and not is_awake:
                 os.eventfd_write(self._wake_fd, 1)
 
     def flush(self) -> bool:

@@ -273,7 +273,7 @@ class EngineHost:
 
         def hear(piece: str | TextEnd) -> None:
             if isinstance(piece, str):
-                self._line.post(text_piece=engine_pb2.TextPiece(question_id=number, text=piece))
+                self._line.post(at_once=False, text_piece=engine_pb2.TextPiece(question_id=number, text=piece))
                 return
             self._texts.pop(number, None)
             self._line.post(text_end=engine_messages.to_text_end(number, piece))

@@ -36,9 +36,13 @@ class ServiceTimes:
         self._forget_after_s = _FORGET_AFTER_S if forgets else math.inf
         self._lately_s = _LATELY_S if forgets else math.inf
         self._measured: dict[Hashable, dict[int, _Measured]] = {}
+        # By group, sizes and deviations asked for: what does not fade stays as it is until the group is measured again, and
+        # a scheduler asks for the same few numbers in every decision.
+        self._kept: dict[Hashable, dict[tuple[int, float], float]] = {}
 
     def observe(self, group: Hashable, num_rows: int, duration_s: float, now_s: float) -> None:
         by_rows = self._measured.setdefault(group, {})
+        self._kept.pop(group, None)
         known = by_rows.get(num_rows)
         if known is None or now_s - known.at_s > FRESH_S:
             by_rows.pop(num_rows, None)
@@ -54,9 +58,12 @@ class ServiceTimes:
         known.deviation_s += _DEVIATION_GAIN * (abs(error_s) - known.deviation_s)
         known.at_s = now_s
 
-    def careful_s(self, group: Hashable, num_rows: int, now_s: float) -> float:
-        """Mean and two deviations; 0 where nothing is known."""
-        return self._estimate_s(group, num_rows, now_s, 2.0)
+    def careful_s(self, group: Hashable, num_rows: int, now_s: float, *, times: int = 1) -> float:
+        """Of so many one after the other: means and two deviations of their sum; 0 where nothing is known.
+
+        What delays one of them seldom delays all, so the deviation of a sum grows with the root of how many they are.
+        """
+        return times * self._estimate_s(group, num_rows, now_s, 2.0 / math.sqrt(times)) if times else 0.0
 
     def likely_s(self, group: Hashable, num_rows: int, now_s: float) -> float:
         """The mean; 0 where nothing is known."""
@@ -79,6 +86,13 @@ class ServiceTimes:
         by_rows = self._measured.get(group)
         if not by_rows:
             return 0.0
+        if not self._forgets:
+            kept = self._kept.setdefault(group, {})
+            found_s = kept.get((num_rows, num_deviations))
+            if found_s is None:
+                mean_s, deviation_s = self._foretell(by_rows, num_rows)
+                found_s = kept[num_rows, num_deviations] = max(0.0, mean_s + num_deviations * deviation_s)
+            return found_s
         mean_s, deviation_s = self._foretell(by_rows, num_rows)
         silent_s = max(0.0, now_s - max(known.at_s for known in by_rows.values()))
         forgotten: float = 0.5 ** max(0.0, silent_s / self._forget_after_s - 1.0)

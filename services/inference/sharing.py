@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 # Of a prefix, that must be saved. In simulated time (docs/design/0016) less makes chunks wait for a little, more lets queues
-# grow until deadlines are near. With 0.45, steps of 0.5 ms beside a prefix of 8.3 make a full device slower than steps of
-# 0.78 do, because they are no longer shared.
-WORTHWHILE_SHARE = 0.42
+# grow until deadlines are near: with 0.42 one of six simulated fleets on a host that stalls now and then fell behind.
+WORTHWHILE_SHARE = 0.3
+# Rows that a promise counts on, although more would pay: with deadlines of 100 ms there seldom are more.
+ROWS_COUNTED_ON = 8
 
 
 def pays(*, prefix_s: float, step_s: Callable[[int], float], num_rows: int, steps_left: int, num_steps: int) -> bool:
@@ -32,7 +33,7 @@ def pays(*, prefix_s: float, step_s: Callable[[int], float], num_rows: int, step
 def chunks_per_s(*, prefix_s: float, step_s: Callable[[int], float], num_steps: int, max_rows: int) -> float:
     """What a device makes of units whose steps are shared as far as pays() says; above 0."""
     rows = 1
-    while rows < max_rows and pays(
+    while rows < min(max_rows, ROWS_COUNTED_ON) and pays(
         prefix_s=prefix_s, step_s=step_s, num_rows=rows, steps_left=num_steps, num_steps=num_steps
     ):
         rows += 1

@@ -51,9 +51,9 @@ TEXT_RESERVE_SHARE = 0.5
 # Text units that have begun and are not taken in. Tokens reach the host some time after the device has them, and what runs
 # behind them is decided before: one runs, one is on its way to the host, one is next.
 MAX_TEXT_UNITS = 3
-# A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper. Those of an H200
-# get 8 % cheaper by twos and by fours; on a full device that is half as much as all text steps take.
-WORTHWHILE_SAVING = 0.07
+# A bigger prefix unit makes its first row wait for its last: worth it only when rows get this much cheaper. Those of H200s
+# get 3 to 8 % cheaper by twos. With 0.07 the cards with the least to save were slow to catch up after a stall.
+WORTHWHILE_SAVING = 0.03
 
 
 class UnitScheduler(Generic[ChunkT, TextT]):
@@ -301,14 +301,14 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             return False
         prefix_s = self.times.careful_s(prefixes, len(works), now_s)
         num_rows = len(rows) + len(works)
-        steps_s = first.num_steps * self.times.careful_s(group(UnitKind.EXPERT, first.model, first.bucket), num_rows, now_s)
+        steps_s = self._steps_s(first, first.num_steps, num_rows, now_s)
         return all(now_s + prefix_s + steps_s <= _due_s(work) for work in works)
 
     def _rows_in_time(self, rows: Sequence[Row[ChunkT]], prefix: Unit[ChunkT, TextT], now_s: float) -> bool:
         """Whether chunks in progress keep their deadlines if prefix runs before their next step, which its rows join."""
         at_s = now_s + self.times.careful_s(prefix.group, prefix.size, now_s)
         num_rows = len(rows) + prefix.size
-        return all(at_s + row.num_steps_left * self._step_s(row.work, num_rows, now_s) <= _due_s(row.work) for row in rows)
+        return all(at_s + self._steps_s(row.work, row.num_steps_left, num_rows, now_s) <= _due_s(row.work) for row in rows)
 
     def _all_in_time(
         self,
@@ -321,13 +321,13 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """Whether all would be in time if the device were theirs from at_s on, each finished before the next begins."""
         free_s = at_s
         for row in rows:
-            done_s = at_s + row.num_steps_left * self._step_s(row.work, len(rows), now_s)
+            done_s = at_s + self._steps_s(row.work, row.num_steps_left, len(rows), now_s)
             if done_s > _due_s(row.work, reserve_share):
                 return False
             free_s = max(free_s, done_s)
         for work in waiting:
             prefix_s = self.times.careful_s(group(UnitKind.PREFIX, work.model, work.bucket), 1, now_s)
-            free_s += prefix_s + work.num_steps * self._step_s(work, 1, now_s)
+            free_s += prefix_s + self._steps_s(work, work.num_steps, 1, now_s)
             if free_s > _due_s(work, reserve_share):
                 return False
         return True
@@ -345,8 +345,8 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         at_s = now_s + self.times.careful_s(text.group, text.size, now_s)
         return self._all_in_time(at_s, list(self._rows.values()), self._line.ordered(), now_s, TEXT_RESERVE_SHARE)
 
-    def _step_s(self, work: ChunkWork[ChunkT], num_rows: int, now_s: float) -> float:
-        return self.times.careful_s(group(UnitKind.EXPERT, work.model, work.bucket), num_rows, now_s)
+    def _steps_s(self, work: ChunkWork[ChunkT], num_steps: int, num_rows: int, now_s: float) -> float:
+        return self.times.careful_s(group(UnitKind.EXPERT, work.model, work.bucket), num_rows, now_s, times=num_steps)
 
     def _at_best_s(self, work: ChunkWork[ChunkT], now_s: float) -> float:
         """From beginning to end, alone and undisturbed, if all goes well."""

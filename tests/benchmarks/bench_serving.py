@@ -40,7 +40,7 @@ from tests.benchmarks.serving.loads import ASK_EVERY_S, ASK_TOKENS, FLEET, ROBOT
 ROOT = Path(__file__).parents[2]
 PARTS = ("first-start", "alone", "fleet", "text", "swap", "peer")
 # Seconds between a robot's questions and tokens of an answer; 0.001: the next question follows the answer.
-RUNGS = ((ASK_EVERY_S, ASK_TOKENS), (1.0, 60), (0.001, 120))
+RUNGS = ((ASK_EVERY_S, ASK_TOKENS), (1.9, 120), (0.001, 120))
 START_TIMEOUT_S = 300.0
 # Beside what robots take: processes that begin and end.
 LOAD_EXTRA_S = 12.0

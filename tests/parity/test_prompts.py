@@ -17,6 +17,7 @@ from policies.normalization import Normalization, Normalizer, relative_mask, to_
 from policies.policy import Sample, TextKind, TextRequest
 from policies.prompt import Prompt
 from policies.prompts import smolvla
+from policies.prompt import Pieces
 from policies.prompts.pi052 import Pi05Prompter, Pi052Prompter, Pi052PromptOptions
 from policies.prompts.smolvla import SmolVLA2Prompter, SmolVLA2PromptOptions, SmolVLAPrompter
 from policies.prompts.tokenizer import Tokenizer
@@ -262,3 +263,32 @@ def test_the_chat_format_is_the_tokenizers_template() -> None:
         as_blocks = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in case["messages"]]
         messages = tuple(Message(role=message["role"], content=message["content"]) for message in case["messages"])
         assert template.render(messages=as_blocks, add_generation_prompt=False) == smolvla._chat(messages)
+
+
+SPOKEN = (
+    "put the red cup  on the shelf,\nthen come back and wait",
+    "日本語の文字と、絵文字🙂🙃が混ざった長い文章です。ありがとう",
+    "  leading spaces, a tab\tand \u00e9\u00e8\u00ea accents - - - ... 12345 67890",
+)
+
+
+@pytest.mark.parametrize("kind", ["pi052", "smolvla2"])
+def test_pieces_put_together_are_the_whole_text(kind: str, pi_tokenizer: Tokenizer, smol_tokenizer: Tokenizer) -> None:
+    """An answer is decoded a few tokens at a time."""
+    prompter: Pi052Prompter | SmolVLA2Prompter = (
+        Pi052Prompter(pi_tokenizer, Pi052PromptOptions())
+        if kind == "pi052"
+        else SmolVLA2Prompter(smol_tokenizer, SmolVLA2PromptOptions())
+    )
+    random = np.random.default_rng(0)
+    answers = [prompter.answer(text) for text in SPOKEN]
+    answers += [random.integers(0, 5000, 60).tolist() for _ in range(20)]
+    num_forgotten = 0
+    for tokens in answers:
+        pieces = Pieces(prompter)
+        heard = "".join(pieces.add(token) or "" for token in tokens)
+        whole = prompter.text(tokens)
+        # Bytes that are no character change what was said of those before them.
+        assert heard == whole or "\ufffd" in whole, tokens
+        num_forgotten += len(pieces._tokens) < len(tokens)
+    assert num_forgotten > len(SPOKEN)
