@@ -15,9 +15,8 @@ import torch
 from policies.losses import IGNORED_LABEL
 from policies.normalization import Normalization, Normalizer, relative_mask, to_relative
 from policies.policy import Sample, TextKind, TextRequest
-from policies.prompt import Prompt
+from policies.prompt import Pieces, Prompt
 from policies.prompts import smolvla
-from policies.prompt import Pieces
 from policies.prompts.pi052 import Pi05Prompter, Pi052Prompter, Pi052PromptOptions
 from policies.prompts.smolvla import SmolVLA2Prompter, SmolVLA2PromptOptions, SmolVLAPrompter
 from policies.prompts.tokenizer import Tokenizer
