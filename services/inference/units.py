@@ -119,15 +119,14 @@ class Text(Generic[TextT]):
 
     @property
     def may_go_on(self) -> bool:
-        """Whether its next unit depends on nothing that is still on its way to the host.
+        """Whether its next unit depends on nothing that is still on its way to the host, tokens that are drawn apart.
 
         The likeliest token is on the device when a step gives it, so the next step may follow at once. It may turn out that
         the text had ended: that step was for nothing.
         """
         if not self.num_running:
             return True
-        is_step = self.kind is UnitKind.TEXT and not self.work.is_drawn
-        return is_step and self.num_tokens + self.num_running < self.work.max_tokens
+        return self.kind is UnitKind.TEXT and self.num_tokens + self.num_running < self.work.max_tokens
 
     @property
     def kind(self) -> UnitKind:

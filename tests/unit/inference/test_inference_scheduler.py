@@ -253,3 +253,23 @@ def test_under_overload_the_model_stays_well_used_and_nobody_starves() -> None:
     assert patient.longest_gap_s < 2.2
     # Only what was judged before passes were measured may be late.
     assert sum(robot.late for robot in robots) <= 16
+
+
+def test_so_many_one_after_the_other_stray_less_than_all_of_them_being_slow() -> None:
+    times = ServiceTimes(forgets=False)
+    for number in range(400):
+        times.observe(GROUP, 1, (0.8e-3, 1.2e-3)[number % 2], 0.0)
+    one_s, mean_s = times.careful_s(GROUP, 1, 0.0), times.likely_s(GROUP, 1, 0.0)
+    assert one_s - mean_s == pytest.approx(0.4e-3, rel=0.1)
+    assert times.careful_s(GROUP, 1, 0.0, times=16) == pytest.approx(16 * mean_s + 4 * (one_s - mean_s))
+    assert times.careful_s(GROUP, 1, 0.0, times=0) == 0.0
+
+
+def test_what_does_not_fade_is_estimated_anew_when_it_is_measured_again() -> None:
+    times = ServiceTimes(forgets=False)
+    times.observe(GROUP, 2, 0.010, 0.0)
+    assert times.likely_s(GROUP, 2, 0.0) == times.likely_s(GROUP, 1, 99.0) == pytest.approx(0.010)
+    times.observe(GROUP, 2, 0.018, 1.0)
+    assert times.likely_s(GROUP, 2, 1.0) == times.likely_s(GROUP, 1, 1.0) == pytest.approx(0.011)
+    times.observe(GROUP, 1, 0.004, 1.0)
+    assert times.likely_s(GROUP, 1, 1.0) == pytest.approx(0.004)

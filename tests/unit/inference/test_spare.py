@@ -209,6 +209,30 @@ def test_what_a_swap_needs_is_made_at_the_start_and_not_under_robots(
     assert follower.swap("tiny", 1).result(20.0).current.number == 1
 
 
+def test_the_way_of_a_version_is_gone_once_before_robots_come_by_the_thread_that_it_will_come_by(
+    service: ScriptedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens the first time only, of a thread or a stream, stopped everybody for half a second."""
+    threads: list[str] = []
+
+    class Fused(ServedModel):
+        def rehearse_stage(self) -> None:
+            threads.append(threading.current_thread().name)
+
+        def stage(self, policy: FlowPolicy) -> None:
+            threads.append(threading.current_thread().name)
+
+    monkeypatch.setattr(weights_follower, "FusedModel", Fused)
+    served = Fused("tiny", make_policy(0))
+    follower = WeightsFollower(service.address, {"tiny": served}, lambda _model, flip: flip() or 0.0, follow=False)
+    follower.start()
+    assert len(threads) == 1
+    assert follower.swap("tiny", 1).result(20.0).current.number == 1
+    follower.stop()
+    assert len(threads) == 2
+    assert len(set(threads)) == 1, threads
+
+
 def test_a_version_that_cannot_be_tried_is_told_among_the_swaps(
     served: ServedModel, follower: WeightsFollower, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from policies import text
 from policies.policy import TextKind, TextRequest
 from services.inference import fused_model, launches, unit_results
 from services.inference.engine_port import Observed
+from services.inference.fused.units import TOO_SHORT
 from services.inference.fused_model import FusedModel
 from services.inference.unit_engine import UnitEngine
 from tests.support.prompted_lab import CPU
@@ -226,6 +227,30 @@ def test_a_step_that_a_text_takes_after_its_end_is_for_nothing(ahead, policy, mo
     assert model.slots.num_free == model.slots.sizes.num_slots
 
 
+def test_a_token_that_is_too_early_to_end_is_one_whatever_is_known_of_those_before_it(ahead, policy, monkeypatch):
+    engine, device = ahead
+    fused, rules = engine.models["tiny"].fused, policy.decoding(SUBTASK)
+    monkeypatch.setattr(policy, "decoding", lambda request: dataclasses.replace(rules, min_new_tokens=7))
+    flags = {}
+    for name in ("first_text", "text_step"):
+        monkeypatch.setattr(fused, name, functools.partial(noting_flags, flags, getattr(fused, name)))
+    heard = [ask(engine, SUBTASK, seed=seed)[1] for seed in range(3)]
+    let_go_until(device, lambda: len(joint_steps_on_their_way(engine)) >= 2)
+    letting_go = threading.Thread(target=let_all_go, args=(device, engine))
+    letting_go.start()
+    for queued in heard:
+        whole_text(queued)
+    letting_go.join()
+    expected = [TOO_SHORT] * 7 + [0] * (rules.max_new_tokens - 7)
+    assert [[flag & TOO_SHORT for flag in of_row] for of_row in flags.values()] == [expected] * 3
+
+
+def noting_flags(flags, unit, rows):
+    for row in rows:
+        flags.setdefault(row.slot, []).append(row.flags)
+    return unit(rows)
+
+
 def joint_steps_on_their_way(engine):
     """Of three texts."""
     with engine._changed:
@@ -412,6 +437,15 @@ def test_a_version_is_tried_beside_what_serves_and_a_bad_one_changes_nothing(eng
     assert outcome.version.number == 1
     assert near(outcome.actions, plain(good, row(1))[0])
     assert model.slots.num_free == model.slots.sizes.num_slots
+
+
+def test_staging_is_rehearsed_with_the_weights_that_serve_and_changes_nothing(engine, policy, monkeypatch):
+    model, staged = engine.models["tiny"], []
+    stage = model.stage
+    monkeypatch.setattr(model, "stage", lambda policy: staged.append(policy) or stage(policy))
+    model.rehearse_stage()
+    assert staged == [model.policy]
+    assert near(answer_of(submit(engine, "left", row(1))).actions, plain(policy, row(1))[0])
 
 
 def test_what_a_robot_that_left_amid_a_chunk_had_is_wiped(engine, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from policies.policy import TextKind, TextRequest
 from services.inference import launches
 from services.inference.fused_model import FusedModel
 from services.inference.unit_engine import UnitEngine
+from services.inference.unit_results import UnitResults
 from services.inference.units import UnitKind
 from tests.support.prompted_lab import CPU
 from tests.support.unit_lab import FakeGpu, answer_of, ask, hold, make_policy, row, submit, whole_text
@@ -65,6 +67,29 @@ def test_the_time_of_units_and_between_them_is_counted_while_there_is_work(engin
     assert expert.device_s == pytest.approx(2 * num_steps * 0.002)
     # Between the two chunks there was nothing to do, however short that was.
     assert found.gap_s == pytest.approx(2 * num_steps * 0.0005)
+
+
+def test_when_a_unit_was_done_is_known_although_that_is_noticed_late(monkeypatch):
+    gpu, host = FakeGpu(monkeypatch), types.SimpleNamespace(now_s=0.0)
+    results = UnitResults(types.SimpleNamespace(clock=lambda: host.now_s), None)
+
+    def done_s(*, took_s, noticed_s, gap_s=0.0):
+        gpu.stands_still(gap_s)
+        wait = launches.timed(torch.device("cuda"), lambda: gpu.runs(took_s))
+        host.now_s = noticed_s
+        found_gap_s, found_s = results._when_done(types.SimpleNamespace(wait=wait), wait())
+        assert found_gap_s == pytest.approx(gap_s)
+        return found_s
+
+    assert done_s(took_s=0.008, noticed_s=5.0) == 5.0
+    # Three milliseconds late: tokens were taken in.
+    assert done_s(took_s=0.001, gap_s=0.0004, noticed_s=5.0044) == pytest.approx(5.0014, abs=1e-5)
+    # The first one had been noticed late itself, by 0.2 ms: this one is there before it should be.
+    assert done_s(took_s=0.002, noticed_s=5.0032) == 5.0032
+    assert done_s(took_s=0.002, noticed_s=5.0060) == pytest.approx(5.0052, abs=1e-5)
+    # Nothing was there for it since: it begins anew.
+    results._before = None
+    assert done_s(took_s=0.002, noticed_s=7.0) == 7.0
 
 
 def test_the_time_of_texts_is_counted_drawn_and_not_and_rows_of_a_joint_step_are_told_apart(engine, monkeypatch):

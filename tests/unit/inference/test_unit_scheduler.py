@@ -22,7 +22,7 @@ from services.inference.unit_scheduler import (
     TEXT_RESERVE_SHARE,
     UnitScheduler,
 )
-from services.inference.units import ACTION_KINDS, ChunkWork, TextWork, Unit, UnitKind, group
+from services.inference.units import ACTION_KINDS, ChunkWork, Text, TextWork, Unit, UnitKind, expert_sizes, group
 
 # As measured on an H200: prefixes cost in proportion, expert and text steps hardly grow.
 PREFIX_S = {1: 0.0059, 2: 0.0118, 4: 0.0235}
@@ -384,6 +384,33 @@ def test_what_depends_on_the_host_waits_for_it(changed: dict[str, Any]) -> None:
     assert len(ids) == len(set(ids)), "each has one unit on its way"
     scheduler.finished(first, TEXT_S[1], 0.002, num_new_tokens={"q0": 1})
     assert scheduler.next_unit(0.002).unit is not None
+
+
+def test_only_steps_follow_what_is_on_its_way() -> None:
+    amid_prefix = Text(work=question("q", num_prefix_slices=3), num_running=1, is_checked=True, touched_s=0.0)
+    unchecked = Text(work=question("q", num_prefix_slices=0, num_draft_tokens=5), num_running=1, touched_s=0.0)
+    stepping = Text(work=question("q", num_prefix_slices=0), num_running=1, is_checked=True, touched_s=0.0)
+    assert [text.may_go_on for text in (amid_prefix, unchecked, stepping)] == [False, False, True]
+
+
+def test_texts_that_step_on_their_own_meet_again() -> None:
+    scheduler = decoding(1)
+    first = scheduler.next_unit(0.0).unit
+    scheduler.ask(question("q1", at=-1.0, within=20.0, num_prefix_slices=0))
+    second = scheduler.next_unit(0.001).unit
+    assert first is not None
+    assert second is not None
+    assert [text.work.text_id for text in second.texts] == ["q1"]
+    scheduler.finished(first, TEXT_S[1], 0.002)
+    assert scheduler.next_unit(0.002).unit is None, "it waits for the other, or they would take turns for good"
+    scheduler.finished(second, TEXT_S[1], 0.003)
+    together = scheduler.next_unit(0.003).unit
+    assert together is not None
+    assert together.size == 2
+
+
+def test_the_largest_number_of_rows_is_prepared_whatever_it_is() -> None:
+    assert [expert_sizes(most)[-2:] for most in (2, 7, 16, 40)] == [(1, 2), (6, 7), (12, 16), (32, 40)]
 
 
 def test_a_lone_question_has_one_unit_at_a_time_so_that_a_chunk_that_comes_waits_for_one() -> None:
