@@ -10,7 +10,8 @@ Text runs when no chunk needs the device. It may also go before chunks, but from
 question holds it up by at most one text unit, the one that was running at its arrival included; where k texts step together,
 each answers for 1/k of the step (hold_ups.py). And it goes before chunks only as far as all of them keep a good share of
 their time, or after the text has waited for MAX_TEXT_WAIT_S. So no question delays another robot's chunk by more than one
-text unit, k questions by no more than k, and text is never starved while chunks come to an end.
+text unit, k questions by no more than k, and text is never starved while chunks come to an end. A joint step may be the next
+unit before the tokens of the one before are known.
 """
 
 from __future__ import annotations

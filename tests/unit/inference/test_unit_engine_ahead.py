@@ -245,10 +245,10 @@ def test_a_token_that_is_too_early_to_end_is_one_whatever_is_known_of_those_befo
     assert [[flag & TOO_SHORT for flag in of_row] for of_row in flags.values()] == [expected] * 3
 
 
-def noting_flags(flags, unit, rows):
-    for row in rows:
-        flags.setdefault(row.slot, []).append(row.flags)
-    return unit(rows)
+def noting_flags(flags, unit, texts):
+    for text_row in texts:
+        flags.setdefault(text_row.slot, []).append(text_row.flags)
+    return unit(texts)
 
 
 def joint_steps_on_their_way(engine):
