@@ -73,7 +73,7 @@ class DeviceUse:
             num_rows=before.num_rows + num_rows,
         )
         if gap_s < LONGEST_GAP_S:
-            self._gap_s += gap_s
+            self._gap_s += max(0.0, gap_s)
 
     def so_far(self) -> DeviceTime:
         return DeviceTime(units=dict(self._units), gap_s=self._gap_s)

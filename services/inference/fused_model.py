@@ -8,6 +8,7 @@ Shapes: I cameras, T horizon, A action size of the model, R of the robot.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -80,7 +81,7 @@ class FusedModel(ServedModel):
             num_steps=config.num_steps,
             horizon=config.horizon,
             # A chunk keeps its slot until it has arrived; by then others, and others again, may have been launched.
-            num_slots=3 * max_rows + max_texts,
+            num_slots=max_rows * (2 + math.ceil(launches.MAX_AHEAD / (config.num_steps + 1))) + max_texts,
             max_text=config.max_new_tokens,
             prompt_lengths=(*lengths, config.prompt_length),
             expert_rows=expert_sizes(max_rows),
@@ -309,6 +310,12 @@ class FusedModel(ServedModel):
         for a thread) holds the driver, and with it every unit's launch.
         """
         self.stage(self.policy)
+
+    def forget_stage(self) -> None:
+        """Gives back the memory that stage() took."""
+        self.fused.weights.free_spare()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def stage(self, policy: AnyPolicy) -> None:
         """Brings another version's weights beside those that serve, from any thread, and tries them; replace() makes them

@@ -79,28 +79,31 @@ class DeviceLine:
     def __init__(self, *, lead_s: float = LEAD_S, max_ahead: int = MAX_AHEAD) -> None:
         self._lead_s = lead_s
         self._max_ahead = max_ahead
-        self._expected_s: deque[float] = deque()
+        # When each unit was launched, and how long it is expected to take.
+        self._units: deque[tuple[float, float]] = deque()
         self._free_s = 0.0
 
     def __len__(self) -> int:
-        return len(self._expected_s)
+        return len(self._units)
 
     def add(self, expected_s: float, now_s: float) -> None:
         """A unit was launched."""
         self._free_s = self.free_s(now_s) + expected_s
-        self._expected_s.append(expected_s)
+        self._units.append((now_s, expected_s))
 
     def done(self, ended_s: float) -> None:
         """The first unit is done, since then."""
-        self._expected_s.popleft()
-        self._free_s = ended_s + sum(self._expected_s)
+        self._units.popleft()
+        self._free_s = ended_s
+        for launched_s, expected_s in self._units:
+            self._free_s = max(self._free_s, launched_s) + expected_s
 
     def free_s(self, now_s: float) -> float:
         """When a unit that is launched now would begin."""
-        return max(now_s, self._free_s) if self._expected_s else now_s
+        return max(now_s, self._free_s) if self._units else now_s
 
     def patience_s(self, now_s: float) -> float | None:
         """How long the next decision can wait; None: until a unit is done."""
-        if len(self._expected_s) >= self._max_ahead:
+        if len(self._units) >= self._max_ahead:
             return None
         return max(0.0, self.free_s(now_s) - self._lead_s - now_s)

@@ -153,7 +153,8 @@ class TextLine(Generic[ChunkT, TextT]):
         return found
 
     def _beginning(self, able: Sequence[TextInProgress[TextT]]) -> TextInProgress[TextT] | None:
-        """Whose prefix goes on: one begun, the first question first; else that of the next in line, while there is room."""
+        """Whose prefix goes on: one begun whose last slice is not on its way, the first question first; else that of the
+        next in line, while there is room."""
         begun = next((text for text in able if text.kind is UnitKind.TEXT_PREFIX), None)
         if begun is not None:
             return begun

@@ -32,9 +32,9 @@ class UnitDurations:
     jitter: float = 0.02
 
     def of(self, kind: UnitKind, size: int) -> float:
-        if kind is UnitKind.EXPERT:
-            return interpolate(self.expert_step_s, next((known for known in EXPERT_SIZES if known >= size), size))
         prepared = 1 << (size - 1).bit_length()
+        if kind is UnitKind.EXPERT:
+            return interpolate(self.expert_step_s, next((known for known in EXPERT_SIZES if known >= size), prepared))
         if kind is UnitKind.PREFIX:
             return interpolate(self.prefix_s, prepared)
         if kind is UnitKind.TEXT:

@@ -2,7 +2,7 @@
 
 Units are launched and not waited for: the next one is decided shortly before the device is free, so that it never waits for
 Python, and as late as that, so that a chunk that comes in between is not passed over. A second thread waits for what the
-device has done, and tells the robots. Of text units one is launched at a time: what a text needs next depends on its token.
+device has done, and tells the robots. Of text a few units may be on their way: what is drawn waits for its token.
 
 Between two units weights may change. A version comes in when no chunk is in progress: those begun are finished first, which
 takes a few expert steps and no prefix, so every chunk is of one version.

@@ -1,7 +1,7 @@
 """The threads that take in what the device has done: they wait for it, answer robots and tell the scheduler.
 
 One takes units in, in their order. Text that is drawn goes to another: to draw one of 257 000 tokens takes milliseconds, in
-which chunks that are done would wait for their answers. There is one text unit at a time, so texts keep their order.
+which chunks that are done would wait for their answers. While it has something all text goes there: texts keep their order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from . import launches
 from .engine import is_fatal
@@ -52,6 +52,8 @@ class UnitResults:
         self._launched: queue.SimpleQueue[LaunchedUnit | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawing")
+        # The unit that it was given last.
+        self._drawn: Future[None] | None = None
         self._answered_s = 0.0
         # The unit that was done last, and when; None where the device had nothing to do since.
         self._before: tuple[Callable[[], float], float] | None = None
@@ -96,10 +98,18 @@ class UnitResults:
                 continue
             gap_s, done_s = self._when_done(launched, seconds)
             self._device_is_done(done_s)
-            if any(text.work.payload.row.is_drawn for text in launched.unit.texts):
-                self._drawing.submit(self._take_in, launched, seconds, done_s, gap_s)
+            if self._is_for_drawing(launched):
+                self._drawn = self._drawing.submit(self._take_in, launched, seconds, done_s, gap_s)
             else:
                 self._take_in(launched, seconds, done_s, gap_s)
+
+    def _is_for_drawing(self, launched: LaunchedUnit) -> bool:
+        """Text that is drawn, and any text while some is: a text that was in a step with it may be in this one too, and its
+        pieces must not pass each other."""
+        if not launched.unit.texts:
+            return False
+        is_busy = self._drawn is not None and not self._drawn.done()
+        return is_busy or any(text.work.payload.row.is_drawn for text in launched.unit.texts)
 
     def _when_done(self, launched: LaunchedUnit, seconds: float) -> tuple[float, float]:
         """How long the device stood still before the unit, and when it was done with it.

@@ -307,10 +307,11 @@ def _prepare(slot: _Slot) -> None:
     if isinstance(slot.served, FusedModel):
         try:
             slot.served.rehearse_stage()
-        except torch.OutOfMemoryError as error:
-            logger.warning(
-                "%s: its weights cannot be swapped while the device is as full as this: %s", slot.served.name, error
-            )
+        except (RuntimeError, Refused) as error:  # Of memory too: libraries say it in their own ways.
+            if is_fatal(error):
+                raise
+            slot.served.forget_stage()
+            logger.warning("%s: its weights cannot be swapped as things are now: %s", slot.served.name, error)
 
 
 def _check_canary(policy: AnyPolicy, version: common_pb2.PolicyVersion) -> None:

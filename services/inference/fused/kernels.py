@@ -27,7 +27,7 @@ from .ops import EulerTables, Heads
 from .slots import Residual, Rows, Slots, SlotSizes
 from .weights import FusedWeights, Norm
 
-# Up to so many tokens go through the kernels for few: four rows of a chunk. Beyond, cuBLAS is faster in spite of its passes.
+# Up to so many tokens go through the kernels for few: five rows of a chunk. Beyond, cuBLAS is faster in spite of its passes.
 MAX_FEW_TOKENS = 256
 
 

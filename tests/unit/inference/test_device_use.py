@@ -53,3 +53,11 @@ def test_nothing_becomes_less(less: dict[str, float]) -> None:
         DeviceTime(units={PREFIX: UnitUse(**(whole | less))}, gap_s=0.5).since(before)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="less"):
         DeviceTime(units=before.units, gap_s=0.4).since(before)
+
+
+def test_a_gap_that_a_clock_says_was_negative_takes_nothing_away() -> None:
+    use = DeviceUse([("m", UnitKind.TEXT)])
+    use.add("m", UnitKind.TEXT, num_rows=1, device_s=0.001, gap_s=0.0004)
+    before = use.so_far()
+    use.add("m", UnitKind.TEXT, num_rows=1, device_s=0.001, gap_s=-1e-7)
+    assert use.so_far().since(before).gap_s == 0.0

@@ -38,6 +38,14 @@ def test_what_was_expected_wrongly_is_put_right_when_a_unit_is_done() -> None:
     assert line.free_s(5.5) == 5.5
 
 
+def test_a_unit_that_was_launched_late_began_late_however_early_the_one_before_it_ended() -> None:
+    line = DeviceLine(lead_s=0.001, max_ahead=3)
+    line.add(0.008, 5.0)
+    line.add(0.008, 5.012)  # The host was late.
+    line.done(5.008)  # Noticed only now.
+    assert line.free_s(5.012) == pytest.approx(5.020)
+
+
 def test_a_device_gets_no_more_ahead_than_it_may_have() -> None:
     line = DeviceLine(lead_s=1.0, max_ahead=2)
     line.add(0.010, 5.0)

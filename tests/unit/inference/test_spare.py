@@ -233,6 +233,27 @@ def test_the_way_of_a_version_is_gone_once_before_robots_come_by_the_thread_that
     assert len(set(threads)) == 1, threads
 
 
+def test_where_the_way_of_a_version_cannot_be_gone_robots_are_served_and_have_the_memory(
+    service: ScriptedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Full(ServedModel):
+        def rehearse_stage(self) -> None:
+            raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+
+        def forget_stage(self) -> None:
+            told.append("forgotten")
+
+    monkeypatch.setattr(weights_follower, "FusedModel", Full)
+    monkeypatch.setattr(weights_follower.logger, "warning", lambda text, *values: told.append(text % values))
+    follower = WeightsFollower(service.address, {"tiny": Full("tiny", make_policy(0))}, lambda *_: 0.0, follow=False)
+    follower.start()
+    follower.stop()
+    assert told[0] == "forgotten"
+    assert "CUBLAS_STATUS_ALLOC_FAILED" in told[1]
+
+
 def test_a_version_that_cannot_be_tried_is_told_among_the_swaps(
     served: ServedModel, follower: WeightsFollower, monkeypatch: pytest.MonkeyPatch
 ) -> None:

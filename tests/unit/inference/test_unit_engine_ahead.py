@@ -343,6 +343,37 @@ def test_chunks_do_not_wait_for_a_token_that_is_drawn(engine, policy, monkeypatc
     assert whole_text(heard) == "".join(policy.generate([sample(2)], DRAWN, CPU))
 
 
+def test_pieces_of_a_text_do_not_pass_those_that_the_thread_of_drawn_text_still_sends(engine, policy, monkeypatch):
+    """One stepped with a drawn text that ended with that step: the next one is its own, and only its order is left of it."""
+    gate, holding = hold(engine)
+    short = dataclasses.replace(DRAWN, max_new_tokens=3)
+    _, greedy = ask(engine, SUBTASK, seed=1)
+    _, drawn = ask(engine, short, seed=2)
+    of_drawing = Stall(monkeypatch, unit_results, "end_text", of="drawing")
+    gate.set()
+    holding.join()
+    # The drawn text is told its end; the pieces of the greedy one in that unit are sent, those behind it wait.
+    assert of_drawing.entered.wait(10.0)
+    time.sleep(0.1)
+    num_heard = greedy.qsize()
+    assert engine._state.num_outstanding > 0
+    time.sleep(0.1)
+    assert greedy.qsize() == num_heard < len(tokens_of(policy, 1))
+    of_drawing.gate.set()
+    assert whole_text(greedy) == "".join(policy.generate([sample(1)], SUBTASK, CPU))
+    whole_text(drawn)
+
+
+def test_there_are_slots_for_all_that_may_be_on_its_way_however_few_steps_a_chunk_has():
+    one_step, many = (
+        FusedModel("tiny", make_policy(num_steps=steps), CPU, max_rows=4, max_texts=4).slots.sizes.num_slots
+        for steps in (1, 40)
+    )
+    # Of eight units four are prefixes: as many chunks of four rows wait to be fetched, and four are in progress.
+    assert one_step >= 4 * (4 + 1) + 4
+    assert many >= 2 * 4 + 4
+
+
 def swapping(engine, change):
     """A thread that waits for a change of weights, and whether it has happened."""
     changed = threading.Event()
