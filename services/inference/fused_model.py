@@ -35,7 +35,7 @@ from .fused.starts import ChunkStart
 from .models import AnyPolicy, ServedModel
 from .rows_ahead import RowsAhead, inputs_of
 from .rows_in_work import Chunk, ChunkRow, Take, TextRowInWork, slot_of, valid_of
-from .units import expert_sizes
+from .units import doubling_sizes, expert_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class FusedModel(ServedModel):
             max_text=config.max_new_tokens,
             prompt_lengths=(*lengths, config.prompt_length),
             expert_rows=expert_sizes(max_rows),
-            text_rows=_buckets(max_texts),
+            text_rows=doubling_sizes(max_texts),
             prefix_slices=None if policy.has_text_head else 0,
             draft_length=min(MAX_DRAFT_TOKENS, config.max_new_tokens) if policy.has_text_head else 0,
             decoding=policy.decoding(TextRequest(kind=TextKind.SUBTASK)),
@@ -471,9 +471,3 @@ def _pictures_fit(policy: Pi052Policy) -> bool:
     network = policy.config.network
     sizes = {feature.shape[:2] for feature in policy.spec.images}
     return sizes == {(network.image_height, network.image_width)}
-
-
-def _buckets(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, ... up to largest, which is one too."""
-    sizes = [1 << power for power in range(largest.bit_length()) if 1 << power < largest]
-    return (*sizes, largest)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 # The next unit is decided so long before the device is free: late, for a chunk that comes in between, and early enough for a
-# thread that has to wait for the interpreter, and for what it does before the device has its work (a question's first slice:
-# a millisecond). With 1.2 ms a device that was full of text and chunks stood still for 6 % of the time.
+# thread that has to wait for the interpreter. With 1.2 ms a device that was full of text and chunks stood still for 6 % of
+# the time.
 LEAD_S = 0.0025
 # Units that the device may have before it, the running one included, those counted that nobody has noticed the end of.
 MAX_AHEAD = 8

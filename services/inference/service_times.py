@@ -36,8 +36,8 @@ class ServiceTimes:
         self._forget_after_s = _FORGET_AFTER_S if forgets else math.inf
         self._lately_s = _LATELY_S if forgets else math.inf
         self._measured: dict[Hashable, dict[int, _Measured]] = {}
-        # By group, sizes and deviations asked for: what does not fade stays as it is until the group is measured again, and
-        # a scheduler asks for the same few numbers in every decision.
+        # By group, sizes and deviations asked for, before they fade: they stay until the group is measured again, and a
+        # scheduler asks for the same few numbers in every decision.
         self._kept: dict[Hashable, dict[tuple[int, float], float]] = {}
 
     def observe(self, group: Hashable, num_rows: int, duration_s: float, now_s: float) -> None:
@@ -86,17 +86,16 @@ class ServiceTimes:
         by_rows = self._measured.get(group)
         if not by_rows:
             return 0.0
+        kept = self._kept.setdefault(group, {})
+        found_s = kept.get((num_rows, num_deviations))
+        if found_s is None:
+            mean_s, deviation_s = self._foretell(by_rows, num_rows)
+            found_s = kept[num_rows, num_deviations] = max(0.0, mean_s + num_deviations * deviation_s)
         if not self._forgets:
-            kept = self._kept.setdefault(group, {})
-            found_s = kept.get((num_rows, num_deviations))
-            if found_s is None:
-                mean_s, deviation_s = self._foretell(by_rows, num_rows)
-                found_s = kept[num_rows, num_deviations] = max(0.0, mean_s + num_deviations * deviation_s)
             return found_s
-        mean_s, deviation_s = self._foretell(by_rows, num_rows)
         silent_s = max(0.0, now_s - max(known.at_s for known in by_rows.values()))
         forgotten: float = 0.5 ** max(0.0, silent_s / self._forget_after_s - 1.0)
-        return max(0.0, mean_s + num_deviations * deviation_s) * forgotten
+        return found_s * forgotten
 
     def _foretell(self, by_rows: Mapping[int, _Measured], num_rows: int) -> tuple[float, float]:
         """(mean, deviation); of a size that did not run lately in proportion to the nearest smaller one that did, and no

@@ -178,10 +178,13 @@ class Finished(Generic[ChunkT, TextT]):
 
 
 def expert_sizes(most: int) -> tuple[int, ...]:
-    """Ascending; most is one of them, however large."""
-    sizes = [size for size in EXPERT_SIZES if size < most]
-    while sizes and sizes[-1] >= EXPERT_SIZES[-1] and 2 * sizes[-1] < most:
-        sizes.append(2 * sizes[-1])
+    """EXPERT_SIZES and those that double, up to most, which is one too."""
+    return tuple(sorted({*(size for size in EXPERT_SIZES if size < most), *doubling_sizes(most)}))
+
+
+def doubling_sizes(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to most, which is one too."""
+    sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     return (*sizes, most)
 
 

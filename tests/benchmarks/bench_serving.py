@@ -36,6 +36,7 @@ import torch
 from deploy.local import Service, Topology
 from tests.benchmarks.serving import device, loads, model, page, starts, swap
 from tests.benchmarks.serving.loads import ASK_EVERY_S, ASK_TOKENS, FLEET, ROBOTS, Found, asking
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("first-start", "alone", "fleet", "text", "swap", "peer")
@@ -74,7 +75,7 @@ class Bench:
         self._facts: dict[str, Any] = {}
         self._weights: Service | None = None
         self._server: Service | None = None
-        self._metrics_port = device.free_port()
+        self._metrics_port = free_port()
         processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
         self._hardware = f"{processor}, {os.cpu_count()} cores"
         self._checkpoints = options.folder / f"serving-{options.size}" if options.keep else folder

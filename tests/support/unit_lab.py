@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -13,6 +14,8 @@ import torch
 from manyhands.inference.v1 import inference_pb2
 from policies.policy import CommittedPrefix, Sample, TextKind
 from services.inference.engine_port import Answer, Job, Observed, Question, Row, TextEnd
+from services.inference.fused_model import FusedModel
+from services.inference.unit_engine import UnitEngine
 from tests.support import prompted_lab
 from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
 
@@ -198,3 +201,66 @@ class FakeEvent:
     def elapsed_time(self, end):
         """In ms."""
         return (end.at_s - self.at_s) * 1e3
+
+
+class Stall:
+    """Calls of a function wait, from the first one on, until they are let go; of: Those of one thread, by its name."""
+
+    def __init__(self, monkeypatch, where, name, *, of=""):
+        self.entered, self.gate, run = threading.Event(), threading.Event(), getattr(where, name)
+
+        def stalled(*arguments, **named):
+            if of in threading.current_thread().name:
+                self.entered.set()
+                assert self.gate.wait(30.0)
+            return run(*arguments, **named)
+
+        monkeypatch.setattr(where, name, stalled)
+
+
+def let_go_until(device, condition):
+    """One unit after the other."""
+    end_s = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < end_s
+        if not device._gates.empty():
+            device.let_go()
+        time.sleep(0.005)
+
+
+def wait_for(condition):
+    end_s = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+
+class Clock:
+    """The engine's, which a test can push on."""
+
+    def __init__(self):
+        self.pushed_s = 0.0
+
+    def __call__(self):
+        return time.monotonic() + self.pushed_s
+
+
+# Fewer units than a chunk of the tiny policy has.
+MAX_AHEAD = 4
+
+
+@contextlib.contextmanager
+def running_ahead(policy, monkeypatch, clock):
+    """An engine whose device runs behind it, and the device."""
+    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
+    made = UnitEngine({"tiny": model}, max_rows=4, max_texts=4, clock=clock)
+    made.start()
+    device = SlowDevice(model, monkeypatch)
+    # Expected to take as good as no time: only how many may be ahead holds the engine back.
+    monkeypatch.setattr(made._scheduler.times, "likely_s", lambda *_: 0.0)
+    monkeypatch.setattr(made._device, "_max_ahead", MAX_AHEAD)
+    yield made, device
+    monkeypatch.undo()
+    while not device._gates.empty():
+        device.let_go()
+    made.stop()

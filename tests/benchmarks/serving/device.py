@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 import urllib.request
 from collections import defaultdict
@@ -25,13 +24,6 @@ KINDS = {
 SETTLE_S = LOAD_PERIOD_S + 0.5
 
 Totals = dict[str, dict[str, float]]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 class Meter:

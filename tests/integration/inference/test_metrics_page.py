@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from tests.support.inference_lab import (
     next_reply,
     open_session,
 )
+from tests.support.ports import free_port
 from tests.support.waiting import wait_until
 from tests.support.weights_lab import publish, start_weights
 
@@ -93,13 +93,6 @@ class Page:
 class Served(Page):
     service: Service
     learner: WeightsClient
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
