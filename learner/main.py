@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
@@ -52,8 +53,13 @@ def main(settings: Settings) -> int:
     cluster.start()
     try:
         asyncio.run(serve(settings, cluster))
-    finally:
+    except BaseException:
         cluster.stop()
+        raise
+    if not cluster.stop():
+        logger.warning("Ray did not let go of a run; ending without it")
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 
