@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local import Service, Topology
 from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refusal, Reply, Session
+from manyhands.errors import Overloaded
 from manyhands.inference.v1 import inference_pb2
 from manyhands.security import SecuritySettings
 from manyhands.spec import Spec
@@ -79,13 +81,18 @@ class Lab:
         return inference_lab.SPEC if self.path == "plain" else prompted_lab.SPEC
 
     def open_session(self, client: InferenceClient, robot_id: str, *, client_id: str = "") -> Session:
-        return client.open_session(
-            robot_id=robot_id,
-            client_id=client_id or uuid.uuid4().hex,
-            model=self.model,
-            spec=self.spec,
-            replan_interval_steps=4,
-        )
+        return self._open(client, robot_id=robot_id, client_id=client_id, model=self.model, spec=self.spec)
+
+    def _open(self, client: InferenceClient, *, client_id: str = "", **fields: Any) -> Session:
+        """Comes back as late as it is told to: robots of the last test, and what they asked, count for a while longer."""
+        give_up_s = time.monotonic() + 20.0
+        while True:
+            try:
+                return client.open_session(client_id=client_id or uuid.uuid4().hex, replan_interval_steps=4, **fields)
+            except Overloaded as error:
+                if time.monotonic() > give_up_s or error.retry_after_s is None:
+                    raise
+                time.sleep(error.retry_after_s)
 
     def observation(self, seed: int) -> Arrays:
         return inference_lab.make_observation(seed) if self.path == "plain" else picture_and_state(seed)
@@ -123,13 +130,7 @@ class Lab:
 
     def open_talk(self, client: InferenceClient, robot_id: str) -> Session:
         """A session with the model that has a text head."""
-        return client.open_session(
-            robot_id=robot_id,
-            client_id=uuid.uuid4().hex,
-            model=TEXT_MODEL,
-            spec=prompted_lab.SPEC,
-            replan_interval_steps=4,
-        )
+        return self._open(client, robot_id=robot_id, model=TEXT_MODEL, spec=prompted_lab.SPEC)
 
 
 def talk(client: InferenceClient, session: Session, seed: int, **fields: Any) -> Iterator[inference_pb2.GenerateResponse]:
