@@ -12,11 +12,12 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -37,8 +38,6 @@ _ENVIRONMENT = {
 }
 # How often Ray Train looks at its workers. Its own 2 s would be most of what a learner may take to end.
 _POLL_VARIABLE, _POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 0.25
-# For threads to come back from a Ray whose workers were killed.
-_LEAVE_TIMEOUT_S = 1.0
 
 
 class RayCluster:
@@ -55,9 +54,6 @@ class RayCluster:
         self._address = address
         self._num_workers = num_workers
         self._folder: Path | None = None
-        self._left = threading.Condition()
-        self._num_inside = 0
-        self._ended = False
 
     def start(self) -> None:
         os.environ.setdefault(_POLL_VARIABLE, str(_POLL_S))
@@ -96,68 +92,62 @@ class RayCluster:
         """Runs worker.run_worker(config) in every worker; one that dies restarts all, at most max_failures times.
 
         Raises:
-            Refused: After stop().
             Exception: What the workers raised, or Ray's own.
         """
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
         gpus = bool(config.get("use_gpu", False))
-        with self._inside():
-            trainer = TorchTrainer(
-                run_worker,
-                train_loop_config=dict(config),
-                scaling_config=ScalingConfig(num_workers=self._num_workers, use_gpu=gpus, resources_per_worker={"CPU": 1}),
-                run_config=RunConfig(
-                    name="ray", storage_path=str(folder), failure_config=FailureConfig(max_failures=max_failures)
-                ),
-            )
-            trainer.fit()
+        trainer = TorchTrainer(
+            run_worker,
+            train_loop_config=dict(config),
+            scaling_config=ScalingConfig(num_workers=self._num_workers, use_gpu=gpus, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(
+                name="ray", storage_path=str(folder), failure_config=FailureConfig(max_failures=max_failures)
+            ),
+        )
+        trainer.fit()
 
-    def stop(self) -> bool:
-        """Ends Ray, and what runs on it. Of a local one nothing is left: what does not go by itself is killed.
+    def stop(self) -> None:
+        """Shuts Ray down where nothing runs on it, and the process goes on or has an error to tell.
 
-        Returns:
-            Whether the process may end as any other. If not, a thread still waits in Ray, which would end the process with
-            status 1 the moment it is shut down: only os._exit() is left, at which a cluster that goes on ends its part.
+        Of a local one nothing is left: what does not go by itself within a second is killed.
         """
         import ray
 
-        started = psutil.Process().children(recursive=True) if self._folder is not None else []
-        with self._left:
-            self._ended = True
-            if self._num_inside > 0:
-                # Those that wait for a run come back once what runs our code is gone. Ray names it so, and its agents alike.
-                _kill(p for p in started if (name := _name(p)).startswith("ray::") and not name.endswith("Agent"))
-            may_shut_down = self._left.wait_for(lambda: self._num_inside == 0, _LEAVE_TIMEOUT_S)
-        if may_shut_down:
-            ray.shutdown()
-            started = psutil.wait_procs(started, timeout=1.0)[1]
-        _kill(started)
+        started = self._started()
+        ray.shutdown()
+        _kill(psutil.wait_procs(started, timeout=1.0)[1])
+        self._remove_folder()
+
+    def exit(self) -> NoReturn:
+        """Ends this process, with status 0, and with it what runs on Ray: all of a local one, our part of another.
+
+        Without ray.shutdown(): a thread that waits for a run cannot be called back, and one that calls Ray after it ends the
+        process with status 1. A cluster that goes on sees the connection close.
+        """
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        # Parents first: a raylet that lives would start a worker anew.
+        _kill(self._started())
+        self._remove_folder()
+        os._exit(0)
+
+    def _started(self) -> list[psutil.Process]:
+        return psutil.Process().children(recursive=True) if self._folder is not None else []
+
+    def _remove_folder(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-        return may_shut_down
-
-    @contextlib.contextmanager
-    def _inside(self) -> Iterator[None]:
-        """Counts a thread that waits in Ray. After stop() none may: Ray would start itself anew."""
-        with self._left:
-            if self._ended:
-                raise Refused("this learner ends; start the run again on the next one", field="ray")
-            self._num_inside += 1
-        try:
-            yield
-        finally:
-            with self._left:
-                self._num_inside -= 1
-                self._left.notify_all()
 
     def _warm_up(self) -> None:
         """Importing torch takes seconds: done now, in processes that the run's workers then take over."""
         import ray
         import ray.train.torch
 
-        @ray.remote(num_cpus=1, max_retries=0)
+        @ray.remote(num_cpus=1)
         def import_everything() -> int:
             import ray.train.torch  # noqa: F401
 
@@ -166,16 +156,9 @@ class RayCluster:
             return os.getpid()
 
         try:
-            with self._inside():
-                ray.get([import_everything.remote() for _ in range(self._num_workers)])
+            ray.get([import_everything.remote() for _ in range(self._num_workers)])
         except Exception as error:  # Ended meanwhile, or a run will meet the same error and say it.
             logger.debug("warming up: %s", error)
-
-
-def _name(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return str(process.name())
-    return ""
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import threading
 from pathlib import Path
@@ -56,11 +55,7 @@ def main(settings: Settings) -> int:
     except BaseException:
         cluster.stop()
         raise
-    if not cluster.stop():
-        logger.warning("Ray did not let go of a run; ending without it")
-        logging.shutdown()
-        os._exit(0)
-    return 0
+    cluster.exit()
 
 
 async def serve(settings: Settings, cluster: RayCluster) -> None:

@@ -173,7 +173,7 @@ class Runs:
             try:
                 self._run(request)
             except Exception as error:
-                if not isinstance(error, ManyhandsError) and not self._closing:  # Then its workers were ended.
+                if not isinstance(error, ManyhandsError):
                     logger.exception("run %s failed", request.run_id)
                 self._update(state=State.FAILED, detail=_reason(error))
 
