@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from manyhands import codec, errors, stamps
-from manyhands.clients.inference import ActStream, Chunk, Drain, InferenceClient, Refusal, Reply, Session, SubtaskAnswer
+from manyhands.clients.act_stream import ActStream, Chunk, Drain, Refusal, Reply, SubtaskAnswer
+from manyhands.clients.inference import InferenceClient, Session
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec

@@ -1,8 +1,8 @@
-"""The front end's side of one engine process: rows into the ring, chunks out of it, the rest over the socket.
+"""The front end's side of one engine process, from its start to its end: what both say over the socket. Rows and chunks go
+another way (engine_rows.py).
 
-Lives on an event loop and never waits for the engine: a row that finds no slot waits here, at most one of a robot, and what
-the engine says is checked before it is believed. When the process ends, or says what cannot be, everything that was asked of
-it fails at once and on_end is called, once.
+Lives on an event loop and never waits for the engine; what it says is checked before it is believed. When the process ends,
+or says what cannot be, everything that was asked of it fails at once, and listeners hear of the end, once.
 """
 
 from __future__ import annotations
@@ -10,51 +10,30 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
 
 from manyhands.engine.v1 import engine_pb2
-from manyhands.errors import InternalError, ManyhandsError, Overloaded, TooLate, Unreachable
+from manyhands.errors import InternalError, ManyhandsError, Overloaded, Unreachable
 
 from . import engine_messages
 from .capacity import DeviceCapacity
 from .device_use import DeviceTime
-from .engine_port import (
-    EngineLoad,
-    Job,
-    ModelDescription,
-    Outcome,
-    Question,
-    Rehearsal,
-    Row,
-    Superseded,
-    Swap,
-    SwapResult,
-    TextEnd,
-)
+from .engine_port import EngineLoad, Job, ModelDescription, Question, Row, Swap, SwapResult, TextEnd
 from .engine_program import EngineProgram
-from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
-from .slot_layout import Request, SlotLayout
+from .engine_rows import EngineRows
 
 logger = logging.getLogger(__name__)
 
-REQUEST_SLOTS = 16
-ANSWER_SLOTS = 64
 # Questions hold pictures; more of them than this wait in no buffer.
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 # Nothing that runs takes so long after its deadline: the device hangs.
 HUNG_S = 20.0
 HUNG_CHECK_S = 1.0
 ENGINE_MODULE = "services.inference.engine_process"
-
-_tokens = itertools.count(1)
-# Of rows that are not answered.
-_NOBODY: dict[str, Any] = {"owner": "", "request_id": 0, "arrived_s": 0.0, "deadline_s": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +55,6 @@ class Listeners:
     end: Callable[[Exception], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    request: Request
-    job: Job
-
-
-@dataclass(frozen=True, kw_only=True)
-class _InFlight:
-    owner: str
-    deadline_s: float
-    job: Job
-
-
 class EngineClient:
     """One engine process. Made by start(), on the loop, in a thread that lives as long as the front end."""
 
@@ -100,20 +66,13 @@ class EngineClient:
         self._load = EngineLoad(waiting_count=0, device=start.device)
         self._hung_s = hung_s
         self._loop = asyncio.get_running_loop()
-        self._memory_fd = make_memory()
-        self._request_bell, self._answer_bell = Doorbell.make(), Doorbell.make()
-        self._requests: RingWriter | None = None
-        self._answers: RingReader | None = None
-        self._layout: SlotLayout | None = None
-        self._in_flight: dict[int, _InFlight] = {}
-        self._waiting: dict[str, _Asked] = {}
+        self._rows = EngineRows(self._broken)
         self._texts: dict[int, Callable[[str | TextEnd], None]] = {}
         self._swaps: dict[int, Future[SwapResult]] = {}
         self._capacity: dict[str, DeviceCapacity | None] = {}
         self._numbers = itertools.count(1)
         self._reading: asyncio.Task[None] | None = None
         self._watching: asyncio.TimerHandle | None = None
-        self._answered_s = 0.0
         self._ended: Exception | None = None
         self._process: EngineProgram | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -127,10 +86,8 @@ class EngineClient:
         """
         client = cls(listeners, start, hung_s)
         ours, theirs = socket.socketpair()
-        bells = (client._request_bell, client._answer_bell)
-        files = [theirs.fileno(), client._memory_fd, *(fd for bell in bells for fd in (bell.filled_fd, bell.free_fd))]
         with theirs:
-            client._process = EngineProgram(ENGINE_MODULE, files)
+            client._process = EngineProgram(ENGINE_MODULE, [theirs.fileno(), *client._rows.files])
         reader, client._writer = await asyncio.open_unix_connection(sock=ours)
         client._send(start=start)
         client._reading = asyncio.create_task(client._read(reader))
@@ -148,47 +105,18 @@ class EngineClient:
         return self._process.pid
 
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
-        older = self._waiting.pop(owner, None)
-        if older is not None:
-            older.job.done(Superseded())
-        request = Request(
-            token=next(_tokens),
-            owner=owner,
-            request_id=request_id,
-            arrived_s=arrived_s,
-            deadline_s=deadline_s,
-            model=job.model,
-            row=job.row,
-        )
-        if not self._waiting and self._has_slot():
-            self._put(request, job)
-        elif self._ended is not None:
-            job.done(Unreachable("the engine process ended; ask again", retry_after_s=1.0))
-        else:
-            if not self._waiting:
-                self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
-            self._waiting[owner] = _Asked(request=request, job=job)
+        self._rows.submit(owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job)
 
     def expect(self, model: str, row: Row) -> None:
-        """As EnginePort.expect; where no slot is free, rows that are ready need them more."""
-        self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True))
+        self._rows.expect(model, row)
 
     def rehearse(self, model: str, row: Row) -> None:
-        """As EnginePort.rehearse; likewise."""
-        self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_rehearsal=True))
-
-    def _write_unasked(self, request: Request) -> None:
-        if not self._waiting and self._ended is None and self._has_slot():
-            self._write(request)
+        self._rows.rehearse(model, row)
 
     def withdraw(self, owner: str) -> None:
-        self._waiting.pop(owner, None)
-        # The engine tells nobody of them: kept here, they would be waited for until it seemed to hang.
-        withdrawn = [token for token, asked in self._in_flight.items() if asked.owner == owner]
-        for token in withdrawn:
-            del self._in_flight[token]
-        if withdrawn:
-            self._send(withdraw=engine_pb2.Withdraw(owner=owner, last_token=max(withdrawn)))
+        last_token = self._rows.withdraw(owner)
+        if last_token is not None:
+            self._send(withdraw=engine_pb2.Withdraw(owner=owner, last_token=last_token))
 
     def capacity(self, model: str) -> DeviceCapacity | None:
         return self._capacity.get(model)
@@ -234,90 +162,9 @@ class EngineClient:
         assert self._process is not None
         return await self._process.reaped()
 
-    def _has_slot(self) -> bool:
-        assert self._requests is not None, "rows come after ready"
-        try:
-            return self._requests.reserve() is not None
-        except RingBroken as error:
-            self._broken(error)
-            return False
-
-    def _put(self, request: Request, job: Job) -> None:
-        """Into the slot that there is."""
-        self._in_flight[request.token] = _InFlight(owner=request.owner, deadline_s=request.deadline_s, job=job)
-        error = self._write(request)
-        if error is not None:
-            del self._in_flight[request.token]
-            logger.error(
-                "request %d of session %s cannot be handed to the engine: %s", request.request_id, request.owner, error
-            )
-            job.done(error)
-
-    def _write(self, request: Request) -> InternalError | None:
-        """Answers why it does not fit its slot, which is free then."""
-        assert self._requests is not None
-        assert self._layout is not None
-        body = self._requests.reserve()
-        assert body is not None
-        try:
-            self._layout.write_request(body, request)
-        except InternalError as error:
-            return error
-        try:
-            self._requests.publish()
-        except RingBroken as error:
-            self._broken(error)
-        return None
-
-    def _put_waiting(self) -> None:
-        while self._waiting:
-            owner, waiting = next(iter(self._waiting.items()))
-            if time.monotonic() > waiting.request.deadline_s:
-                del self._waiting[owner]
-                waiting.job.done(TooLate("the model was busy until the deadline; replan less often", field="deadline"))
-            elif self._has_slot():
-                del self._waiting[owner]
-                self._put(waiting.request, waiting.job)
-            else:
-                return
-        if self._ended is None:
-            self._loop.remove_reader(self._request_bell.free_fd)
-
-    def _take_answers(self) -> None:
-        assert self._answers is not None
-        assert self._layout is not None
-        answered: list[tuple[Job, Outcome]] = []
-        rehearsed: dict[int, tuple[Job, Rehearsal]] = {}
-        try:
-            for body in self._answers.take():
-                token, outcome = self._layout.read_answer(body)
-                asked = self._in_flight.get(token)
-                if asked is None:
-                    logger.debug("an answer that nobody waits for is dropped")
-                elif isinstance(outcome, Rehearsal):
-                    rehearsed[token] = asked.job, outcome
-                else:
-                    self._answered_s = time.monotonic()
-                    del self._in_flight[token]
-                    rehearsed.pop(token, None)  # Too late for it.
-                    answered.append((asked.job, outcome))
-            if self._answers.num_passed_over:
-                raise InternalError("a slot was announced that holds no answer of this engine's")
-        except Exception as error:
-            self._broken(error)
-        # Not inside: whoever hears it does so on this stack, and what they do wrong is not the engine's.
-        for job, outcome in answered:
-            _tell(job, outcome)
-        for job, rehearsal in rehearsed.values():
-            if job.rehearse is not None:
-                job.rehearse(rehearsal)
-
     def _watch(self) -> None:
         """Ends an engine that has long left requests unanswered: a pass that hangs says nothing by itself."""
-        now_s = time.monotonic()
-        waited_for = [asked.deadline_s for asked in self._in_flight.values()]
-        waited_for += [waiting.request.deadline_s for waiting in self._waiting.values()]
-        if waited_for and now_s - max(self._answered_s, min(waited_for)) > self._hung_s:
+        if self._rows.late_s(time.monotonic()) > self._hung_s:
             self._broken(InternalError(f"no chunk came for {self._hung_s:g} s after a deadline: it hangs"))
             return
         self._watching = self._loop.call_later(HUNG_CHECK_S, self._watch)
@@ -331,9 +178,9 @@ class EngineClient:
             while True:
                 header = await reader.readexactly(engine_messages.FRAME_HEADER.size)
                 content = await reader.readexactly(engine_messages.frame_length(header))
-                self._hear(engine_messages.parse(engine_pb2.FromEngine, content))
                 if self._ended is not None:
                     return
+                self._hear(engine_messages.parse(engine_pb2.FromEngine, content))
         except (asyncio.IncompleteReadError, OSError):
             self._end(Unreachable("the engine process ended"))
         except Exception as error:
@@ -374,25 +221,10 @@ class EngineClient:
             self._end(_failure(message.failed))
 
     def _lay_out(self, message: engine_pb2.Described) -> None:
-        if self._layout is not None or not message.models:
+        if self.models or not message.models:
             raise engine_messages.BadFrame(f"describes {len(message.models)} models, and once is enough")
         self.models = engine_messages.descriptions(message.models)
-        layout = SlotLayout(list(self.models.values()))
-        requests = RingShape(slot_count=REQUEST_SLOTS, slot_bytes=layout.request_bytes)
-        answers = RingShape(slot_count=ANSWER_SLOTS, slot_bytes=layout.answer_bytes)
-        memory = grow_and_seal(self._memory_fd, requests.num_bytes + answers.num_bytes)
-        self._layout = layout
-        self._requests = RingWriter(memory, 0, requests, self._request_bell, self._generation)
-        self._answers = RingReader(memory, requests.num_bytes, answers, self._answer_bell, self._generation)
-        self._loop.add_reader(self._answer_bell.filled_fd, self._take_answers)
-        self._send(
-            use_rings=engine_pb2.UseRings(
-                request_slot_count=requests.slot_count,
-                request_slot_bytes=requests.slot_bytes,
-                answer_slot_count=answers.slot_count,
-                answer_slot_bytes=answers.slot_bytes,
-            )
-        )
+        self._send(use_rings=self._rows.lay_out(list(self.models.values()), self._generation))
 
     def _take_load(self, message: engine_pb2.Load) -> None:
         load = engine_messages.from_load(message, self._load.device)
@@ -431,44 +263,28 @@ class EngineClient:
         if self._ended is not None:
             return
         self._ended = why
-        for bell in (self._request_bell, self._answer_bell):
-            for fd in (bell.filled_fd, bell.free_fd):
-                self._loop.remove_reader(fd)
         assert self._process is not None
         assert self._writer is not None
         self._process.kill()
         self._writer.transport.abort()
+        self._rows.close()
         if self._watching is not None:
             self._watching.cancel()
         self._listeners.end(why)
         if not self.ready.done():
             self.ready.set_exception(why)
             self.ready.exception()  # Whoever waits hears it; nobody has to.
-        os.close(self._memory_fd)
-        for bell in (self._request_bell, self._answer_bell):
-            bell.close()
 
     def fail_all(self, error: ManyhandsError) -> None:
         """Answers everything that was asked of an engine that ended."""
-        waiting, self._waiting = self._waiting, {}
-        in_flight, self._in_flight = self._in_flight, {}
         texts, self._texts = self._texts, {}
         swaps, self._swaps = self._swaps, {}
-        for job in (*(asked.job for asked in in_flight.values()), *(left.job for left in waiting.values())):
-            _tell(job, error)
+        self._rows.fail_all(error)
         for heard in texts.values():
             heard(TextEnd(error=error))
         for future in swaps.values():
             if not future.cancelled():
                 future.set_exception(error)
-
-
-def _tell(job: Job, outcome: Outcome) -> None:
-    """Whatever one robot's answer does, others get theirs."""
-    try:
-        job.done(outcome)
-    except Exception:
-        logger.exception("an answer could not be told")
 
 
 def _failure(message: engine_pb2.Failed) -> Exception:

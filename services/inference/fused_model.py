@@ -17,7 +17,7 @@ import torch
 
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput, Refused
-from policies import images, samples, text
+from policies import images, samples
 from policies.pi052.config import ChunkMode
 from policies.pi052.policy import Pi052Policy
 from policies.policy import Sample, TextKind, TextRequest
@@ -29,9 +29,10 @@ from .engine import canary_row
 from .engine_port import Observed, Row
 from .fused import trial
 from .fused.network import FusedPi052, Pictures
-from .fused.settings import FusedSettings, PrefixRow, TextRow
+from .fused.settings import FusedSettings, PrefixRow
 from .fused.slots import Slots
 from .fused.starts import ChunkStart
+from .fused_texts import FusedTexts, nothing
 from .models import AnyPolicy, ServedModel
 from .rows_ahead import RowsAhead, inputs_of
 from .rows_in_work import Chunk, ChunkRow, Take, TextRowInWork, slot_of, valid_of
@@ -101,6 +102,7 @@ class FusedModel(ServedModel):
         self.device = device
         self.fused = FusedPi052(config.network, settings, device, dtype=dtype, kernels=kernels)
         self.fused.weights.refill(policy.network.state_dict())
+        self._texts = FusedTexts(self.fused)
         self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_ROWS_AHEAD)
 
     @property
@@ -242,42 +244,21 @@ class FusedModel(ServedModel):
             row.slot = self._take_slot() if row.slot is None else row.slot
             self.fused.begin_question(row.slot, self._fitting(row.pictures), valid_of(row), row.read.prompt.tokens)
             row.num_foretold = 0
-        self.fused.prefix_slice(slot_of(row), row.num_slices)
-        row.num_slices += 1
-        if row.num_slices < self.num_prefix_slices:
-            return _nothing
-        return self._chosen(self.fused.first_text, [row])
+        return self._texts.run_prefix(row)
 
     def run_draft(self, row: TextRowInWork) -> Take:
-        """As many tokens of the draft as greedy decoding agrees with, and the one after; none if the first one differs."""
-        if not row.draft or row.has_ended or row.tokens[0] != row.draft[0] or len(row.draft) < 2:
-            return _nothing
-        found = self.fused.check_draft([TextRow(slot=slot_of(row), flags=row.flags)], [row.draft[1:]])
-        row.num_foretold = None
-        tokens, counts = (self._to_host(tensor) for tensor in found)
-
-        def take() -> None:
-            for token in tokens[0, : int(counts[0])].tolist():
-                row.tokens.append(token)
-                if row.has_ended or len(row.tokens) == row.rules.max_new_tokens:
-                    return
-
-        return take
+        """See FusedTexts; likewise below."""
+        return self._texts.run_draft(row)
 
     def run_text(self, rows: Sequence[TextRowInWork]) -> Take:
-        """The next token of each; the one before may still be on its way to the host, unless it is drawn."""
-        self._send_drawn(rows)
-        for row in rows:
-            if row.num_foretold is None:
-                row.num_foretold = len(row.tokens)
-        return self._chosen(self.fused.text_step, rows)
+        return self._texts.run_step(rows)
 
     def fetch(self, rows: Sequence[ChunkRow]) -> Callable[[], list[Chunk]]:
         """Sends finished chunks to the host; what is answered makes the robots' chunks of them, when they have arrived."""
-        made = [self._to_host(self.slots.actions[slot_of(row)]) for row in rows]
+        made = [launches.to_host(self.slots.actions[slot_of(row)]) for row in rows]
         # They travel behind the unit: that it is done does not say that they are here, and what was in this memory before
         # is some robot's chunk.
-        wait = launches.arrival(self.device) if rows else _nothing
+        wait = launches.arrival(self.device) if rows else nothing
 
         def chunks() -> list[Chunk]:
             wait()
@@ -394,55 +375,6 @@ class FusedModel(ServedModel):
         floats = there.permute(2, 0, 1)[None].float() / 255.0
         return images.resize_with_padding(floats, *size, images.Padding.CENTRED)[0] * 2.0 - 1.0
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy that is there when the device has done what was asked."""
-        if self.device.type != "cuda":
-            return tensor.clone()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-    def _chosen(
-        self, unit: Callable[[Sequence[TextRow]], tuple[torch.Tensor, torch.Tensor]], rows: Sequence[TextRowInWork]
-    ) -> Take:
-        answer = unit([TextRow(slot=slot_of(row), flags=row.flags) for row in rows])
-        for row in rows:
-            assert row.num_foretold is not None
-            row.num_foretold += 1
-        return self._taking(rows, *answer)
-
-    def _taking(self, rows: Sequence[TextRowInWork], logits: torch.Tensor, likeliest: torch.Tensor) -> Take:
-        """Logits hold until the next unit only, so what is needed of them goes to the host now.
-
-        Of those that are drawn from that is the probabilities, which the device makes.
-        """
-        broken, likeliest = self._to_host(logits.isnan().any(dim=-1)), self._to_host(likeliest)
-        drawing = {
-            index: self._to_host(text.probabilities(logits[index], temperature=row.rules.temperature, top_p=row.rules.top_p))
-            for index, row in enumerate(rows)
-            if row.is_drawn
-        }
-
-        def take() -> None:
-            for index, (row, token, is_broken) in enumerate(
-                zip(rows, likeliest.tolist(), broken.tolist(), strict=True)
-            ):  # fmt: skip
-                if row.has_ended:
-                    continue  # It took a step before this was known.
-                row.is_broken = is_broken
-                if is_broken:
-                    continue
-                if index in drawing:
-                    row.drawn = token = int(text.draw(drawing[index], row.generator))
-                row.tokens.append(token)
-
-        return take
-
-    def _send_drawn(self, rows: Sequence[TextRowInWork]) -> None:
-        """Tokens that were drawn, and are not the likeliest, into the slots."""
-        for row in rows:
-            if row.drawn is not None:
-                self.fused.set_token(slot_of(row), row.drawn)
-                row.drawn = None
-
 
 def sample_of(observed: Observed) -> Sample:
     return Sample(observation=observed.observation, task=observed.task)
@@ -453,10 +385,6 @@ def can_be_fused(policy: AnyPolicy) -> bool:
     if not isinstance(policy, Pi052Policy) or policy.config.prompts.joint:
         return False
     return policy.config.network.language.kv_heads == 1
-
-
-def _nothing() -> None:
-    """There is nothing to take."""
 
 
 def _anchored(policy: Pi052Policy, row: Row, read: Read) -> torch.Tensor | None:

@@ -59,6 +59,13 @@ def gap_s(before: Callable[[], float] | None, after: Callable[[], float]) -> flo
     return after.gap_s(before) if isinstance(before, DeviceTimes) and isinstance(after, DeviceTimes) else None
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is there when the device has done what was asked."""
+    if tensor.device.type != "cuda":
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def arrival(device: torch.device) -> Callable[[], None]:
     """What is answered waits until copies that were asked of the device so far have arrived in the host's memory."""
     if device.type != "cuda":

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from manyhands import stamps
-from manyhands.clients.inference import SESSION_KEY
+from manyhands.clients.act_stream import SESSION_KEY
 from manyhands.errors import InvalidInput, NotFound, Unreachable
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import FeatureKind, Spec

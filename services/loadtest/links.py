@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manyhands import channel, codec, errors, stamps
-from manyhands.clients.inference import SESSION_KEY, Chunk, Drain, Refusal, decode_reply
+from manyhands.clients.act_stream import SESSION_KEY, Chunk, Drain, Refusal, decode_reply
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import Spec

@@ -29,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from manyhands import channel, codec
-from manyhands.clients.inference import ActStream, Chunk, InferenceClient
+from manyhands.clients.act_stream import ActStream, Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2
 from manyhands.server import SERVER_OPTIONS

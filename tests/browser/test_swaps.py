@@ -12,7 +12,8 @@ import torch
 from playwright.sync_api import Browser, Page, expect
 
 from deploy.local import Topology
-from manyhands.clients.inference import ActStream, InferenceClient
+from manyhands.clients.act_stream import ActStream
+from manyhands.clients.inference import InferenceClient
 from manyhands.clients.weights import WeightsClient
 from tests.support.inference_lab import (
     ENVIRONMENT,

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives import serialization
 
 from deploy.local import Topology
 from manyhands import lab_certificates
-from manyhands.clients.inference import Chunk, InferenceClient
+from manyhands.clients.act_stream import Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import NotAllowed, Refused, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from manyhands.roles import Identity, Role

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from grpc import RpcError
 
-from manyhands.clients.inference import Chunk, InferenceClient
+from manyhands.clients.act_stream import Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import AlreadyExists
 from tests.support.fault_lab import TEXT_MODEL, Lab, Robot, engine_of
 from tests.support.inference_lab import next_reply

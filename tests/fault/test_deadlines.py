@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from manyhands.clients.inference import Chunk, InferenceClient
+from manyhands.clients.act_stream import Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import ManyhandsError, Overloaded, TooLate
 from tests.support.fault_lab import Lab, engine_of, talk, text
 from tests.support.inference_lab import next_reply

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from deploy.local import Topology
-from manyhands.clients.inference import Chunk, Drain, InferenceClient, Refusal
+from manyhands.clients.act_stream import Chunk, Drain, Refusal
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import ManyhandsError, Unreachable
 from tests.support import fault_lab
 from tests.support.fault_lab import NOT_SERVING, SERVING, HealthWatch, Lab, talk, text

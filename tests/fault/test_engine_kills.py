@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from deploy.local import Topology
-from manyhands.clients.inference import Chunk, InferenceClient, Refusal, Reply
+from manyhands.clients.act_stream import Chunk, Refusal, Reply
+from manyhands.clients.inference import InferenceClient
 from manyhands.clients.weights import WeightsClient
 from manyhands.errors import Refused, Unreachable
 from policies import checkpoint

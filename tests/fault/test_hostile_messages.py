@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from manyhands import codec, stamps
-from manyhands.clients.inference import Chunk, InferenceClient
+from manyhands.clients.act_stream import Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2
 from manyhands.server import MAX_MESSAGE_BYTES

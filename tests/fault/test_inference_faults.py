@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from deploy.local import Service, Topology
-from manyhands.clients.inference import Chunk, Drain, InferenceClient, Refusal
+from manyhands.clients.act_stream import Chunk, Drain, Refusal
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import AlreadyExists, Unreachable
 from policies.flow import FlowPolicy
 from tests.support.inference_lab import (

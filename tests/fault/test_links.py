@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from manyhands.clients.inference import Chunk, InferenceClient, Reply
+from manyhands.clients.act_stream import Chunk, Reply
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import Unreachable
 from tests.support.fault_lab import Lab, Robot
 from tests.support.inference_lab import next_reply

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import psutil
 
 from manyhands import channel, codec, stamps
-from manyhands.clients.inference import Chunk, InferenceClient
+from manyhands.clients.act_stream import Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2
 from tests.support.fault_lab import TASK, Lab, engine_of

@@ -16,7 +16,8 @@ import torch
 
 from deploy.local import Topology
 from manyhands import stamps
-from manyhands.clients.inference import Chunk, InferenceClient, Reply
+from manyhands.clients.act_stream import Chunk, Reply
+from manyhands.clients.inference import InferenceClient
 from manyhands.clients.weights import WeightsClient
 from manyhands.errors import NotFound, Refused
 from tests.support.inference_lab import (

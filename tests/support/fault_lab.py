@@ -23,7 +23,8 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local import Service, Topology
-from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refusal, Reply, Session
+from manyhands.clients.act_stream import ActStream, Chunk, Refusal, Reply
+from manyhands.clients.inference import InferenceClient, Session
 from manyhands.errors import Overloaded
 from manyhands.inference.v1 import inference_pb2
 from manyhands.security import SecuritySettings
@@ -92,7 +93,7 @@ class Lab:
             except Overloaded as error:
                 if time.monotonic() > give_up_s or error.retry_after_s is None:
                     raise
-                time.sleep(error.retry_after_s)
+                time.sleep(max(0.1, error.retry_after_s))
 
     def observation(self, seed: int) -> Arrays:
         return inference_lab.make_observation(seed) if self.path == "plain" else picture_and_state(seed)

@@ -16,7 +16,8 @@ import torch
 
 from deploy.local import Service, Topology
 from manyhands import codec, stamps
-from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refusal, Reply, Session
+from manyhands.clients.act_stream import ActStream, Chunk, Refusal, Reply
+from manyhands.clients.inference import InferenceClient, Session
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.server import GrpcServer

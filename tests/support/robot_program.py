@@ -12,7 +12,8 @@ import uuid
 
 import numpy as np
 
-from manyhands.clients.inference import Chunk, InferenceClient
+from manyhands.clients.act_stream import Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import FeatureKind, Spec
 

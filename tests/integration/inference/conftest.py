@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from manyhands.clients.inference import ActStream, InferenceClient
+from manyhands.clients.act_stream import ActStream
+from manyhands.clients.inference import InferenceClient
 from tests.support.inference_lab import GatedPolicy, InProcessService, make_policy, open_session
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from manyhands import channel, stamps
-from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refusal, Reply
+from manyhands.clients.act_stream import ActStream, Chunk, Refusal, Reply
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import NotFound
 from manyhands.inference.v1 import inference_pb2_grpc
 from services.inference.engine_port import Row

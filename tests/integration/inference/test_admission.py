@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Session, SubtaskAnswer
+from manyhands.clients.act_stream import ActStream, Chunk, SubtaskAnswer
+from manyhands.clients.inference import InferenceClient, Session
 from manyhands.errors import InvalidInput, Overloaded
 from manyhands.inference.v1 import inference_pb2
 from services.inference.capacity import DeviceCapacity

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from manyhands.clients.inference import ActStream, Drain, InferenceClient
+from manyhands.clients.act_stream import ActStream, Drain
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import Unreachable
 from services.inference.service import DRAIN_S
 from tests.support.inference_lab import (

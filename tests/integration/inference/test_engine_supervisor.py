@@ -20,8 +20,8 @@ from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from services.inference import engine_client
-from services.inference.engine_client import ANSWER_SLOTS, REQUEST_SLOTS
 from services.inference.engine_port import Answer, Job, Observed, Outcome, Question, Rehearsal, Row, Superseded, TextEnd
+from services.inference.engine_rows import ANSWER_SLOTS, REQUEST_SLOTS
 from services.inference.engine_supervisor import EngineSupervisor
 from tests.support.fake_engine import BAD, BAD_AFTER, BUSY_S, HORIZON, MANNERS, description
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from deploy.local import Topology
-from manyhands.clients.inference import Chunk, InferenceClient
+from manyhands.clients.act_stream import Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.clients.weights import WeightsClient
 from manyhands.errors import Refused
 from policies import checkpoint

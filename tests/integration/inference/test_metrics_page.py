@@ -17,7 +17,8 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local import Service, Topology
-from manyhands.clients.inference import Chunk, InferenceClient
+from manyhands.clients.act_stream import Chunk
+from manyhands.clients.inference import InferenceClient
 from manyhands.clients.weights import WeightsClient
 from manyhands.errors import ManyhandsError, Refused
 from manyhands.inference.v1 import inference_pb2

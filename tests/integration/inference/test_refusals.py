@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from manyhands import codec, stamps
-from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refusal
+from manyhands.clients.act_stream import ActStream, Chunk, Refusal
+from manyhands.clients.inference import InferenceClient
 from manyhands.inference.v1 import inference_pb2
 from tests.support.inference_lab import (
     ACTION_SIZE,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from manyhands import channel
-from manyhands.clients.inference import ActStream, InferenceClient
+from manyhands.clients.act_stream import ActStream
+from manyhands.clients.inference import InferenceClient
 from manyhands.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Overloaded
 from manyhands.inference.v1 import inference_pb2
 from manyhands.spec import Spec

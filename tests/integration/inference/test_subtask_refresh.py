@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from deploy.local import Topology
-from manyhands.clients.inference import ActStream, Chunk, InferenceClient, Refusal, Reply, SubtaskAnswer
+from manyhands.clients.act_stream import ActStream, Chunk, Refusal, Reply, SubtaskAnswer
+from manyhands.clients.inference import InferenceClient
 from manyhands.inference.v1 import inference_pb2
 from manyhands.subtasks import Subtask
 from policies import checkpoint

@@ -19,7 +19,7 @@ from actor.subtask_refresh import SubtaskRefresh
 from actor.telemetry import Cursor, Telemetry
 from manyhands import codec
 from manyhands.actor.v1 import actor_pb2
-from manyhands.clients.inference import Chunk, Reply, SubtaskAnswer
+from manyhands.clients.act_stream import Chunk, Reply, SubtaskAnswer
 from manyhands.common.v1 import common_pb2
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.robot.types import (

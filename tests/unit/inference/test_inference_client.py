@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from manyhands import codec
-from manyhands.clients.inference import ActStream, Chunk, Refusal, decode_reply
+from manyhands.clients.act_stream import ActStream, Chunk, Refusal, decode_reply
 from manyhands.errors import InvalidInput, Unreachable
 from manyhands.inference.v1 import inference_pb2
 

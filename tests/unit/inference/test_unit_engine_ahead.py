@@ -17,7 +17,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import InternalError, Refused, TooLate
 from policies import text
 from policies.policy import TextKind, TextRequest
-from services.inference import fused_model, launches, unit_results
+from services.inference import launches, unit_results
 from services.inference.engine_port import Observed
 from services.inference.fused_model import FusedModel
 from services.inference.unit_engine import UnitEngine
@@ -427,14 +427,14 @@ def fail_behind(wait):
 
 def test_a_chunk_that_cannot_be_fetched_is_told_and_the_engine_goes_on(engine, policy, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(fused_model.FusedModel, "_to_host", lambda *_: 1 / 0)
+        broken.setattr(launches, "to_host", lambda _: 1 / 0)
         assert isinstance(submit(engine, "left", row(1)).get(timeout=10.0), InternalError)
     assert near(answer_of(submit(engine, "left", row(2))).actions, plain(policy, row(2))[0])
 
 
 def test_a_chunk_is_read_when_its_copy_has_arrived(engine, policy, monkeypatch):
     """It travels behind the unit that made it; until then its place holds an older one."""
-    model, copies = engine.models["tiny"], []
+    copies = []
 
     def travelling(tensor):
         place = torch.full_like(tensor, 7.0)
@@ -445,6 +445,6 @@ def test_a_chunk_is_read_when_its_copy_has_arrived(engine, policy, monkeypatch):
         for place, numbers in copies:
             place.copy_(numbers)
 
-    monkeypatch.setattr(model, "_to_host", travelling)
+    monkeypatch.setattr(launches, "to_host", travelling)
     monkeypatch.setattr(launches, "arrival", lambda _: arrive)
     assert near(answer_of(submit(engine, "left", row(1))).actions, plain(policy, row(1))[0])
