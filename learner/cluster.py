@@ -109,15 +109,15 @@ class RayCluster:
         trainer.fit()
 
     def stop(self) -> None:
-        """Shuts Ray down where nothing runs on it, and the process goes on or has an error to tell.
+        """Ends Ray in a process that has an error to tell before it ends; no run may be in progress.
 
         Of a local one nothing is left: what does not go by itself within a second is killed.
         """
         import ray
 
-        started = self._started()
+        processes = self._processes()
         ray.shutdown()
-        _kill(psutil.wait_procs(started, timeout=1.0)[1])
+        _kill(psutil.wait_procs(processes, timeout=1.0)[1])
         self._remove_folder()
 
     def exit(self) -> NoReturn:
@@ -131,11 +131,12 @@ class RayCluster:
             with contextlib.suppress(OSError):
                 stream.flush()
         # Parents first: a raylet that lives would start a worker anew.
-        _kill(self._started())
+        _kill(self._processes())
         self._remove_folder()
         os._exit(0)
 
-    def _started(self) -> list[psutil.Process]:
+    def _processes(self) -> list[psutil.Process]:
+        """Of a local Ray."""
         return psutil.Process().children(recursive=True) if self._folder is not None else []
 
     def _remove_folder(self) -> None:

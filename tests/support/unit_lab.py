@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from manyhands.inference.v1 import inference_pb2
-from policies.policy import CommittedPrefix, Sample, TextKind
+from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
 from services.inference.engine_port import Answer, Job, Observed, Question, Row, TextEnd
 from services.inference.fused_model import FusedModel
 from services.inference.unit_engine import UnitEngine
@@ -20,6 +20,8 @@ from tests.support import prompted_lab
 from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
 
 TOLERANCE = 1e-5
+SUBTASK = TextRequest(kind=TextKind.SUBTASK)
+DRAWN = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9)
 
 
 def make_policy(policy_type="pi052", **changes):
@@ -250,17 +252,25 @@ MAX_AHEAD = 4
 
 
 @contextlib.contextmanager
+def running(policy, **options):
+    """A started engine of four rows and four texts; its model is "tiny"."""
+    made = UnitEngine({"tiny": FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)}, max_rows=4, max_texts=4, **options)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@contextlib.contextmanager
 def running_ahead(policy, monkeypatch, clock):
     """An engine whose device runs behind it, and the device."""
-    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
-    made = UnitEngine({"tiny": model}, max_rows=4, max_texts=4, clock=clock)
-    made.start()
-    device = SlowDevice(model, monkeypatch)
-    # Expected to take as good as no time: only how many may be ahead holds the engine back.
-    monkeypatch.setattr(made._scheduler.times, "likely_s", lambda *_: 0.0)
-    monkeypatch.setattr(made._device, "_max_ahead", MAX_AHEAD)
-    yield made, device
-    monkeypatch.undo()
-    while not device._gates.empty():
-        device.let_go()
-    made.stop()
+    with running(policy, clock=clock) as made:
+        device = SlowDevice(made.models["tiny"], monkeypatch)
+        # Expected to take as good as no time: only how many may be ahead holds the engine back.
+        monkeypatch.setattr(made._scheduler.times, "likely_s", lambda *_: 0.0)
+        monkeypatch.setattr(made._device, "_max_ahead", MAX_AHEAD)
+        yield made, device
+        monkeypatch.undo()
+        while not device._gates.empty():
+            device.let_go()

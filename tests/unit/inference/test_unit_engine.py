@@ -22,7 +22,20 @@ from services.inference.unit_warm_up import capacity_of
 from services.inference.units import UnitKind, group
 from tests.support import prompted_lab
 from tests.support.prompted_lab import CPU, STATE
-from tests.support.unit_lab import KINDS, answer_of, ask, hold, make_policy, near, plain, row, sample, submit, whole_text
+from tests.support.unit_lab import (
+    KINDS,
+    answer_of,
+    ask,
+    hold,
+    make_policy,
+    near,
+    plain,
+    row,
+    running,
+    sample,
+    submit,
+    whole_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +45,8 @@ def policy():
 
 @pytest.fixture(scope="module")
 def engine(policy):
-    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)
-    made = UnitEngine({"tiny": model}, max_rows=4, max_texts=4)
-    made.start()
-    yield made
-    made.stop()
+    with running(policy) as made:
+        yield made
 
 
 def test_one_robots_chunk_is_the_plain_one(engine, policy):

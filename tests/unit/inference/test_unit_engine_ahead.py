@@ -23,7 +23,9 @@ from services.inference.fused_model import FusedModel
 from services.inference.unit_engine import UnitEngine
 from tests.support.prompted_lab import CPU
 from tests.support.unit_lab import (
+    DRAWN,
     MAX_AHEAD,
+    SUBTASK,
     Clock,
     SlowDevice,
     Stall,
@@ -35,15 +37,13 @@ from tests.support.unit_lab import (
     near,
     plain,
     row,
+    running,
     running_ahead,
     sample,
     submit,
     wait_for,
     whole_text,
 )
-
-SUBTASK = TextRequest(kind=TextKind.SUBTASK)
-DRAWN = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +213,8 @@ def test_a_device_that_fails_behind_the_engine_is_told_and_ends_nobody_else(ahea
 
 @pytest.fixture
 def engine(policy):
-    made = UnitEngine({"tiny": FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)}, max_rows=4, max_texts=4)
-    made.start()
-    yield made
-    made.stop()
+    with running(policy) as made:
+        yield made
 
 
 def test_there_are_slots_for_all_that_may_be_on_its_way_however_few_steps_a_chunk_has():

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from policies import text
-from policies.policy import TextKind, TextRequest
 from services.inference import unit_results
 from services.inference.fused.units import TOO_SHORT
-from services.inference.fused_model import FusedModel
-from services.inference.unit_engine import UnitEngine
 from tests.support.prompted_lab import CPU
 from tests.support.unit_lab import (
+    DRAWN,
+    SUBTASK,
     Clock,
     Stall,
     answer_of,
@@ -28,14 +27,12 @@ from tests.support.unit_lab import (
     near,
     plain,
     row,
+    running,
     running_ahead,
     sample,
     submit,
     whole_text,
 )
-
-SUBTASK = TextRequest(kind=TextKind.SUBTASK)
-DRAWN = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +53,8 @@ def ahead(policy, monkeypatch, clock):
 
 @pytest.fixture
 def engine(policy):
-    made = UnitEngine({"tiny": FusedModel("tiny", policy, CPU, max_rows=4, max_texts=4)}, max_rows=4, max_texts=4)
-    made.start()
-    yield made
-    made.stop()
+    with running(policy) as made:
+        yield made
 
 
 def test_texts_that_step_together_run_ahead_of_their_tokens_and_say_the_same(ahead, policy):

@@ -9,25 +9,31 @@ import pytest
 import torch
 
 from manyhands.errors import InternalError
-from policies.policy import TextKind, TextRequest
 from services.inference import launches
 from services.inference.fused_model import FusedModel
 from services.inference.unit_engine import UnitEngine
 from services.inference.unit_results import UnitResults
 from services.inference.units import UnitKind
 from tests.support.prompted_lab import CPU
-from tests.support.unit_lab import FakeGpu, answer_of, ask, hold, make_policy, row, submit, whole_text
-
-SUBTASK = TextRequest(kind=TextKind.SUBTASK)
-DRAWN = TextRequest(kind=TextKind.SUBTASK, temperature=1.0, top_p=0.9)
+from tests.support.unit_lab import (
+    DRAWN,
+    SUBTASK,
+    FakeGpu,
+    answer_of,
+    ask,
+    hold,
+    make_policy,
+    row,
+    running,
+    submit,
+    whole_text,
+)
 
 
 @pytest.fixture
 def engine():
-    made = UnitEngine({"tiny": FusedModel("tiny", make_policy(), CPU, max_rows=4, max_texts=4)}, max_rows=4, max_texts=4)
-    made.start()
-    yield made
-    made.stop()
+    with running(make_policy()) as made:
+        yield made
 
 
 def all_taken_in(engine):
