@@ -107,8 +107,11 @@ class EngineClient:
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
         self._rows.submit(owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job)
 
-    def expect(self, model: str, row: Row) -> None:
-        self._rows.expect(model, row)
+    def expect(self, model: str, row: Row) -> int:
+        return self._rows.expect(model, row)
+
+    def give_up(self, gate: int) -> None:
+        self._rows.give_up(gate)
 
     def rehearse(self, model: str, row: Row) -> None:
         self._rows.rehearse(model, row)
@@ -224,7 +227,8 @@ class EngineClient:
         if self.models or not message.models:
             raise engine_messages.BadFrame(f"describes {len(message.models)} models, and once is enough")
         self.models = engine_messages.descriptions(message.models)
-        self._send(use_rings=self._rows.lay_out(list(self.models.values()), self._generation))
+        models = list(self.models.values())
+        self._send(use_rings=self._rows.lay_out(models, self._generation, with_gate=message.waits_at_gate))
 
     def _take_load(self, message: engine_pb2.Load) -> None:
         load = engine_messages.from_load(message, self._load.device)

@@ -138,12 +138,14 @@ class Job:
 
     Attributes:
         rehearse: Called likewise, perhaps, shortly before done.
+        gate: What expect() answered for the row.
     """
 
     model: str
     row: Row
     done: Callable[[Outcome], None]
     rehearse: Callable[[Rehearsal], None] | None = None
+    gate: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,11 +226,16 @@ class EnginePort(Protocol):
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
         """Puts a row in line. Its outcome, and that of the owner's row it replaces, goes to job.done."""
 
-    def expect(self, model: str, row: Row) -> None:
+    def expect(self, model: str, row: Row) -> int:
         """Tells of a row that is about to be submitted, without its pictures, which are still being decoded.
 
-        The engine may prepare what it can; nothing depends on it, and the row may never come.
+        The engine may prepare what it can; the row may never come. Where it has the device wait for the pictures
+        (picture_gate.py) it answers a gate, for Job.gate, or for give_up() if the row does not come; else 0.
         """
+        ...
+
+    def give_up(self, gate: int) -> None:
+        """The row of this gate does not come. Nothing happens for 0, and for a gate that is open."""
 
     def rehearse(self, model: str, row: Row) -> None:
         """Goes the way of a row that is likely to come in a moment, as far as its first unit; nothing comes of it."""

@@ -33,6 +33,7 @@ from . import engine_messages
 from .capacity import DeviceCapacity
 from .engine_lines import Answers, Line
 from .engine_port import Job, Outcome, Swap, SwapResult, TextEnd
+from .picture_gate import PictureGate, whole_pages
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, map_memory
 from .slot_layout import Request, SlotLayout
 
@@ -78,7 +79,8 @@ class EngineHost:
             ModuleNotFoundError: A package is not installed.
         """
         engine = self._load()
-        self._line.post(described=engine_pb2.Described(models=[engine_messages.describe(m) for m in engine.models.values()]))
+        described = [engine_messages.describe(model) for model in engine.models.values()]
+        self._line.post(described=engine_pb2.Described(models=described, waits_at_gate=engine.waits_at_gate))
         layout = SlotLayout(list(engine.models.values()))
         use = self._use_rings(layout)
         if use is None:
@@ -133,7 +135,11 @@ class EngineHost:
         answers = RingShape(slot_count=told.answer_slot_count, slot_bytes=told.answer_slot_bytes)
         if requests.slot_bytes != layout.request_bytes or answers.slot_bytes != layout.answer_bytes:
             raise InternalError("front end and engine lay slots out differently; do they come from one installation?")
-        memory = map_memory(self._memory_fd, requests.num_bytes + answers.num_bytes)
+        gate_at = whole_pages(requests.num_bytes + answers.num_bytes)
+        memory = map_memory(self._memory_fd, gate_at + told.gate_bytes)
+        if told.gate_bytes:
+            assert self._engine is not None
+            self._engine.use_gate(PictureGate(memory, gate_at, told.gate_bytes))
         generation = self._start.generation
         return (
             RingReader(memory, 0, requests, self._request_bell, generation),
@@ -212,6 +218,7 @@ class EngineHost:
                         selector.unregister(self._answer_bell.free_fd)
                 if time.monotonic() - capacity_at_s > CAPACITY_PERIOD_S:
                     capacity_at_s = time.monotonic()
+                    engine.open_left(capacity_at_s)
                     self._post_capacity(engine)
                 if time.monotonic() - load_at_s > LOAD_PERIOD_S:
                     load_at_s = time.monotonic()
@@ -219,7 +226,7 @@ class EngineHost:
 
     def _take(self, engine: LocalEngine, answers: Answers, request: Request) -> None:
         if request.is_ahead:
-            engine.expect(request.model, request.row)
+            engine.expect(request.model, request.row, request.gate)
             return
         if request.is_rehearsal:
             engine.rehearse(request.model, request.row)
@@ -243,6 +250,7 @@ class EngineHost:
                 row=request.row,
                 done=done,
                 rehearse=functools.partial(answers.rehearse, request.token, request.model),
+                gate=request.gate,
             ),
         )
 

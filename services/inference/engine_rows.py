@@ -19,6 +19,7 @@ from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
 
 from .engine_port import Job, Model, Outcome, Rehearsal, Row, Superseded
+from .picture_gate import PictureGate, gate_bytes, whole_pages
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
 from .slot_layout import Request, SlotLayout
 
@@ -28,6 +29,8 @@ REQUEST_SLOTS = 16
 ANSWER_SLOTS = 64
 
 _tokens = itertools.count(1)
+# Never used twice either: an engine's gate is no other one's. They have 32 bits, enough for years.
+_gates = itertools.count(1)
 # Of rows that are not answered.
 _NOBODY: dict[str, Any] = {"owner": "", "request_id": 0, "arrived_s": 0.0, "deadline_s": 0.0}
 
@@ -60,6 +63,10 @@ class EngineRows:
         self._requests: RingWriter | None = None
         self._answers: RingReader | None = None
         self._layout: SlotLayout | None = None
+        self._models: dict[str, Model] = {}
+        self._gate: PictureGate | None = None
+        # The gate that the device may be waiting at.
+        self._closed = 0
         self._in_flight: dict[int, _InFlight] = {}
         self._waiting: dict[str, _Asked] = {}
         self._answered_s = 0.0
@@ -74,12 +81,17 @@ class EngineRows:
     def _bells(self) -> tuple[Doorbell, Doorbell]:
         return self._request_bell, self._answer_bell
 
-    def lay_out(self, models: Sequence[Model], generation: int) -> engine_pb2.UseRings:
+    def lay_out(self, models: Sequence[Model], generation: int, *, with_gate: bool) -> engine_pb2.UseRings:
         """Once, when the engine has described its models; answers what it is to be told."""
         layout = SlotLayout(models)
         requests = RingShape(slot_count=REQUEST_SLOTS, slot_bytes=layout.request_bytes)
         answers = RingShape(slot_count=ANSWER_SLOTS, slot_bytes=layout.answer_bytes)
-        memory = grow_and_seal(self._memory_fd, requests.num_bytes + answers.num_bytes)
+        gate_at = whole_pages(requests.num_bytes + answers.num_bytes)
+        of_gate = gate_bytes(models) if with_gate else 0
+        memory = grow_and_seal(self._memory_fd, gate_at + of_gate)
+        if with_gate:
+            self._gate = PictureGate(memory, gate_at, of_gate)
+        self._models = {model.name: model for model in models}
         self._layout = layout
         self._requests = RingWriter(memory, 0, requests, self._request_bell, generation)
         self._answers = RingReader(memory, requests.num_bytes, answers, self._answer_bell, generation)
@@ -89,6 +101,7 @@ class EngineRows:
             request_slot_bytes=requests.slot_bytes,
             answer_slot_count=answers.slot_count,
             answer_slot_bytes=answers.slot_bytes,
+            gate_bytes=of_gate,
         )
 
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
@@ -104,6 +117,7 @@ class EngineRows:
             deadline_s=deadline_s,
             model=job.model,
             row=job.row,
+            gate=self._pass_gate(job),
         )
         if not self._waiting and self._has_slot():
             self._put(request, job)
@@ -114,12 +128,26 @@ class EngineRows:
                 self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
             self._waiting[owner] = _Asked(request=request, job=job)
 
-    def expect(self, model: str, row: Row) -> None:
-        """As EnginePort.expect; where no slot is free, rows that are ready need them more."""
-        self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True))
+    def expect(self, model: str, row: Row) -> int:
+        """As EnginePort.expect; where no slot is free, rows that are ready need them more.
+
+        A gate is closed only where the engine has nothing else to do: others would wait behind it.
+        """
+        gate = 0
+        if self._gate is not None and not (self._closed or self._in_flight or self._waiting):
+            self._closed = gate = next(_gates)
+        self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True, gate=gate))
+        return gate
+
+    def give_up(self, gate: int) -> None:
+        """As EnginePort.give_up."""
+        if gate and gate == self._closed:
+            self._open_gate()
 
     def rehearse(self, model: str, row: Row) -> None:
         """As EnginePort.rehearse; likewise."""
+        if self._gate is not None and not self._closed and not self._in_flight:
+            self._gate.write(self._models[model], row.sample)
         self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_rehearsal=True))
 
     def withdraw(self, owner: str) -> int | None:
@@ -146,7 +174,8 @@ class EngineRows:
             bell.close()
         os.close(self._memory_fd)
         # Whoever ended knows this object and this one whom to tell: the memory need not wait for the garbage collector.
-        self._requests = self._answers = self._layout = None
+        self._requests = self._answers = self._layout = self._gate = None
+        self._closed = 0
 
     def fail_all(self, error: ManyhandsError) -> None:
         """Answers everything that was asked, after close()."""
@@ -154,6 +183,20 @@ class EngineRows:
         in_flight, self._in_flight = self._in_flight, {}
         for job in (*(asked.job for asked in in_flight.values()), *(left.job for left in waiting.values())):
             _tell(job, error)
+
+    def _pass_gate(self, job: Job) -> int:
+        """Opens a row's gate with its pictures; 0 where they went no such way."""
+        if not job.gate or job.gate != self._closed:
+            return 0
+        assert self._gate is not None
+        is_whole = self._gate.write(self._models[job.model], job.row.sample)
+        self._open_gate()
+        return job.gate if is_whole else 0
+
+    def _open_gate(self) -> None:
+        assert self._gate is not None
+        self._gate.open(self._closed)
+        self._closed = 0
 
     def _write_unasked(self, request: Request) -> None:
         if not self._waiting and self._has_slot():

@@ -106,9 +106,12 @@ class EngineSupervisor:
             return
         self._client.submit(owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job)
 
-    def expect(self, model: str, row: Row) -> None:
+    def expect(self, model: str, row: Row) -> int:
+        return self._client.expect(model, row) if self._client is not None else 0
+
+    def give_up(self, gate: int) -> None:
         if self._client is not None:
-            self._client.expect(model, row)
+            self._client.give_up(gate)
 
     def rehearse(self, model: str, row: Row) -> None:
         if self._client is not None:

@@ -25,6 +25,7 @@ from policies.prompt import Pieces
 from policies.prompted import Read
 
 from . import launches
+from .device_gate import DeviceGate
 from .engine import canary_row
 from .engine_port import Observed, Row
 from .fused import trial
@@ -32,6 +33,7 @@ from .fused.network import FusedPi052, Pictures
 from .fused.settings import FusedSettings, PrefixRow
 from .fused.slots import Slots
 from .fused.starts import ChunkStart
+from .fused.vision_ahead import VisionAhead
 from .fused_texts import FusedTexts, nothing
 from .models import AnyPolicy, ServedModel
 from .rows_ahead import RowsAhead, inputs_of
@@ -104,6 +106,20 @@ class FusedModel(ServedModel):
         self.fused.weights.refill(policy.network.state_dict())
         self._texts = FusedTexts(self.fused)
         self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_ROWS_AHEAD)
+        self._vision_ahead: VisionAhead | None = None
+        # When the device began with the unit that is being launched, where that was before.
+        self._began: torch.cuda.Event | None = None
+
+    @property
+    def waits_at_gate(self) -> bool:
+        """Whether its pictures can come through a gate: as they are decoded, all of them, in the order of the spec."""
+        images = [image.name for image in self.used_spec.images]
+        return self.fused.settings.pictures_fit and list(self.policy.cameras) == images
+
+    def use_gate(self, gate: DeviceGate) -> None:
+        """Makes see_ahead() do something, where it can."""
+        if self.waits_at_gate:
+            self._vision_ahead = self.fused.vision_ahead(gate)
 
     @property
     def slots(self) -> Slots:
@@ -128,15 +144,15 @@ class FusedModel(ServedModel):
 
     # -- requests to rows: any thread ----------------------------------------------------------------------------------
 
-    def chunk_row(self, row: Row) -> ChunkRow:
-        """InvalidInput where the policy refuses the observation."""
+    def chunk_row(self, row: Row, gate: int = 0) -> ChunkRow:
+        """InvalidInput where the policy refuses the observation. gate: That its pictures came through."""
         sample = sample_of(row.sample)
         made = self._ahead.take(inputs_of(row))
         if made is None:
             made = self._without_pictures(row)
         else:
             samples.check([sample], self.policy.spec)  # Of its pictures nothing was known.
-        made.asked, made.pictures = row, self._pictures(sample)
+        made.asked, made.pictures, made.gate = row, self._pictures(sample), gate
         return made
 
     def expect(self, row: Row) -> None:
@@ -211,7 +227,18 @@ class FusedModel(ServedModel):
 
     def launched(self, launch: Callable[[], None]) -> Callable[[], float]:
         """See launches.timed()."""
-        return launches.timed(self.device, launch)
+
+        def began() -> torch.cuda.Event | None:
+            self._began = None
+            launch()
+            return self._began
+
+        return launches.timed(self.device, began)
+
+    def see_ahead(self, gate: int) -> None:
+        """Has the device wait at that gate for the pictures of the row that is told ahead, and see them."""
+        if self._vision_ahead is not None:
+            self._vision_ahead.launch(gate)
 
     def run_prefix(self, rows: Sequence[ChunkRow]) -> None:
         """Takes a slot for each row. One that was read with an older version's statistics is read again."""
@@ -220,7 +247,7 @@ class FusedModel(ServedModel):
                 again = self._without_pictures(row.asked)
                 row.read, row.start, row.version = again.read, again.start, again.version
             row.slot = self._take_slot()
-        tokens = self._seen([picture for row in rows for picture in row.pictures])
+        tokens = self._seen_of(rows)
         self.fused.prefix([
             PrefixRow(slot=slot_of(row), picture_tokens=seen, picture_valid=valid_of(row), tokens=row.read.prompt.tokens)
             for row, seen in zip(rows, tokens.view(len(rows), -1, tokens.shape[-1]), strict=True)
@@ -228,8 +255,10 @@ class FusedModel(ServedModel):
         self.fused.begin_chunks([(slot_of(row), row.start) for row in rows])
 
     def rehearse_prefix(self, row: ChunkRow) -> None:
-        """What run_prefix() does on the host, and none of the device's long work; see EnginePort.rehearse."""
-        self.fused.rehearse_prefix(self._fitting(row.pictures), valid_of(row), row.read.prompt.tokens, row.start)
+        """What run_prefix() does on the host when pictures are seen already, and none of the device's long work; see
+        EnginePort.rehearse.
+        """
+        self.fused.rehearse_prefix(valid_of(row), row.read.prompt.tokens, row.start)
 
     def run_expert(self, rows: Sequence[tuple[ChunkRow, int]]) -> None:
         """An Euler step of each row, which is at its own."""
@@ -320,6 +349,8 @@ class FusedModel(ServedModel):
     def replace(self, policy: AnyPolicy, version: common_pb2.PolicyVersion, digests: Mapping[str, bytes]) -> AnyPolicy:
         """As ServedModel's, of what was staged last."""
         self.fused.weights.commit()
+        if self._vision_ahead is not None:
+            self._vision_ahead.forget()
         self.wait()
         previous = super().replace(policy, version, digests)
         self._ahead.clear()  # Made with the statistics of before.
@@ -354,6 +385,14 @@ class FusedModel(ServedModel):
         slot = self.slots.take()
         assert slot is not None, "the scheduler keeps no more rows in work than there are slots"
         return slot
+
+    def _seen_of(self, rows: Sequence[ChunkRow]) -> torch.Tensor:
+        if len(rows) == 1 and self._vision_ahead is not None:
+            seen = self._vision_ahead.take(rows[0].gate)
+            if seen is not None:
+                self._began = seen.began
+                return seen.tokens
+        return self._seen([picture for row in rows for picture in row.pictures])
 
     def _seen(self, pictures: Pictures) -> torch.Tensor:
         fitting = self._fitting(pictures)

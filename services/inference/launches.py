@@ -39,8 +39,12 @@ def _seconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
     return milliseconds / 1e3
 
 
-def timed(device: torch.device, launch: Callable[[], None]) -> Callable[[], float]:
-    """Launches work; what is answered waits until the device has done it and says how many seconds it took there."""
+def timed(device: torch.device, launch: Callable[[], torch.cuda.Event | None]) -> Callable[[], float]:
+    """Launches work; what is answered waits until the device has done it and says how many seconds it took there.
+
+    Args:
+        launch: Answers when the device began, where that was with something that was launched before.
+    """
     if device.type != "cuda":
         started_s = time.perf_counter()
         launch()
@@ -49,7 +53,7 @@ def timed(device: torch.device, launch: Callable[[], None]) -> Callable[[], floa
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     stream = torch.cuda.current_stream(device)
     begin.record(stream)
-    launch()
+    begin = launch() or begin
     end.record(stream)
     return DeviceTimes(begin, end)
 

@@ -6,22 +6,30 @@ whole passes of the plain module, with a TextWriter beside it.
 
 from __future__ import annotations
 
+import logging
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+
+import torch
 
 from manyhands.errors import ManyhandsError, NotFound, Refused
 from manyhands.security import SecuritySettings
 
 from .capacity import DeviceCapacity
+from .device_gate import DeviceGate
 from .device_memory import device_memory
 from .device_use import DeviceTime
 from .engine import Engine, Progress
 from .engine_port import EngineLoad, Job, Question, Row, Swap, SwapResult, TextEnd
 from .fused_model import MAX_TEXTS, FusedModel
 from .models import ServedModel
+from .picture_gate import PictureGate
 from .text_writer import TextWriter
 from .unit_engine import UnitEngine
 from .weights_follower import Resume, WeightsFollower
+
+logger = logging.getLogger(__name__)
 
 
 class LocalEngine:
@@ -54,6 +62,7 @@ class LocalEngine:
         self._follower: WeightsFollower | None = None
         self._on_swap = on_swap
         self._device = device
+        self._gate: DeviceGate | None = None
         self.restart_count = 0
 
     def engine_of(self, model: str) -> Engine | UnitEngine:
@@ -100,10 +109,40 @@ class LocalEngine:
             owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job
         )
 
-    def expect(self, model: str, row: Row) -> None:
-        served = self.models[model]
-        if isinstance(served, FusedModel):
-            served.expect(row)
+    @property
+    def waits_at_gate(self) -> bool:
+        """Whether use_gate() is of any use, and safe: a device must not see that a gate is open before it sees the pictures,
+        and only this processor writes in the order in which it is told to.
+        """
+        return platform.machine() == "x86_64" and any(
+            model.waits_at_gate for model in self.models.values() if isinstance(model, FusedModel)
+        )
+
+    def use_gate(self, gate: PictureGate) -> None:
+        """Before start(): pictures of rows that are expected may come through it."""
+        try:
+            self._gate = DeviceGate(gate, torch.device(self._device))
+        except (RuntimeError, OSError, AttributeError) as error:
+            logger.warning("pictures come without a gate: %s", error)
+            return
+        for model in self.models.values():
+            if isinstance(model, FusedModel):
+                model.use_gate(self._gate)
+
+    def open_left(self, now_s: float) -> None:
+        """See DeviceGate.open_left."""
+        if self._gate is not None:
+            self._gate.open_left(now_s)
+
+    def expect(self, model: str, row: Row, gate: int = 0) -> int:
+        """gate: Of use_gate(), as whoever owns it has closed it."""
+        engine = self.engine_of(model)
+        if isinstance(engine, UnitEngine):
+            engine.expect(model, row, gate)
+        return gate
+
+    def give_up(self, gate: int) -> None:
+        """Whoever owns the gate opens it."""
 
     def rehearse(self, model: str, row: Row) -> None:
         engine = self.engine_of(model)

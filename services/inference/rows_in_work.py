@@ -36,6 +36,7 @@ class ChunkRow:
         start: Noise, and what is committed in this observation's model space.
         asked, version: What it was made of, and the version whose statistics it was read with.
         slot: While in work.
+        gate: Number of the one that its pictures came through, too; 0: of none.
     """
 
     read: Read
@@ -44,6 +45,7 @@ class ChunkRow:
     asked: Row
     version: common_pb2.PolicyVersion
     slot: int | None = None
+    gate: int = 0
 
 
 @dataclass(kw_only=True)

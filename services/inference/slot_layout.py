@@ -32,8 +32,8 @@ _MAX_FEATURES = 64
 _NO_PREFIX = -1
 
 # token, request_id, arrived_s, deadline_s, seed, features that are there (a bit each), model, delay_steps,
-# execution_horizon, prefix steps, bytes of owner, bytes of task, whether it is told ahead, whether it is a rehearsal.
-_REQUEST = struct.Struct("<QqddqQIiiiII??")
+# execution_horizon, prefix steps, bytes of owner, bytes of task, gate, whether it is told ahead, whether it is a rehearsal.
+_REQUEST = struct.Struct("<QqddqQIiiiIII??")
 _OWNER_AT = 128
 _TASK_AT = _OWNER_AT + _MAX_OWNER_BYTES
 _REQUEST_ARRAYS_AT = _TASK_AT + _MAX_TASK_BYTES
@@ -57,6 +57,7 @@ class Request:
     Attributes:
         is_ahead: Not asked for yet: see EnginePort.expect. It has no pictures, no owner, no times, and is not answered.
         is_rehearsal: See EnginePort.rehearse. Likewise, but for its pictures.
+        gate: Number of the one that its pictures come or came through (picture_gate.py); 0: none.
     """
 
     token: int
@@ -68,6 +69,7 @@ class Request:
     row: Row
     is_ahead: bool = False
     is_rehearsal: bool = False
+    gate: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class SlotLayout:
         body[_TASK_AT : _TASK_AT + len(task)] = task
         _REQUEST.pack_into(
             body, 0, request.token, request.request_id, request.arrived_s, request.deadline_s, row.seed, present, index,
-            row.delay_steps, row.execution_horizon, steps, len(owner), len(task), request.is_ahead,
+            row.delay_steps, row.execution_horizon, steps, len(owner), len(task), request.gate, request.is_ahead,
             request.is_rehearsal,
         )  # fmt: skip
 
@@ -138,7 +140,7 @@ class SlotLayout:
         """A copy of what the slot holds; BadSlot where it cannot be."""
         (
             token, request_id, arrived_s, deadline_s, seed, present, index, delay_steps, execution_horizon, steps,
-            owner_bytes, task_bytes, is_ahead, is_rehearsal,
+            owner_bytes, task_bytes, gate, is_ahead, is_rehearsal,
         ) = _REQUEST.unpack_from(body, 0)  # fmt: skip
         model = self._model(index)
         features = self._features[index]
@@ -174,6 +176,7 @@ class SlotLayout:
             row=row,
             is_ahead=is_ahead,
             is_rehearsal=is_rehearsal,
+            gate=gate,
         )
 
     def write_answer(self, body: memoryview, token: int, model: str, outcome: Outcome | Rehearsal) -> None:

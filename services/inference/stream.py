@@ -101,6 +101,8 @@ class RobotStream:
         self._read_by_client = asyncio.Event()
         self._loop_thread = threading.get_ident()
         self._decoding = False
+        # Of the request that is being decoded.
+        self._gate = 0
         self._next: _Asked | None = None
         self._is_over = False
         self._last_answered: _Asked | None = None
@@ -236,7 +238,7 @@ class RobotStream:
             sent = self._checked(asked)
             # First: what the engine makes of it takes longer than the pictures.
             if sent.sample.pictures:
-                self._desk.engine.expect(session.model, sent.without_pictures())
+                self._gate = self._desk.engine.expect(session.model, sent.without_pictures())
             side_by_side(
                 self._desk.decoders,
                 tuple(sent.sample.pictures.values()),
@@ -249,6 +251,7 @@ class RobotStream:
 
     def _decoded(self, asked: _Asked, sent: SentRow, pictures: list[Array] | BaseException, started_s: float) -> None:
         if self._is_over:
+            self._give_up_gate()
             return
         if isinstance(pictures, BaseException):
             self._failed(asked, pictures, started_s)
@@ -275,10 +278,16 @@ class RobotStream:
         self._prepare_next()
 
     def _prepare_next(self) -> None:
+        self._give_up_gate()
         self._decoding = False
         asked, self._next = self._next, None
         if asked is not None:
             self._prepare(asked)
+
+    def _give_up_gate(self) -> None:
+        """Where no row came to it: the device is not kept waiting."""
+        gate, self._gate = self._gate, 0
+        self._desk.engine.give_up(gate)
 
     def _checked(self, asked: _Asked) -> SentRow:
         session = asked.session
@@ -330,8 +339,9 @@ class RobotStream:
             request_id=asked.request.request_id,
             arrived_s=self._clock(),
             deadline_s=asked.deadline_s,
-            job=Job(model=asked.session.model, row=row, done=done, rehearse=rehearse),
+            job=Job(model=asked.session.model, row=row, done=done, rehearse=rehearse, gate=self._gate),
         )
+        self._gate = 0
 
     def _settle(self, asked: _Asked, outcome: Outcome, decode_s: float) -> None:
         """Answers a request, once."""

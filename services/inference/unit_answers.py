@@ -83,7 +83,7 @@ def answer_chunk(work: ChunkWork[ChunkInWork], chunk: Chunk, launched: LaunchedU
             actions=actions,
             model_actions=model_actions,
             version=launched.version,
-            queue_s=payload.began_s - work.arrived_s,
+            queue_s=max(0.0, payload.began_s - work.arrived_s),
             prefix_s=payload.prefix_s,
             sample_s=done_s - payload.began_s - payload.prefix_s,
             postprocess_s=now_s - done_s,

@@ -39,6 +39,9 @@ from .units import ACTION_KINDS, ChunkWork, TextWork, Unit, UnitKind
 
 logger = logging.getLogger(__name__)
 
+# A launch takes a fraction of it; whoever waits for one waits no longer.
+LAUNCHED_S = 0.005
+
 
 class UnitEngine:
     """Runs units of several robots on one device.
@@ -109,7 +112,7 @@ class UnitEngine:
         """Puts a row in line. Its outcome, and that of the owner's row it replaces, goes to job.done."""
         model = self.models[job.model]
         try:
-            row = model.chunk_row(job.row)
+            row = model.chunk_row(job.row, job.gate)
         except Exception as error:  # Whatever is wrong with one robot's request must not end the engine of all.
             job.done(told(error, f"request {request_id} of session {owner}"))
             return
@@ -136,6 +139,20 @@ class UnitEngine:
         elif not accepted:
             job.done(too_late(work, now_s))
 
+    def expect(self, model: str, row: Row, gate: int) -> None:
+        """As EnginePort.expect.
+
+        Args:
+            gate: That the row's pictures will come through, 0 for none. The device waits for them there, unless it has other
+                work.
+        """
+        served = self.models[model]
+        is_launched = threading.Event()
+        if gate and self._where_idle(functools.partial(_see_ahead, served, gate, is_launched)):
+            # The pictures are awaited, the rest of the row is not: preparing it would take the interpreter from the launch.
+            is_launched.wait(LAUNCHED_S)
+        served.expect(row)
+
     def rehearse(self, model: str, row: Row) -> None:
         """As EnginePort.rehearse, where nothing else is in work."""
         served = self.models[model]
@@ -144,10 +161,16 @@ class UnitEngine:
         except Exception as error:  # The row itself will say so.
             logger.debug("a row cannot be rehearsed: %s", error)
             return
+        self._where_idle(functools.partial(_rehearse_launch, served, chunk))
+
+    def _where_idle(self, change: Callable[[], None]) -> bool:
+        """Has the engine's thread do it, unless it has anything else."""
         with self._changed:
-            if not len(self._scheduler) and not self._state.num_outstanding:
-                self._state.between.append(functools.partial(_rehearse_launch, served, chunk))
+            is_idle = not len(self._scheduler) and not self._state.num_outstanding
+            if is_idle:
+                self._state.between.append(change)
                 self._state.wake()
+        return is_idle
 
     def ask(self, question: Question, heard: Heard) -> Callable[[], None]:
         """As EnginePort.ask."""
@@ -341,6 +364,15 @@ class UnitEngine:
 
     def _tell(self, name: str, done: int, total: int, what: str) -> None:
         self._progress(f"preparing {name}: {what}", done, total)
+
+
+def _see_ahead(model: FusedModel, gate: int, is_launched: threading.Event) -> None:
+    try:
+        model.see_ahead(gate)
+    except Exception:
+        logger.exception("pictures of %s cannot be seen ahead", model.name)
+    finally:
+        is_launched.set()
 
 
 def _rehearse_launch(model: FusedModel, chunk: ChunkRow) -> None:

@@ -53,6 +53,9 @@ class Link(Protocol):
 
     async def open(self) -> None: ...
 
+    def prepare(self) -> None:
+        """Before each ask(), when there is time: what a request says is known then, but for its observation."""
+
     async def ask(self, tick: int) -> Answer: ...
 
     async def close(self) -> None: ...
@@ -77,6 +80,7 @@ class ServiceLink:
         self._call: Any = None
         self._request_id = 0
         self._last_chunk: npt.NDArray[np.float32] | None = None
+        self._prepared = b""
         self.session_id = ""
         self.required: tuple[str, ...] = ()
         self._bodies: list[bytes] = []
@@ -101,20 +105,21 @@ class ServiceLink:
         act: Any = self._connection.stream_stream(ACT, response_deserializer=inference_pb2.ActResponse.FromString)
         self._call = act(metadata=((SESSION_KEY, self.session_id),))
 
-    async def ask(self, tick: int) -> Answer:
+    def prepare(self) -> None:
         self._request_id += 1
-        head = inference_pb2.ActRequest(
-            session_id=self.session_id, request_id=self._request_id, sent=stamps.now(), noise_seed=tick
-        )
-        if self._plan.with_prefix and self._last_chunk is not None:
-            steps = self._plan.replan_interval_steps
-            if len(self._last_chunk) > steps:
-                head.committed_prefix.CopyFrom(codec.encode_tensor(self._last_chunk[steps:]))
-                head.delay_steps = min(1, len(self._last_chunk) - steps)
+        request = inference_pb2.ActRequest(session_id=self.session_id, request_id=self._request_id)
+        steps, last = self._plan.replan_interval_steps, self._last_chunk
+        if last is not None and len(last) > steps:
+            request.committed_prefix.CopyFrom(codec.encode_tensor(last[steps:]))
+            request.delay_steps = min(1, len(last) - steps)
+        self._prepared = request.SerializeToString()
+
+    async def ask(self, tick: int) -> Answer:
+        head = inference_pb2.ActRequest(sent=stamps.now(), noise_seed=tick).SerializeToString()
         drained_s: float | None = None
         with channel.translated_errors():
             try:
-                await self._call.write(head.SerializeToString() + self._bodies[tick % len(self._bodies)])
+                await self._call.write(b"".join((self._prepared, head, self._bodies[tick % len(self._bodies)])))
             except asyncio.InvalidStateError:  # The stream had ended between two requests.
                 raise errors.Unreachable(f"the stream has ended: {await self._call.details()}") from None
             while True:
@@ -207,6 +212,9 @@ class PlainLink:
         if required not in self._shared:
             self._shared[required] = [self._packed(spec, required, seed) for seed in range(observations.NUM_VARIANTS)]
         self._bodies = self._shared[required]
+
+    def prepare(self) -> None:
+        """Its requests are ready from the beginning."""
 
     async def ask(self, tick: int) -> Answer:
         try:

@@ -85,6 +85,7 @@ class SimulatedRobot:
         tick = max(0, int((time.monotonic() - self._begins_s) / period_s))
         while True:
             planned_s = self._begins_s + tick * period_s
+            self._link.prepare()
             await self._sleep_until(planned_s)
             if self._stop.is_set() or time.monotonic() >= self._ends_s:
                 return None

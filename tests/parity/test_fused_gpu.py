@@ -6,20 +6,25 @@ same path without kernels and graphs is in tests/unit/inference/test_fused.py.
 
 from __future__ import annotations
 
+import mmap
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from policies import text
 from policies.pi052.config import NetworkConfig, Precision, TowerSize, VisionSize
 from policies.pi052.model import Pi052Network
+from services.inference.device_gate import DeviceGate
 from services.inference.fused import FusedPi052, fp8
 from services.inference.fused.ops import ReferenceOps
 from services.inference.fused.slots import Residual
 from services.inference.fused.trial import staged_chunk
 from services.inference.fused.units import NO_LOCATIONS
+from services.inference.picture_gate import PictureGate
 from services.inference.units import EXPERT_SIZES
 from tests.support import fused_lab as lab
 
@@ -371,3 +376,30 @@ def test_new_weights_in_fp8_serve_in_graphs_that_were_captured_before(networks: 
     fused.weights.stage(networks[0].state_dict())
     fused.weights.commit()
     assert torch.equal(logits(fused), before)
+
+
+def test_the_device_waits_for_pictures_that_come_through_the_gate(networks: tuple[Pi052Network, Pi052Network]) -> None:
+    fused = fused_of(networks[0], pictures_fit=True)
+    shape = (lab.NUM_CAMERAS, SIZES.image_height, SIZES.image_width, 3)
+    pictures = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = fused.vision_of_bytes(pictures).clone()
+    size = 1 << 20
+    gate = PictureGate(mmap.mmap(-1, size + mmap.PAGESIZE), mmap.PAGESIZE, size)
+    ahead = fused.vision_ahead(DeviceGate(gate, CUDA))
+    for number in (1, 2, 3):
+        ahead.launch(number)
+        done = torch.cuda.Event(enable_timing=True)
+        done.record()
+        time.sleep(0.1)
+        assert not done.query()
+        gate.pictures[: pictures.size] = 0 if number == 1 else pictures.reshape(-1)
+        gate.open(number)
+        done.synchronize()
+        if number == 3:
+            fused.expert_step([(fused.slots.scratch, 0)])
+            assert ahead.take(number) is None, "another unit wrote over it"
+            break
+        seen = ahead.take(number)
+        assert seen is not None
+        assert torch.equal(seen.tokens, expected) is (number == 2)
+        assert seen.began.elapsed_time(done) < 50.0, "of its 100 ms at the gate none counts"

@@ -37,6 +37,7 @@ from services.inference.engine_port import (
     TextEnd,
 )
 from services.inference.engine_process import EngineHost, exit_at_once
+from services.inference.picture_gate import PictureGate
 from services.inference.shared_ring import Doorbell
 from services.inference.units import UnitKind
 
@@ -80,13 +81,19 @@ def description(camera_size: int) -> ModelDescription:
 class FakeEngine:
     """Answers each row at once, on the thread that submits it, after a rehearsal.
 
-    The first three numbers of a chunk are the row's seed and how many rows were told ahead and rehearsed so far.
+    The first numbers of a chunk are the row's seed, how many rows were told ahead and rehearsed so far, and, where its
+    pictures came through a gate, 1 and the sum of what lies there.
     """
 
     num_expected = num_rehearsed = num_answered = 0
+    waits_at_gate = True
+    gate: PictureGate | None = None
 
     def __init__(self, camera_size: int) -> None:
         self.models = {"fake": description(camera_size)}
+        # What expect() answers where nobody closed a gate, and what is given up.
+        self.next_gate = 0
+        self.given_up: list[int] = []
 
     def start(self, progress: Any = None) -> None:
         pass
@@ -112,11 +119,23 @@ class FakeEngine:
         while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
             pass
         actions[0, :3] = job.row.seed, self.num_expected, self.num_rehearsed
+        if job.gate and self.gate is not None and self.gate.is_open(job.gate):
+            actions[0, 3:5] = 1, self.gate.pictures.sum()
         self.num_answered += 1
         job.done(answer)
 
-    def expect(self, model: str, row: Row) -> None:
+    def use_gate(self, gate: PictureGate) -> None:
+        self.gate = gate
+
+    def open_left(self, now_s: float) -> None:
+        pass
+
+    def expect(self, model: str, row: Row, gate: int = 0) -> int:
         self.num_expected += 1
+        return gate or self.next_gate
+
+    def give_up(self, gate: int) -> None:
+        self.given_up.append(gate)
 
     def rehearse(self, model: str, row: Row) -> None:
         self.num_rehearsed += 1

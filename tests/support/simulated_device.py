@@ -7,11 +7,13 @@ does for one; what the network computes is left out after the first time, so chu
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from services.inference import engine_process
+from services.inference.device_gate import DeviceGate
 from services.inference.engine_process import EngineHost, exit_at_once
 
 # Of a full-size pi052 on an H200 with one row (docs/benchmarks/2026-11-28-serving.md), and of text, which nobody asks for.
@@ -26,13 +28,34 @@ def simulated_model() -> type[Any]:
     class SimulatedModel(fused_model.FusedModel):
         runs_ahead = True
         _free_s = 0.0
+        # Of the gate that opened last: when that was.
+        _gate, _opened_s = 0, 0.0
+        # When the unit that is being launched began, where that was at its gate.
+        _began_s: float | None = None
 
         def _takes(self, seconds: float) -> None:
             self._free_s = max(time.monotonic(), self._free_s) + seconds
 
+        def use_gate(self, gate: DeviceGate) -> None:
+            super().use_gate(gate)
+            self._gates = gate
+
+        def see_ahead(self, gate: int) -> None:
+            super().see_ahead(gate)
+            threading.Thread(target=self._wait_at, args=(gate,)).start()
+
+        def _wait_at(self, gate: int) -> None:
+            while not self._gates.has_brought(gate):
+                time.sleep(0.0001)
+            self._gate, self._opened_s = gate, time.monotonic()
+
         def run_prefix(self, rows: Sequence[Any]) -> None:
             super().run_prefix(rows)
-            self._takes(PREFIX_S * len(rows))
+            if len(rows) == 1 and rows[0].gate and rows[0].gate == self._gate:
+                self._began_s = self._opened_s
+                self._free_s = max(self._free_s, self._opened_s + PREFIX_S)
+            else:
+                self._takes(PREFIX_S * len(rows))
 
         def run_expert(self, rows: Sequence[Any]) -> None:
             super().run_expert(rows)
@@ -47,8 +70,9 @@ def simulated_model() -> type[Any]:
             return super().run_text(rows)
 
         def launched(self, launch: Callable[[], None]) -> Callable[[], float]:
-            begin_s = max(time.monotonic(), self._free_s)
+            begin_s, self._began_s = max(time.monotonic(), self._free_s), None
             launch()
+            begin_s = self._began_s or begin_s
             end_s = max(begin_s, self._free_s)
 
             def wait() -> float:

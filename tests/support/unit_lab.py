@@ -67,7 +67,7 @@ def plain(policy, asked):
     return policy.postprocess(chunk, inputs)[0], policy.carried(chunk, inputs)[0].numpy()
 
 
-def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1, rehearse=None):
+def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1, rehearse=None, gate=0):
     outcomes = queue.Queue()
     now_s = time.monotonic()
     engine.submit(
@@ -75,7 +75,7 @@ def submit(engine, owner, asked, *, deadline_s=30.0, request_id=1, rehearse=None
         request_id=request_id,
         arrived_s=now_s,
         deadline_s=now_s + deadline_s,
-        job=Job(model="tiny", row=asked, done=outcomes.put, rehearse=rehearse),
+        job=Job(model="tiny", row=asked, done=outcomes.put, rehearse=rehearse, gate=gate),
     )
     return outcomes
 

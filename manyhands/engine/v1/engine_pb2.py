@@ -27,15 +27,15 @@ from manyhands.common.v1 import common_pb2 as manyhands_dot_common_dot_v1_dot_co
 from manyhands.inference.v1 import inference_pb2 as manyhands_dot_inference_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n manyhands/engine/v1/engine.proto\x12\x13manyhands.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a manyhands/common/v1/common.proto\x1a&manyhands/inference/v1/inference.proto\"\x94\x03\n\x08ToEngine\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.manyhands.engine.v1.StartH\x00\x12\x32\n\tuse_rings\x18\x02 \x01(\x0b\x32\x1d.manyhands.engine.v1.UseRingsH\x00\x12\x31\n\x08withdraw\x18\x03 \x01(\x0b\x32\x1d.manyhands.engine.v1.WithdrawH\x00\x12\'\n\x03\x61sk\x18\x04 \x01(\x0b\x32\x18.manyhands.engine.v1.AskH\x00\x12\x36\n\x0b\x63\x61ncel_text\x18\x05 \x01(\x0b\x32\x1f.manyhands.engine.v1.CancelTextH\x00\x12)\n\x04swap\x18\x06 \x01(\x0b\x32\x19.manyhands.engine.v1.SwapH\x00\x12\x32\n\tend_swaps\x18\x07 \x01(\x0b\x32\x1d.manyhands.engine.v1.EndSwapsH\x00\x12)\n\x04stop\x18\x08 \x01(\x0b\x32\x19.manyhands.engine.v1.StopH\x00\x42\t\n\x07message\"\xc7\x04\n\nFromEngine\x12\x31\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.manyhands.engine.v1.ProgressH\x00\x12\x33\n\tdescribed\x18\x02 \x01(\x0b\x32\x1e.manyhands.engine.v1.DescribedH\x00\x12+\n\x05ready\x18\x03 \x01(\x0b\x32\x1a.manyhands.engine.v1.ReadyH\x00\x12-\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x1b.manyhands.engine.v1.FailedH\x00\x12\x31\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x1d.manyhands.engine.v1.CapacityH\x00\x12<\n\x0eversion_served\x18\x06 \x01(\x0b\x32\".manyhands.engine.v1.VersionServedH\x00\x12\x34\n\ntext_piece\x18\x07 \x01(\x0b\x32\x1e.manyhands.engine.v1.TextPieceH\x00\x12\x30\n\x08text_end\x18\x08 \x01(\x0b\x32\x1c.manyhands.engine.v1.TextEndH\x00\x12\x30\n\x08swap_end\x18\t \x01(\x0b\x32\x1c.manyhands.engine.v1.SwapEndH\x00\x12\x34\n\nswap_event\x18\n \x01(\x0b\x32\x1e.manyhands.engine.v1.SwapEventH\x00\x12)\n\x04load\x18\x0b \x01(\x0b\x32\x19.manyhands.engine.v1.LoadH\x00\x42\t\n\x07message\"\x9c\x03\n\x05Start\x12\x12\n\ngeneration\x18\x01 \x01(\r\x12\x30\n\x06models\x18\x02 \x03(\x0b\x32 .manyhands.engine.v1.ModelSource\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tmax_batch\x18\x04 \x01(\x05\x12\x15\n\rtorch_threads\x18\x05 \x01(\x05\x12\x17\n\x0fweights_address\x18\x06 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x07 \x01(\x08\x12+\n\x08\x63\x61tch_up\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x08security\x18\t \x01(\x0b\x32\x1d.manyhands.engine.v1.Security\x12+\n\x06resume\x18\n \x03(\x0b\x32\x1b.manyhands.engine.v1.Resume\x12\x11\n\tlog_level\x18\x0b \x01(\t\x12\x10\n\x08log_json\x18\x0c \x01(\x08\x12-\n\x04path\x18\r \x01(\x0e\x32\x1f.manyhands.engine.v1.EnginePath\x12\x0b\n\x03\x66p8\x18\x0e \x01(\x08\"/\n\x0bModelSource\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\"S\n\x08Security\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x11\n\tauthority\x18\x03 \x01(\t\x12\x12\n\ntoken_file\x18\x04 \x01(\t\"M\n\x06Resume\x12\x33\n\x07version\x18\x01 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"6\n\x08Progress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\"7\n\tDescribed\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.manyhands.engine.v1.Model\"\x8a\x01\n\x05Model\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.manyhands.inference.v1.Model\x12\x19\n\x11used_observations\x18\x02 \x03(\t\x12\x19\n\x11model_action_size\x18\x03 \x01(\x05\x12\x1d\n\x15masks_missing_cameras\x18\x04 \x01(\x08\"x\n\x08UseRings\x12\x1a\n\x12request_slot_count\x18\x01 \x01(\x05\x12\x1a\n\x12request_slot_bytes\x18\x02 \x01(\x03\x12\x19\n\x11\x61nswer_slot_count\x18\x03 \x01(\x05\x12\x19\n\x11\x61nswer_slot_bytes\x18\x04 \x01(\x03\"L\n\x05Ready\x12\x34\n\x08versions\x18\x01 \x03(\x0b\x32\".manyhands.engine.v1.VersionServed\x12\r\n\x05notes\x18\x02 \x03(\t\"0\n\x06\x46\x61iled\x12\x0e\n\x06status\x18\x01 \x01(\x0c\x12\x16\n\x0emissing_module\x18\x02 \x01(\t\"p\n\x08\x43\x61pacity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x63hunks_per_s\x18\x02 \x01(\x01\x12\x12\n\nquestion_s\x18\x03 \x01(\x01\x12\x13\n\x0btext_step_s\x18\x04 \x01(\x01\x12\x16\n\x0emax_text_count\x18\x05 \x01(\x05\"\x90\x01\n\x04Load\x12\x15\n\rwaiting_count\x18\x01 \x01(\x05\x12\x19\n\x11memory_used_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x03 \x01(\x03\x12+\n\x05units\x18\x04 \x03(\x0b\x32\x1c.manyhands.engine.v1.UnitUse\x12\r\n\x05gap_s\x18\x05 \x01(\x01\"_\n\x07UnitUse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65vice_s\x18\x03 \x01(\x01\x12\x12\n\nunit_count\x18\x04 \x01(\x03\x12\x11\n\trow_count\x18\x05 \x01(\x03\"T\n\rVersionServed\x12\x33\n\x07version\x18\x01 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"-\n\x08Withdraw\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x12\n\nlast_token\x18\x02 \x01(\x04\"\xa7\x02\n\x03\x41sk\x12\x13\n\x0bquestion_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12.\n\x04kind\x18\x03 \x01(\x0e\x32 .manyhands.inference.v1.TextKind\x12\x34\n\x0bobservation\x18\x04 \x03(\x0b\x32\x1f.manyhands.common.v1.NamedValue\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x11\n\tuser_text\x18\x06 \x01(\t\x12\x15\n\rprevious_text\x18\x07 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x08 \x01(\x05\x12\x13\n\x0btemperature\x18\t \x01(\x01\x12\r\n\x05top_p\x18\n \x01(\x01\x12\x0f\n\x07until_s\x18\x0b \x01(\x01\x12\x11\n\tallowed_s\x18\x0c \x01(\x01\"!\n\nCancelText\x12\x13\n\x0bquestion_id\x18\x01 \x01(\x04\".\n\tTextPiece\x12\x13\n\x0bquestion_id\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\t\"c\n\x07TextEnd\x12\x13\n\x0bquestion_id\x18\x01 \x01(\x04\x12\x33\n\x07version\x18\x02 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x0e\n\x06status\x18\x03 \x01(\x0c\"6\n\x04Swap\x12\x0f\n\x07swap_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x03\"\xbf\x01\n\x07SwapEnd\x12\x0f\n\x07swap_id\x18\x01 \x01(\x04\x12\x34\n\x08previous\x18\x02 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x33\n\x07\x63urrent\x18\x03 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12(\n\x05pause\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06status\x18\x05 \x01(\x0c\"\x9a\x01\n\tSwapEvent\x12\x33\n\x07version\x18\x01 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12(\n\x05pause\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04\x61t_s\x18\x05 \x01(\x01\"\n\n\x08\x45ndSwaps\"\x06\n\x04Stop*W\n\nEnginePath\x12\x1b\n\x17\x45NGINE_PATH_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45NGINE_PATH_PLAIN\x10\x01\x12\x15\n\x11\x45NGINE_PATH_FUSED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n manyhands/engine/v1/engine.proto\x12\x13manyhands.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a manyhands/common/v1/common.proto\x1a&manyhands/inference/v1/inference.proto\"\x94\x03\n\x08ToEngine\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.manyhands.engine.v1.StartH\x00\x12\x32\n\tuse_rings\x18\x02 \x01(\x0b\x32\x1d.manyhands.engine.v1.UseRingsH\x00\x12\x31\n\x08withdraw\x18\x03 \x01(\x0b\x32\x1d.manyhands.engine.v1.WithdrawH\x00\x12\'\n\x03\x61sk\x18\x04 \x01(\x0b\x32\x18.manyhands.engine.v1.AskH\x00\x12\x36\n\x0b\x63\x61ncel_text\x18\x05 \x01(\x0b\x32\x1f.manyhands.engine.v1.CancelTextH\x00\x12)\n\x04swap\x18\x06 \x01(\x0b\x32\x19.manyhands.engine.v1.SwapH\x00\x12\x32\n\tend_swaps\x18\x07 \x01(\x0b\x32\x1d.manyhands.engine.v1.EndSwapsH\x00\x12)\n\x04stop\x18\x08 \x01(\x0b\x32\x19.manyhands.engine.v1.StopH\x00\x42\t\n\x07message\"\xc7\x04\n\nFromEngine\x12\x31\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.manyhands.engine.v1.ProgressH\x00\x12\x33\n\tdescribed\x18\x02 \x01(\x0b\x32\x1e.manyhands.engine.v1.DescribedH\x00\x12+\n\x05ready\x18\x03 \x01(\x0b\x32\x1a.manyhands.engine.v1.ReadyH\x00\x12-\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x1b.manyhands.engine.v1.FailedH\x00\x12\x31\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x1d.manyhands.engine.v1.CapacityH\x00\x12<\n\x0eversion_served\x18\x06 \x01(\x0b\x32\".manyhands.engine.v1.VersionServedH\x00\x12\x34\n\ntext_piece\x18\x07 \x01(\x0b\x32\x1e.manyhands.engine.v1.TextPieceH\x00\x12\x30\n\x08text_end\x18\x08 \x01(\x0b\x32\x1c.manyhands.engine.v1.TextEndH\x00\x12\x30\n\x08swap_end\x18\t \x01(\x0b\x32\x1c.manyhands.engine.v1.SwapEndH\x00\x12\x34\n\nswap_event\x18\n \x01(\x0b\x32\x1e.manyhands.engine.v1.SwapEventH\x00\x12)\n\x04load\x18\x0b \x01(\x0b\x32\x19.manyhands.engine.v1.LoadH\x00\x42\t\n\x07message\"\x9c\x03\n\x05Start\x12\x12\n\ngeneration\x18\x01 \x01(\r\x12\x30\n\x06models\x18\x02 \x03(\x0b\x32 .manyhands.engine.v1.ModelSource\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tmax_batch\x18\x04 \x01(\x05\x12\x15\n\rtorch_threads\x18\x05 \x01(\x05\x12\x17\n\x0fweights_address\x18\x06 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x07 \x01(\x08\x12+\n\x08\x63\x61tch_up\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x08security\x18\t \x01(\x0b\x32\x1d.manyhands.engine.v1.Security\x12+\n\x06resume\x18\n \x03(\x0b\x32\x1b.manyhands.engine.v1.Resume\x12\x11\n\tlog_level\x18\x0b \x01(\t\x12\x10\n\x08log_json\x18\x0c \x01(\x08\x12-\n\x04path\x18\r \x01(\x0e\x32\x1f.manyhands.engine.v1.EnginePath\x12\x0b\n\x03\x66p8\x18\x0e \x01(\x08\"/\n\x0bModelSource\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\"S\n\x08Security\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x11\n\tauthority\x18\x03 \x01(\t\x12\x12\n\ntoken_file\x18\x04 \x01(\t\"M\n\x06Resume\x12\x33\n\x07version\x18\x01 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"6\n\x08Progress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\"N\n\tDescribed\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.manyhands.engine.v1.Model\x12\x15\n\rwaits_at_gate\x18\x02 \x01(\x08\"\x8a\x01\n\x05Model\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.manyhands.inference.v1.Model\x12\x19\n\x11used_observations\x18\x02 \x03(\t\x12\x19\n\x11model_action_size\x18\x03 \x01(\x05\x12\x1d\n\x15masks_missing_cameras\x18\x04 \x01(\x08\"\x8c\x01\n\x08UseRings\x12\x1a\n\x12request_slot_count\x18\x01 \x01(\x05\x12\x1a\n\x12request_slot_bytes\x18\x02 \x01(\x03\x12\x19\n\x11\x61nswer_slot_count\x18\x03 \x01(\x05\x12\x19\n\x11\x61nswer_slot_bytes\x18\x04 \x01(\x03\x12\x12\n\ngate_bytes\x18\x05 \x01(\x03\"L\n\x05Ready\x12\x34\n\x08versions\x18\x01 \x03(\x0b\x32\".manyhands.engine.v1.VersionServed\x12\r\n\x05notes\x18\x02 \x03(\t\"0\n\x06\x46\x61iled\x12\x0e\n\x06status\x18\x01 \x01(\x0c\x12\x16\n\x0emissing_module\x18\x02 \x01(\t\"p\n\x08\x43\x61pacity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x63hunks_per_s\x18\x02 \x01(\x01\x12\x12\n\nquestion_s\x18\x03 \x01(\x01\x12\x13\n\x0btext_step_s\x18\x04 \x01(\x01\x12\x16\n\x0emax_text_count\x18\x05 \x01(\x05\"\x90\x01\n\x04Load\x12\x15\n\rwaiting_count\x18\x01 \x01(\x05\x12\x19\n\x11memory_used_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x03 \x01(\x03\x12+\n\x05units\x18\x04 \x03(\x0b\x32\x1c.manyhands.engine.v1.UnitUse\x12\r\n\x05gap_s\x18\x05 \x01(\x01\"_\n\x07UnitUse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65vice_s\x18\x03 \x01(\x01\x12\x12\n\nunit_count\x18\x04 \x01(\x03\x12\x11\n\trow_count\x18\x05 \x01(\x03\"T\n\rVersionServed\x12\x33\n\x07version\x18\x01 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"-\n\x08Withdraw\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x12\n\nlast_token\x18\x02 \x01(\x04\"\xa7\x02\n\x03\x41sk\x12\x13\n\x0bquestion_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12.\n\x04kind\x18\x03 \x01(\x0e\x32 .manyhands.inference.v1.TextKind\x12\x34\n\x0bobservation\x18\x04 \x03(\x0b\x32\x1f.manyhands.common.v1.NamedValue\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x11\n\tuser_text\x18\x06 \x01(\t\x12\x15\n\rprevious_text\x18\x07 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x08 \x01(\x05\x12\x13\n\x0btemperature\x18\t \x01(\x01\x12\r\n\x05top_p\x18\n \x01(\x01\x12\x0f\n\x07until_s\x18\x0b \x01(\x01\x12\x11\n\tallowed_s\x18\x0c \x01(\x01\"!\n\nCancelText\x12\x13\n\x0bquestion_id\x18\x01 \x01(\x04\".\n\tTextPiece\x12\x13\n\x0bquestion_id\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\t\"c\n\x07TextEnd\x12\x13\n\x0bquestion_id\x18\x01 \x01(\x04\x12\x33\n\x07version\x18\x02 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x0e\n\x06status\x18\x03 \x01(\x0c\"6\n\x04Swap\x12\x0f\n\x07swap_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x03\"\xbf\x01\n\x07SwapEnd\x12\x0f\n\x07swap_id\x18\x01 \x01(\x04\x12\x34\n\x08previous\x18\x02 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x33\n\x07\x63urrent\x18\x03 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12(\n\x05pause\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06status\x18\x05 \x01(\x0c\"\x9a\x01\n\tSwapEvent\x12\x33\n\x07version\x18\x01 \x01(\x0b\x32\".manyhands.common.v1.PolicyVersion\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12(\n\x05pause\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04\x61t_s\x18\x05 \x01(\x01\"\n\n\x08\x45ndSwaps\"\x06\n\x04Stop*W\n\nEnginePath\x12\x1b\n\x17\x45NGINE_PATH_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45NGINE_PATH_PLAIN\x10\x01\x12\x15\n\x11\x45NGINE_PATH_FUSED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'manyhands.engine.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINEPATH']._serialized_start=3688
-  _globals['_ENGINEPATH']._serialized_end=3775
+  _globals['_ENGINEPATH']._serialized_start=3732
+  _globals['_ENGINEPATH']._serialized_end=3819
   _globals['_TOENGINE']._serialized_start=164
   _globals['_TOENGINE']._serialized_end=568
   _globals['_FROMENGINE']._serialized_start=571
@@ -51,41 +51,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROGRESS']._serialized_start=1784
   _globals['_PROGRESS']._serialized_end=1838
   _globals['_DESCRIBED']._serialized_start=1840
-  _globals['_DESCRIBED']._serialized_end=1895
-  _globals['_MODEL']._serialized_start=1898
-  _globals['_MODEL']._serialized_end=2036
-  _globals['_USERINGS']._serialized_start=2038
-  _globals['_USERINGS']._serialized_end=2158
-  _globals['_READY']._serialized_start=2160
-  _globals['_READY']._serialized_end=2236
-  _globals['_FAILED']._serialized_start=2238
-  _globals['_FAILED']._serialized_end=2286
-  _globals['_CAPACITY']._serialized_start=2288
-  _globals['_CAPACITY']._serialized_end=2400
-  _globals['_LOAD']._serialized_start=2403
-  _globals['_LOAD']._serialized_end=2547
-  _globals['_UNITUSE']._serialized_start=2549
-  _globals['_UNITUSE']._serialized_end=2644
-  _globals['_VERSIONSERVED']._serialized_start=2646
-  _globals['_VERSIONSERVED']._serialized_end=2730
-  _globals['_WITHDRAW']._serialized_start=2732
-  _globals['_WITHDRAW']._serialized_end=2777
-  _globals['_ASK']._serialized_start=2780
-  _globals['_ASK']._serialized_end=3075
-  _globals['_CANCELTEXT']._serialized_start=3077
-  _globals['_CANCELTEXT']._serialized_end=3110
-  _globals['_TEXTPIECE']._serialized_start=3112
-  _globals['_TEXTPIECE']._serialized_end=3158
-  _globals['_TEXTEND']._serialized_start=3160
-  _globals['_TEXTEND']._serialized_end=3259
-  _globals['_SWAP']._serialized_start=3261
-  _globals['_SWAP']._serialized_end=3315
-  _globals['_SWAPEND']._serialized_start=3318
-  _globals['_SWAPEND']._serialized_end=3509
-  _globals['_SWAPEVENT']._serialized_start=3512
-  _globals['_SWAPEVENT']._serialized_end=3666
-  _globals['_ENDSWAPS']._serialized_start=3668
-  _globals['_ENDSWAPS']._serialized_end=3678
-  _globals['_STOP']._serialized_start=3680
-  _globals['_STOP']._serialized_end=3686
+  _globals['_DESCRIBED']._serialized_end=1918
+  _globals['_MODEL']._serialized_start=1921
+  _globals['_MODEL']._serialized_end=2059
+  _globals['_USERINGS']._serialized_start=2062
+  _globals['_USERINGS']._serialized_end=2202
+  _globals['_READY']._serialized_start=2204
+  _globals['_READY']._serialized_end=2280
+  _globals['_FAILED']._serialized_start=2282
+  _globals['_FAILED']._serialized_end=2330
+  _globals['_CAPACITY']._serialized_start=2332
+  _globals['_CAPACITY']._serialized_end=2444
+  _globals['_LOAD']._serialized_start=2447
+  _globals['_LOAD']._serialized_end=2591
+  _globals['_UNITUSE']._serialized_start=2593
+  _globals['_UNITUSE']._serialized_end=2688
+  _globals['_VERSIONSERVED']._serialized_start=2690
+  _globals['_VERSIONSERVED']._serialized_end=2774
+  _globals['_WITHDRAW']._serialized_start=2776
+  _globals['_WITHDRAW']._serialized_end=2821
+  _globals['_ASK']._serialized_start=2824
+  _globals['_ASK']._serialized_end=3119
+  _globals['_CANCELTEXT']._serialized_start=3121
+  _globals['_CANCELTEXT']._serialized_end=3154
+  _globals['_TEXTPIECE']._serialized_start=3156
+  _globals['_TEXTPIECE']._serialized_end=3202
+  _globals['_TEXTEND']._serialized_start=3204
+  _globals['_TEXTEND']._serialized_end=3303
+  _globals['_SWAP']._serialized_start=3305
+  _globals['_SWAP']._serialized_end=3359
+  _globals['_SWAPEND']._serialized_start=3362
+  _globals['_SWAPEND']._serialized_end=3553
+  _globals['_SWAPEVENT']._serialized_start=3556
+  _globals['_SWAPEVENT']._serialized_end=3710
+  _globals['_ENDSWAPS']._serialized_start=3712
+  _globals['_ENDSWAPS']._serialized_end=3722
+  _globals['_STOP']._serialized_start=3724
+  _globals['_STOP']._serialized_end=3730
 # @@protoc_insertion_point(module_scope)

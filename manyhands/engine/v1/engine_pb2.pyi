@@ -355,16 +355,20 @@ class Described(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
+    WAITS_AT_GATE_FIELD_NUMBER: _builtins.int
+    waits_at_gate: _builtins.bool
+    """The device can be told ahead of pictures: there is to be a gate for them."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]: ...
     def __init__(
         self,
         *,
         models: _abc.Iterable[Global___Model] | None = ...,
+        waits_at_gate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "waits_at_gate", b"waits_at_gate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,7 +408,9 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class UseRings(_message.Message):
-    """Geometry of the rings in the memory that both processes inherited; both lie one behind the other, requests first."""
+    """Geometry of the rings in the memory that both processes inherited; they lie one behind the other: requests, answers, and from
+    the next whole page on the gate of pictures.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -412,10 +418,13 @@ class UseRings(_message.Message):
     REQUEST_SLOT_BYTES_FIELD_NUMBER: _builtins.int
     ANSWER_SLOT_COUNT_FIELD_NUMBER: _builtins.int
     ANSWER_SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    GATE_BYTES_FIELD_NUMBER: _builtins.int
     request_slot_count: _builtins.int
     request_slot_bytes: _builtins.int
     answer_slot_count: _builtins.int
     answer_slot_bytes: _builtins.int
+    gate_bytes: _builtins.int
+    """0: there is none."""
     def __init__(
         self,
         *,
@@ -423,10 +432,11 @@ class UseRings(_message.Message):
         request_slot_bytes: _builtins.int = ...,
         answer_slot_count: _builtins.int = ...,
         answer_slot_bytes: _builtins.int = ...,
+        gate_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_slot_bytes", b"answer_slot_bytes", "answer_slot_count", b"answer_slot_count", "request_slot_bytes", b"request_slot_bytes", "request_slot_count", b"request_slot_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_slot_bytes", b"answer_slot_bytes", "answer_slot_count", b"answer_slot_count", "gate_bytes", b"gate_bytes", "request_slot_bytes", b"request_slot_bytes", "request_slot_count", b"request_slot_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

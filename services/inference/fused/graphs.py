@@ -68,6 +68,7 @@ class Recorded(Generic[OutT]):
     def __init__(self, unit: Callable[..., OutT], inputs: Mapping[str, torch.Tensor], pool: GraphPool) -> None:
         self.inputs = dict(inputs)
         self._unit = unit
+        self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self.outputs: OutT
         with torch.inference_mode():
@@ -85,6 +86,7 @@ class Recorded(Generic[OutT]):
                 self.outputs = unit(**self.inputs)
 
     def run(self) -> OutT:
+        self._pool.num_runs += 1
         if self._graph is None:
             with torch.inference_mode():
                 self.outputs = self._unit(**self.inputs)
@@ -97,9 +99,13 @@ class GraphPool:
     """Memory that all graphs of one network share: they never run at the same time.
 
     Outputs that outlive a replay of another graph must be copied: the memory behind them is reused.
+
+    Attributes:
+        num_runs: Of all of them.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.num_runs = 0
         self.handle = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":

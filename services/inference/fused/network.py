@@ -42,6 +42,7 @@ from .settings import FusedSettings, PrefixRow, TextRow, Tokens
 from .slots import Slots, SlotSizes
 from .starts import ChunkStart, num_numbers
 from .units import Units, forbidden_tokens
+from .vision_ahead import Gate, VisionAhead
 from .weights import FusedWeights
 
 # done, total, what was just prepared.
@@ -229,6 +230,10 @@ class FusedPi052:
         found: torch.Tensor = recorded.run()
         return found[: len(pictures)]
 
+    def vision_ahead(self, gate: Gate) -> VisionAhead:
+        """vision_of_bytes() of one row's pictures, launched before they come through a gate."""
+        return VisionAhead(gate, lambda: self._bucket("vision_of_bytes", 1, 0), self._pool)
+
     @torch.inference_mode()
     def begin_chunks(self, starts: Sequence[tuple[int, ChunkStart]]) -> None:
         """Noise and what is committed of chunks, each in its slot."""
@@ -255,12 +260,8 @@ class FusedPi052:
         recorded.run()
 
     @torch.inference_mode()
-    def rehearse_prefix(
-        self, pictures: torch.Tensor | Pictures, picture_valid: Sequence[bool], tokens: Tokens, start: ChunkStart
-    ) -> None:
-        """Brings a row's inputs where those of the next one will be written over them, and begins a chunk in no slot."""
-        if not isinstance(pictures, torch.Tensor):
-            self._send_pictures(pictures, self._bucket("vision_of_bytes", 1, 0).inputs["pictures"][: len(pictures)])
+    def rehearse_prefix(self, picture_valid: Sequence[bool], tokens: Tokens, start: ChunkStart) -> None:
+        """Brings a row's prompt where that of the next one will be written over it, and begins a chunk in no slot."""
         length = self._fit("prompt", len(tokens), self.settings.prompt_lengths)
         self._send_prompts(self._bucket("prefix", 1, length).inputs, [(self.slots.scratch, picture_valid, tokens)])
         self.begin_chunks([(self.slots.scratch, start)])

@@ -67,7 +67,7 @@ def row(seed: int) -> Row:
 
 
 def submit(
-    supervisor: EngineSupervisor, seed: int, *, owner: str = "left", deadline_s: float = 20.0
+    supervisor: EngineSupervisor, seed: int, *, owner: str = "left", deadline_s: float = 20.0, gate: int = 0
 ) -> asyncio.Future[Outcome]:
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[Outcome] = loop.create_future()
@@ -82,7 +82,7 @@ def submit(
         request_id=seed,
         arrived_s=now_s,
         deadline_s=now_s + deadline_s,
-        job=Job(model="fake", row=row(seed), done=done),
+        job=Job(model="fake", row=row(seed), done=done, gate=gate),
     )
     return outcome
 
@@ -159,6 +159,24 @@ async def test_a_row_told_ahead_is_heard_and_is_not_answered() -> None:
             outcome = await asyncio.wait_for(submit(supervisor, seed), 10.0)
             assert isinstance(outcome, Answer)
             assert outcome.actions[0, :2].tolist() == [seed, seed + 1]
+
+
+async def test_pictures_of_a_lone_row_are_at_its_gate_in_the_engine() -> None:
+    async with running() as supervisor:
+        for seed in (3, 4):
+            gate = supervisor.expect("fake", row(seed))
+            assert gate > 0
+            outcome = await submit(supervisor, seed, gate=gate)
+            assert isinstance(outcome, Answer)
+            assert list(outcome.actions[0, 3:5]) == [1, seed * 3 * 16 * 16 * 3]
+        first, second = submit(supervisor, 5), submit(supervisor, 6, owner="right")
+        assert supervisor.expect("fake", row(7)) == 0, "others would wait behind it"
+        for found in await asyncio.gather(first, second):
+            assert isinstance(found, Answer)
+            assert found.actions[0, 3] == 0
+        gate = supervisor.expect("fake", row(8))
+        supervisor.give_up(gate)
+        assert supervisor.expect("fake", row(8)) > gate, "nobody waits at it any more"
 
 
 async def test_a_row_that_is_rehearsed_is_heard_and_is_not_answered() -> None:

@@ -79,3 +79,16 @@ def test_no_gap_is_known_before_the_first_unit_nor_on_the_cpu(monkeypatch: pytes
     on_cpu = timed(torch.device("cpu"), lambda: None)
     on_gpu = timed(torch.device("cuda"), lambda: gpu.runs(0.008))
     assert [gap_s(before, after) for before, after in ((None, on_gpu), (on_cpu, on_gpu), (on_cpu, on_cpu))] == [None] * 3
+
+
+def test_what_a_gpu_began_before_it_was_launched_whole_counts_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    began = torch.cuda.Event(enable_timing=True)
+    began.record(None)
+    gpu.runs(0.002)
+
+    def launch() -> torch.cuda.Event:
+        gpu.runs(0.006)
+        return began
+
+    assert timed(torch.device("cuda"), launch)() == pytest.approx(0.008)

@@ -77,6 +77,7 @@ def requests(draw: st.DrawFn) -> Request:
         ),
         is_ahead=draw(st.booleans()),
         is_rehearsal=draw(st.booleans()),
+        gate=draw(st.integers(0, (1 << 32) - 1)),
     )
 
 
@@ -88,13 +89,14 @@ def test_a_request_comes_out_as_it_went_in_whatever_was_in_the_slot_before(first
     LAYOUT.write_request(body, second)
     read = LAYOUT.read_request(body)
     body[:] = bytes(len(body))  # What was read is a copy.
-    assert (read.token, read.owner, read.request_id, read.model, read.is_ahead, read.is_rehearsal) == (
+    assert (read.token, read.owner, read.request_id, read.model, read.is_ahead, read.is_rehearsal, read.gate) == (
         second.token,
         second.owner,
         second.request_id,
         second.model,
         second.is_ahead,
         second.is_rehearsal,
+        second.gate,
     )
     assert (read.arrived_s, read.deadline_s) == (second.arrived_s, second.deadline_s)
     assert read.row.sample.task == second.row.sample.task

@@ -218,3 +218,31 @@ async def test_pictures_of_a_stream_that_is_over_are_dropped(desk: Desk) -> None
     desk.stream._is_over = True
     desk.ask()
     assert submitted == []
+
+
+async def test_the_row_of_a_gate_goes_to_it(desk: Desk) -> None:
+    jobs: list[Job] = []
+    desk.engine.submit = lambda *, job, **_: jobs.append(job)  # type: ignore[method-assign]
+    desk.engine.next_gate = 7
+    desk.ask()
+    assert [job.gate for job in jobs] == [7]
+    assert 7 not in desk.engine.given_up
+
+
+@pytest.mark.parametrize("why", ["bad picture", "over", "newer", "engine fails"])
+async def test_no_gate_stays_closed_when_its_row_does_not_come(desk: Desk, why: str) -> None:
+    desk.engine.next_gate = 7
+    request = desk.request()
+    if why == "bad picture":
+        request.observation.values[1].image.data = b"none"
+    elif why == "over":
+        desk.stream._is_over = True
+    elif why == "newer":
+        newer = desk.stream._take(desk.request(request_id=2), time.monotonic())
+        request.request_id = 3
+        desk.stream._next = newer
+    else:
+        desk.engine.submit = lambda **row: 1 / 0  # type: ignore[method-assign, assignment]
+    desk.stream._prepare(desk.stream._take(request, time.monotonic()))
+    await asyncio.sleep(0.01)
+    assert 7 in desk.engine.given_up

@@ -54,14 +54,18 @@ class FakeLink:
     def __init__(self, answer: Callable[[int], Answer], waits_s: float = 0.0) -> None:
         self._answer = answer
         self._waits_s = waits_s
-        self.num_opened = 0
+        self.num_opened = self.num_prepared = 0
         self.ticks: list[int] = []
 
     async def open(self) -> None:
         self.num_opened += 1
 
+    def prepare(self) -> None:
+        self.num_prepared += 1
+
     async def ask(self, tick: int) -> Answer:
         self.ticks.append(tick)
+        assert self.num_prepared == len(self.ticks), "once for each question"
         await asyncio.sleep(self._waits_s)
         return self._answer(tick)
 
@@ -79,6 +83,9 @@ class TalkingLink(ServiceLink):
         self.asked_s: list[float] = []
 
     async def open(self) -> None:
+        pass
+
+    def prepare(self) -> None:
         pass
 
     async def ask(self, tick: int) -> Answer:
