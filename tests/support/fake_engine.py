@@ -91,8 +91,8 @@ class FakeEngine:
 
     def __init__(self, camera_size: int) -> None:
         self.models = {"fake": description(camera_size)}
-        # What expect() answers where nobody closed a gate, and what is given up.
-        self.next_gate = 0
+        # What expect() was told last, what it answers where nobody closed a gate, and what is given up.
+        self.expected_gate = self.next_gate = 0
         self.given_up: list[int] = []
 
     def start(self, progress: Any = None) -> None:
@@ -119,7 +119,7 @@ class FakeEngine:
         while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
             pass
         actions[0, :3] = job.row.seed, self.num_expected, self.num_rehearsed
-        if job.gate and self.gate is not None and self.gate.is_open(job.gate):
+        if job.gate and job.gate == self.expected_gate and self.gate is not None and self.gate.is_open(job.gate):
             actions[0, 3:5] = 1, self.gate.pictures.sum()
         self.num_answered += 1
         job.done(answer)
@@ -132,6 +132,7 @@ class FakeEngine:
 
     def expect(self, model: str, row: Row, gate: int = 0) -> int:
         self.num_expected += 1
+        self.expected_gate = gate
         return gate or self.next_gate
 
     def give_up(self, gate: int) -> None:

@@ -6,18 +6,20 @@ import dataclasses
 import mmap
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from manyhands.common.v1 import common_pb2
 from services.inference import local_engine
 from services.inference.device_gate import DeviceGate
-from services.inference.engine_port import Observed
+from services.inference.engine_port import Job, Observed
 from services.inference.fused.graphs import GraphPool, Recorded
 from services.inference.fused.vision_ahead import VisionAhead
 from services.inference.fused_model import FusedModel
 from services.inference.local_engine import LocalEngine
 from services.inference.picture_gate import PictureGate, gate_bytes
+from services.inference.unit_answers import ChunkInWork, answer_chunk
 from tests.support.prompted_lab import CAMERA, CPU, STATE
 from tests.support.unit_lab import FakeGpu, answer_of, make_policy, near, plain, row, running, submit
 
@@ -175,3 +177,13 @@ def test_an_engine_in_its_process_uses_the_gate_where_the_driver_pins_it(policy,
     local.open_left(1e12)
     assert gate.is_open(2) is is_pinned
     local.stop()
+
+
+def test_a_device_that_began_before_its_row_was_submitted_let_it_wait_no_time(policy, engine):
+    """Two clocks are compared; below 0 the front end would take the engine for broken."""
+    told = []
+    payload = ChunkInWork(job=Job(model="tiny", row=row(1), done=told.append), row=None, began_s=4.9999, prefix_s=0.001)
+    work = SimpleNamespace(payload=payload, arrived_s=5.0)
+    launched = SimpleNamespace(version=engine.models["tiny"].version, unit=SimpleNamespace(size=1))
+    assert answer_chunk(work, (np.zeros((2, 2)), np.zeros((2, 2))), launched, 5.01, 5.011)
+    assert told[0].queue_s == 0.0
