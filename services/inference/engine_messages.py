@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -15,6 +16,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import InternalError, ManyhandsError
 from manyhands.inference.v1 import inference_pb2
+from manyhands.security import SecuritySettings
 from manyhands.spec import Spec
 
 from .capacity import DeviceCapacity
@@ -23,6 +25,8 @@ from .engine_port import EngineLoad, Model, ModelDescription, Observed, Question
 from .units import UnitKind
 
 MessageT = TypeVar("MessageT", engine_pb2.ToEngine, engine_pb2.FromEngine)
+
+_SECURITY_FILES = ("certificate", "key", "authority", "token_file")
 
 FRAME_HEADER = struct.Struct("<I")
 # A question with its pictures; everything else is far smaller.
@@ -68,6 +72,17 @@ def from_status_bytes(content: bytes) -> ManyhandsError | None:
         return errors.from_status(status_pb2.Status.FromString(content))
     except (DecodeError, ValueError) as error:
         raise BadFrame(f"a status cannot be read: {error}") from None
+
+
+def to_security(settings: SecuritySettings) -> engine_pb2.Security:
+    """What it takes to call somebody."""
+    files = {name: str(file) for name in _SECURITY_FILES if (file := getattr(settings, name)) is not None}
+    return engine_pb2.Security(**files)
+
+
+def from_security(message: engine_pb2.Security) -> SecuritySettings:
+    files = {name: Path(file) for name in _SECURITY_FILES if (file := getattr(message, name))}
+    return SecuritySettings(**files)
 
 
 def describe(model: Model) -> engine_pb2.Model:

@@ -9,7 +9,6 @@ the kernel's hand if need be, so that nothing is left holding a GPU.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import logging
 import os
@@ -27,12 +26,12 @@ from typing import TYPE_CHECKING, NoReturn
 from manyhands import logs, stamps
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import Cancelled, InternalError, ManyhandsError
-from manyhands.security import SecuritySettings
 
 from . import engine_messages
 from .capacity import DeviceCapacity
 from .engine_lines import Answers, Line
 from .engine_port import Job, Outcome, Swap, SwapResult, TextEnd
+from .engine_program import GONE, end_with_parent
 from .picture_gate import PictureGate, whole_pages
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, map_memory
 from .slot_layout import Request, SlotLayout
@@ -50,9 +49,8 @@ CAPACITY_PERIOD_S = 0.25
 LOAD_PERIOD_S = 1.0
 # Of a progress bar that people see; messages between are left out.
 PROGRESS_PERIOD_S = 0.05
-_PR_SET_PDEATHSIG = 1
 
-GONE, FAILED, DEVICE_FAILED = 0, 1, 70
+FAILED, DEVICE_FAILED = 1, 70
 
 
 class EngineHost:
@@ -155,16 +153,10 @@ class EngineHost:
         from .weights_follower import Resume
 
         self._progress("fetching the newest weights", 0, 0)
-        security = self._start.security
         return engine.follow_weights(
             self._start.weights_address,
             follow=self._start.follow,
-            security_settings=SecuritySettings(
-                certificate=_path(security.certificate),
-                key=_path(security.key),
-                authority=_path(security.authority),
-                token_file=_path(security.token_file),
-            ),
+            security_settings=engine_messages.from_security(self._start.security),
             catch_up_s=stamps.to_seconds(self._start.catch_up),
             resume={
                 told.version.model: Resume(version=told.version, pinned=told.pinned)
@@ -354,24 +346,12 @@ class EngineHost:
         os._exit(DEVICE_FAILED)
 
 
-def end_with_parent(parent_pid: int) -> None:
-    """Has the kernel kill this process when the thread that started it ends, whatever this process is doing then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # It ended before the kernel was told.
-        raise SystemExit(GONE)
-
-
 def _end_on_error(unhandled: threading.ExceptHookArgs) -> None:
     """An engine without one of its threads would take rows and answer none; the front end starts a whole one."""
     name = unhandled.thread.name if unhandled.thread else "of a library"
     error = unhandled.exc_value
     logger.critical("the thread %s failed; this engine ends", name, exc_info=error)
     os._exit(FAILED)
-
-
-def _path(text: str) -> Path | None:
-    return Path(text) if text else None
 
 
 def main(arguments: list[str] | None = None, host: type[EngineHost] | None = None) -> int:

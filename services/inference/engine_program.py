@@ -1,10 +1,12 @@
-"""Starting and ending the program of an engine process."""
+"""Starting and ending the program of an engine process, and of one that works for it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -13,16 +15,19 @@ from pathlib import Path
 
 # A process that holds tens of gigabytes takes a while to end even when killed.
 REAP_S = 10.0
+# Exit code of a process whose parent is gone.
+GONE = 0
 _STDERR = 2
+_PR_SET_PDEATHSIG = 1
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 class EngineProgram:
-    """A running engine process.
+    """A running process.
 
     Args:
         module: Its main.
-        files: Descriptors that it inherits: socket, memory, four eventfds.
+        files: Descriptors that it inherits: socket, memory, eventfds.
     """
 
     def __init__(self, module: str, files: Sequence[int]) -> None:
@@ -44,15 +49,27 @@ class EngineProgram:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
+    def wait(self, timeout_s: float) -> int | None:
+        """Its exit code, when it has ended; None where it has not."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
     async def reaped(self) -> int | None:
         """Waits until the killed process has ended, and its memory on the device is free; its exit code.
 
         None after REAP_S: the kernel cannot end it now (a device that hangs).
         """
-        try:
-            return await asyncio.to_thread(self._process.wait, REAP_S)
-        except subprocess.TimeoutExpired:
-            return None
+        return await asyncio.to_thread(self.wait, REAP_S)
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends, whatever this process is doing then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # It ended before the kernel was told.
+        raise SystemExit(GONE)
 
 
 def _environment() -> dict[str, str]:

@@ -19,6 +19,7 @@ from manyhands.inference.v1 import inference_pb2_grpc
 from manyhands.security import SecuritySettings
 from manyhands.server import GrpcServer
 
+from . import engine_messages
 from .engine_supervisor import EngineSupervisor
 from .service import SERVICE_NAME, InferenceServicer
 from .start_progress import StartProgress
@@ -127,7 +128,6 @@ def _traces(settings: Settings) -> Traces | None:
 
 def start_message(settings: Settings) -> engine_pb2.Start:
     """What an engine process is told."""
-    security = settings.security
     return engine_pb2.Start(
         models=[engine_pb2.ModelSource(name=name, checkpoint=str(folder)) for name, folder in settings.model.items()],
         device=settings.device,
@@ -136,12 +136,7 @@ def start_message(settings: Settings) -> engine_pb2.Start:
         weights_address=settings.weights,
         follow=settings.follow,
         catch_up=stamps.to_duration(CATCH_UP_S),
-        security=engine_pb2.Security(
-            certificate=str(security.certificate or ""),
-            key=str(security.key or ""),
-            authority=str(security.authority or ""),
-            token_file=str(security.token_file or ""),
-        ),
+        security=engine_messages.to_security(settings.security),
         log_level=settings.log_level,
         log_json=settings.log_json,
         path=_PATHS[settings.path],

@@ -7,23 +7,30 @@ no copy, no check and no allocation under it is as large as a tensor.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from manyhands.clients.weights import WeightsClient
-from manyhands.errors import Corrupt
 from manyhands.weights.v1 import weights_pb2
-from policies.tensor_file import is_finite
 
 from .models import AnyPolicy
 
 # Small enough that a thread that stages weights never has the memory bus for long.
 COPY_PIECE_ELEMENTS = 1 << 20
+
+
+class Source(Protocol):
+    """Whose tensors are whole, as their digests say, and finite; see WeightsBringer."""
+
+    def fetch_into(
+        self,
+        entries: Iterable[weights_pb2.TensorEntry],
+        place: Callable[[weights_pb2.TensorEntry], npt.NDArray[np.uint8]],
+    ) -> Iterator[weights_pb2.TensorEntry]: ...
 
 
 @dataclass(kw_only=True)
@@ -45,7 +52,7 @@ class Spare:
     def fill(
         self,
         manifest: weights_pb2.Manifest,
-        client: WeightsClient,
+        bringing: Source,
         *,
         live: AnyPolicy,
         live_digests: Mapping[str, bytes],
@@ -60,8 +67,7 @@ class Spare:
             check_going_on: Called before each tensor; what it raises comes out.
 
         Raises:
-            Corrupt: A tensor's bytes are not what their digest says, or its values not finite; field names it.
-            NotFound, Unreachable: As WeightsClient.fetch_into().
+            What bringing.fetch_into() raises.
         """
         targets = self.policy.state_dict()
         live_tensors = live.state_dict()
@@ -89,10 +95,8 @@ class Spare:
             coming[entry.name] = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
             return _bytes_of(coming[entry.name])
 
-        for entry in client.fetch_into(to_fetch, place):
+        for entry in bringing.fetch_into(to_fetch, place):
             target, tensor = targets[entry.name], coming.pop(entry.name)
-            if tensor.is_floating_point() and not is_finite(tensor):
-                raise Corrupt("holds values that are not finite", field=entry.name)
             if tensor is not target:
                 _copy(target, tensor)
             self.digests[entry.name] = entry.sha256

@@ -30,6 +30,7 @@ from .engine_port import Answer, Swap, SwapResult
 from .fused_model import FusedModel
 from .models import AnyPolicy, ServedModel, check_fits
 from .spare import Spare
+from .weights_bringer import WeightsBringer
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class WeightsFollower:
         on_swap: Callable[[Swap], None] | None = None,
     ) -> None:
         self._client = WeightsClient(address, security_settings=security_settings)
+        self._bringer = WeightsBringer(address, security_settings=security_settings)
         self._between_passes = between_passes
         self._follow = follow
         self._slots = {name: _Slot(served=served) for name, served in models.items()}
@@ -129,7 +131,8 @@ class WeightsFollower:
         for watch in self._watches:
             watch.close()
         self._staging.shutdown(wait=False, cancel_futures=True)
-        # A call that waits for the weights service ends with it.
+        # What waits for the weights service ends with these.
+        self._bringer.close()
         self._client.close()
 
     def stop(self) -> None:
@@ -280,7 +283,7 @@ class WeightsFollower:
             raise Unreachable(f"a text answer still runs on the spare copy of {served.name}; try again")
         spare.fill(
             manifest,
-            self._client,
+            self._bringer,
             live=served.policy,
             live_digests=served.digests,
             check_going_on=self._check_going_on,

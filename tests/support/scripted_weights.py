@@ -21,7 +21,10 @@ class ScriptedWeights(weights_pb2_grpc.WeightsServiceServicer):
     """Attributes:
     send: (name, tensor) to the pieces that are sent; what it raises ends the stream. Set it at any time.
     asked: The names asked for, by stream.
+    missing: Whether it has dropped the version.
     """
+
+    missing = False
 
     def __init__(self, manifest: weights_pb2.Manifest, tensors: Mapping[str, RawTensor]) -> None:
         self.manifest = weights_pb2.Manifest()
@@ -53,6 +56,8 @@ class ScriptedWeights(weights_pb2_grpc.WeightsServiceServicer):
         self, request: weights_pb2.FetchRequest, context: grpc.ServicerContext
     ) -> Iterator[weights_pb2.FetchResponse]:
         self.asked.append([self._by_digest[sha256][0] for sha256 in request.sha256])
+        if self.missing:
+            context.abort(grpc.StatusCode.NOT_FOUND, "the version is gone")
         for sha256 in request.sha256:
             try:
                 for piece in self.send(*self._by_digest[sha256]):

@@ -16,6 +16,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from manyhands.common.v1 import common_pb2 as _common_pb2
 from manyhands.inference.v1 import inference_pb2 as _inference_pb2
+from manyhands.weights.v1 import weights_pb2 as _weights_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -296,6 +297,44 @@ class Security(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Security: _TypeAlias = Security  # noqa: Y015
+
+@_typing.final
+class BringIn(_message.Message):
+    """What a process that brings weights in is told, once: all that it reads from its socket, which tells the engine of its end. The
+    tensors go through a ring of their own.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    SECURITY_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Of the weights service."""
+    @_builtins.property
+    def security(self) -> Global___Security: ...
+    @_builtins.property
+    def patience(self) -> _duration_pb2.Duration:
+        """How long a service that is away is tried again."""
+
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_weights_pb2.TensorEntry]: ...
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        security: Global___Security | None = ...,
+        patience: _duration_pb2.Duration | None = ...,
+        tensors: _abc.Iterable[_weights_pb2.TensorEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["patience", b"patience", "security", b"security"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "patience", b"patience", "security", b"security", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BringIn: _TypeAlias = BringIn  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):

@@ -1,15 +1,25 @@
-"""What an engine says of its capacity and its load comes over the line as it is, and what cannot be is not believed."""
+"""What front end and engine tell each other comes over the line as it is, and what cannot be is not believed."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from manyhands.engine.v1 import engine_pb2
+from manyhands.security import SecuritySettings
 from services.inference.capacity import DeviceCapacity
 from services.inference.device_use import DeviceTime, UnitUse
-from services.inference.engine_messages import BadFrame, from_capacity, from_load, to_capacity, to_load
+from services.inference.engine_messages import (
+    BadFrame,
+    from_capacity,
+    from_load,
+    from_security,
+    to_capacity,
+    to_load,
+    to_security,
+)
 from services.inference.engine_port import EngineLoad
 from services.inference.units import UnitKind
 
@@ -64,3 +74,11 @@ def test_a_gap_that_cannot_be_is_not_believed(gap_s: float) -> None:
     message.gap_s = gap_s
     with pytest.raises(BadFrame, match="gap_s"):
         from_load(message, "cuda:1")
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"certificate": "a.pem", "key": "a.key", "authority": "ca.pem", "token_file": "token"}]
+)
+def test_what_it_takes_to_call_somebody_comes_out_as_it_went_in(files: dict[str, str]) -> None:
+    settings = SecuritySettings(**{name: Path(file) for name, file in files.items()})
+    assert from_security(to_security(settings)) == settings

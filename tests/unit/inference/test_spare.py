@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 
@@ -13,19 +14,19 @@ import pytest
 import torch
 
 from manyhands import weights_manifest
-from manyhands.clients.weights import WeightsClient, pieces
 from manyhands.errors import Cancelled, Corrupt, Refused
 from manyhands.weights.v1 import weights_pb2
 from manyhands.weights_manifest import RawTensor
 from policies import checkpoint
 from policies.flow import FlowPolicy
-from services.inference import spare as spare_module
-from services.inference import weights_follower
+from services.inference import weights_bringer, weights_follower
 from services.inference.models import ServedModel
 from services.inference.spare import Spare
+from services.inference.weights_bringer import WeightsBringer
 from services.inference.weights_follower import WeightsFollower
 from tests.support.inference_lab import SPEC, make_policy
 from tests.support.scripted_weights import Pieces, ScriptedWeights, wrong_pieces
+from tests.support.unit_lab import wait_for
 
 NAME = "chunk_in.weight"
 
@@ -62,9 +63,8 @@ def service(tensors: dict[str, RawTensor]) -> Iterator[ScriptedWeights]:
 
 
 @pytest.fixture
-def client(service: ScriptedWeights) -> Iterator[WeightsClient]:
-    with WeightsClient(service.address, patience_s=0.0) as client:
-        yield client
+def bringer(service: ScriptedWeights) -> WeightsBringer:
+    return WeightsBringer(service.address, patience_s=0.0)
 
 
 def nothing() -> None:
@@ -75,10 +75,10 @@ def fill(
     spare: Spare,
     served: ServedModel,
     manifest: weights_pb2.Manifest,
-    client: WeightsClient,
+    bringer: WeightsBringer,
     check_going_on: Callable[[], None] = nothing,
 ) -> None:
-    spare.fill(manifest, client, live=served.policy, live_digests=served.digests, check_going_on=check_going_on)
+    spare.fill(manifest, bringer, live=served.policy, live_digests=served.digests, check_going_on=check_going_on)
 
 
 def assert_holds(policy: torch.nn.Module, tensors: Mapping[str, RawTensor]) -> None:
@@ -113,47 +113,57 @@ def test_making_a_spare_copies_nothing(served: ServedModel, monkeypatch: pytest.
 def test_what_the_live_copy_has_is_not_fetched(served: ServedModel) -> None:
     changed = content(make_policy(0), **{NAME: torch.ones_like(served.policy.state_dict()[NAME])})
     spare = Spare.of(served.policy)
-    with ScriptedWeights(manifest_of(changed), changed) as service, WeightsClient(service.address) as client:
-        fill(spare, served, service.manifest, client)
+    with ScriptedWeights(manifest_of(changed), changed) as service:
+        bringer = WeightsBringer(service.address)
+        fill(spare, served, service.manifest, bringer)
         assert service.asked == [[NAME]]
         assert_holds(spare.policy, changed)
-        fill(spare, served, service.manifest, client)
+        fill(spare, served, service.manifest, bringer)
         assert service.asked == [[NAME]], "what the spare has is neither copied nor fetched"
 
 
 @pytest.mark.parametrize("way", wrong_pieces())
 def test_wrong_bytes_leave_no_digest_and_the_next_swap_brings_that_tensor(
-    served: ServedModel, tensors: dict[str, RawTensor], service: ScriptedWeights, client: WeightsClient, way: str
+    served: ServedModel, tensors: dict[str, RawTensor], service: ScriptedWeights, bringer: WeightsBringer, way: str
 ) -> None:
     spare = Spare.of(served.policy)
     # All of its tensors are those of the live copy, known as such.
-    fill(spare, served, manifest_of(content(make_policy(0))), client)
+    fill(spare, served, manifest_of(content(make_policy(0))), bringer)
     held = spare.digests[NAME]
     right = service.send
     service.send = lambda name, raw: wrong_pieces()[way](raw) if name == NAME else right(name, raw)
     with pytest.raises(Corrupt) as refused:
-        fill(spare, served, service.manifest, client)
+        fill(spare, served, service.manifest, bringer)
     assert refused.value.field == NAME
     # Not touched, or known as half written: never something else under the old digest.
     assert spare.digests.get(NAME) in (None, held)
     if NAME in spare.digests:
         assert torch.equal(spare.policy.state_dict()[NAME], served.policy.state_dict()[NAME])
     service.send = right
-    fill(spare, served, service.manifest, client)
+    fill(spare, served, service.manifest, bringer)
     assert_holds(spare.policy, tensors)
 
 
-def test_half_a_tensor_has_no_digest(served: ServedModel, service: ScriptedWeights, client: WeightsClient) -> None:
+def test_half_a_tensor_has_no_digest(
+    served: ServedModel, service: ScriptedWeights, bringer: WeightsBringer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spare = Spare.of(served.policy)
-    fill(spare, served, manifest_of(content(make_policy(0))), client)
-    service.send = lambda name, raw: wrong_pieces()["short"](raw) if name == NAME else pieces(raw.sha256, raw.data)
-    with pytest.raises(Corrupt):
-        fill(spare, served, service.manifest, client)
-    assert NAME not in spare.digests
+    fill(spare, served, manifest_of(content(make_policy(0))), bringer)
+    real, copied = np.copyto, iter((False, True))
+
+    def ends_amid(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
+        if next(copied):
+            raise RuntimeError("the memory is gone")
+        real(target, source)
+
+    monkeypatch.setattr(weights_bringer.np, "copyto", ends_amid)
+    with pytest.raises(RuntimeError):
+        fill(spare, served, service.manifest, bringer)
+    assert len(spare.digests) == len(service.manifest.tensors) - 1
 
 
 def test_a_cancelled_swap_is_completed_by_the_next(
-    served: ServedModel, tensors: dict[str, RawTensor], service: ScriptedWeights, client: WeightsClient
+    served: ServedModel, tensors: dict[str, RawTensor], service: ScriptedWeights, bringer: WeightsBringer
 ) -> None:
     spare = Spare.of(served.policy)
     calls = iter(range(100))
@@ -164,29 +174,29 @@ def test_a_cancelled_swap_is_completed_by_the_next(
             raise Cancelled("the server is going away; nothing was changed")
 
     with pytest.raises(Cancelled):
-        fill(spare, served, service.manifest, client, cancel_third)
+        fill(spare, served, service.manifest, bringer, cancel_third)
     come = set(spare.digests).intersection(service.asked[0])
     assert len(come) == 2
-    fill(spare, served, service.manifest, client)
+    fill(spare, served, service.manifest, bringer)
     assert come.isdisjoint(service.asked[-1])
     assert_holds(spare.policy, tensors)
 
 
-def test_a_tensor_that_is_not_finite_is_checked_again_each_time(served: ServedModel, client: WeightsClient) -> None:
+def test_a_tensor_that_is_not_finite_is_checked_again_each_time(served: ServedModel) -> None:
     bad = content(make_policy(1), **{NAME: torch.full_like(served.policy.state_dict()[NAME], torch.inf)})
     spare = Spare.of(served.policy)
-    with ScriptedWeights(manifest_of(bad), bad) as service, WeightsClient(service.address) as bad_client:
+    with ScriptedWeights(manifest_of(bad), bad) as service:
         for _ in range(2):
             with pytest.raises(Corrupt, match="not finite") as refused:
-                fill(spare, served, service.manifest, bad_client)
+                fill(spare, served, service.manifest, WeightsBringer(service.address))
             assert refused.value.field == NAME
 
 
 def test_what_is_served_on_a_device_comes_by_way_of_the_host(
-    served: ServedModel, service: ScriptedWeights, client: WeightsClient
+    served: ServedModel, service: ScriptedWeights, bringer: WeightsBringer
 ) -> None:
     spare = Spare.of(served.policy.to("meta"))
-    fill(spare, served, service.manifest, client)
+    fill(spare, served, service.manifest, bringer)
     assert spare.digests == {entry.name: entry.sha256 for entry in service.manifest.tensors}
 
 
@@ -297,17 +307,9 @@ def test_wrong_pieces_are_refused_and_the_old_version_keeps_serving(
 
 
 def test_an_end_amid_a_tensor_is_quick_and_changes_nothing(
-    served: ServedModel, service: ScriptedWeights, follower: WeightsFollower, monkeypatch: pytest.MonkeyPatch
+    served: ServedModel, service: ScriptedWeights, follower: WeightsFollower
 ) -> None:
-    coming, ended = threading.Event(), threading.Event()
-    real_bytes_of = spare_module._bytes_of
-
-    def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-        """Asked for after the last look at whether the server goes on: what ends the swap is the end of its call."""
-        coming.set()
-        return real_bytes_of(tensor)
-
-    monkeypatch.setattr(spare_module, "_bytes_of", bytes_of)
+    ended = threading.Event()
 
     def silent(_name: str, raw: RawTensor) -> Pieces:
         yield weights_pb2.TensorPiece(sha256=raw.sha256, data=bytes(raw.data)[:4])
@@ -315,7 +317,8 @@ def test_an_end_amid_a_tensor_is_quick_and_changes_nothing(
 
     service.send = silent
     swap = follower.swap("tiny", 1)
-    assert coming.wait(20.0)
+    wait_for(lambda: service.asked)
+    time.sleep(0.05)  # It is in the midst of the first tensor, or about to be.
     follower.end_swaps()
     try:
         with pytest.raises(Cancelled, match="nothing was changed"):
@@ -326,7 +329,7 @@ def test_an_end_amid_a_tensor_is_quick_and_changes_nothing(
     assert_holds(served.policy, content(make_policy(0)))
 
 
-def test_nothing_as_large_as_a_tensor_is_allocated_while_a_version_comes_in(client: WeightsClient) -> None:
+def test_nothing_as_large_as_a_tensor_is_allocated_while_a_version_comes_in() -> None:
     """An engine's threads would wait for the interpreter while such memory is filled."""
 
     class Large(torch.nn.Module):
@@ -339,11 +342,12 @@ def test_nothing_as_large_as_a_tensor_is_allocated_while_a_version_comes_in(clie
     live, wanted = Large(1.0), Large(2.0)
     large = checkpoint.as_wire(wanted.state_dict())
     manifest = manifest_of(large)
-    with ScriptedWeights(manifest, large) as service, WeightsClient(service.address) as large_client:
+    with ScriptedWeights(manifest, large) as service:
+        bringer = WeightsBringer(service.address)
         tracemalloc.start()
         try:
             spare = Spare.of(live)  # type: ignore[arg-type]
-            spare.fill(manifest, large_client, live=live, live_digests={}, check_going_on=nothing)  # type: ignore[arg-type]
+            spare.fill(manifest, bringer, live=live, live_digests={}, check_going_on=nothing)  # type: ignore[arg-type]
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
