@@ -210,8 +210,9 @@ load average {os.getloadavg()[0]:.1f}; torch {torch.__version__}, gRPC {grpc.__v
 {num_bytes / 1e9:g} GB of bfloat16, one tensor of {TABLE_BYTES / 1e6:g} MB; the weights service on the same cores.
 Publishing took {publish_s:.1f} s.
 
-A thread sleeps {TICK_S * 1e3:g} ms and makes {CALLS_OF_LAUNCH} small calls of torch, as a launch does. How much longer than the
-sleep that took, p50 / p99 / max in ms, and how often more than {LATE_S * 1e3:g} ms; the same of a process that does nothing else.
+A thread sleeps {TICK_S * 1e3:g} ms and makes {CALLS_OF_LAUNCH} small calls of torch, as a launch does.
+How much longer than the sleep that took, p50 / p99 / max in ms, and how often more than {LATE_S * 1e3:g} ms;
+the same of a process that does nothing else.
 
 | meanwhile | s | this process | late | another process | late |
 |---|---|---|---|---|---|
