@@ -8,6 +8,13 @@ import os
 import sys
 from datetime import UTC, datetime
 
+_current = ("info", False)
+
+
+def current() -> tuple[str, bool]:
+    """The level and whether it is JSON, as set_up() was told: for a process that is started by this one."""
+    return _current
+
 
 def set_up(level: str = "info", *, process: str, as_json: bool = False) -> None:
     """Replaces the root logger's handlers by one on stderr.
@@ -17,6 +24,8 @@ def set_up(level: str = "info", *, process: str, as_json: bool = False) -> None:
         process: As in "robot" or "actor/left-arm"; stands in every record.
         as_json: One object a line, for log collectors.
     """
+    global _current
+    _current = (level, as_json)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process) if as_json else TextFormatter(process))
     root = logging.getLogger()

@@ -85,6 +85,8 @@ class Pieces:
 
 def bring(task: engine_pb2.BringIn, pieces: Pieces) -> None:
     """Raises what WeightsClient.fetch_into() raises, and Corrupt for a tensor whose values are not finite."""
+    num_bytes = sum(weights_manifest.entry_bytes(entry) for entry in task.tensors)
+    logger.info("bringing %d tensors in, %.1f MB", len(task.tensors), num_bytes / 1e6)
     numbers = {entry.name: number for number, entry in enumerate(task.tensors)}
     coming: dict[str, Bytes] = {}
 
@@ -121,15 +123,15 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(NICENESS)
-    logs.set_up("info", process="weights")
     socket_fd, memory_fd, filled_fd, free_fd = options.files
     with socket.socket(fileno=socket_fd) as told:
-        content = b"".join(iter(lambda: told.recv(1 << 20), b""))
+        task = engine_pb2.BringIn.FromString(b"".join(iter(lambda: told.recv(1 << 20), b"")))
+        logs.set_up(task.log_level, process="bring-in", as_json=task.log_json)
         memory = map_memory(memory_fd, SHAPE.num_bytes)
         pieces = Pieces(RingWriter(memory, 0, SHAPE, Doorbell(filled_fd=filled_fd, free_fd=free_fd), GENERATION))
         error: ManyhandsError | None = None
         try:
-            bring(engine_pb2.BringIn.FromString(content), pieces)
+            bring(task, pieces)
         except ManyhandsError as known:
             error = known
         except Exception:

@@ -38,7 +38,8 @@ class DeviceGate:
         if device.type == "cuda":
             memory = gate.memory
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            failed = runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE | _MAPPED)
+            with torch.cuda.device(device):
+                failed = runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE | _MAPPED)
             if int(failed) or not self._bytes.is_pinned():
                 raise RuntimeError(f"the driver does not pin the gate's memory: {failed}")
             self._address = ctypes.c_uint64(memory.ctypes.data)
@@ -50,11 +51,14 @@ class DeviceGate:
 
     def wait(self, number: int, now_s: float) -> None:
         """Has the device wait at this gate before it does what is launched next."""
-        self._newest, self._since_s = number, now_s
+        self._since_s = now_s
+        self._newest = number  # Last: open_left() reads it first.
         if self.device.type != "cuda":
             return
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        failed = self._wait_value(stream, self._address, ctypes.c_uint32(number), ctypes.c_uint(_AT_LEAST))
+        # The default stream's handle says nothing of its device: it is the current one's.
+        with torch.cuda.device(self.device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            failed = self._wait_value(stream, self._address, ctypes.c_uint32(number), ctypes.c_uint(_AT_LEAST))
         if failed:
             raise RuntimeError(f"the device cannot wait for a gate: CUDA error {failed}")
 
@@ -66,6 +70,8 @@ class DeviceGate:
         """Lets the device go on where nobody opened the gate; the row, if it comes, brings its pictures itself."""
         number = self._newest
         if number > self._left and not self._gate.is_open(number) and now_s - self._since_s > PATIENCE_S:
-            logger.warning("the front end left gate %d closed; it is opened, and its row goes the other way", number)
             self._left = number
-            self._gate.open(number)
+            # Once more, and nothing between: over a later number this one would close gates again.
+            if not self._gate.is_open(number):
+                self._gate.open(number)
+            logger.warning("the front end left gate %d closed; it was opened, and its row goes the other way", number)

@@ -107,8 +107,8 @@ class EngineClient:
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
         self._rows.submit(owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job)
 
-    def expect(self, model: str, row: Row) -> int:
-        return self._rows.expect(model, row)
+    def expect(self, model: str, row: Row, *, with_gate: bool) -> int:
+        return self._rows.expect(model, row, with_gate=with_gate)
 
     def give_up(self, gate: int) -> None:
         self._rows.give_up(gate)
@@ -134,6 +134,7 @@ class EngineClient:
             heard(TextEnd(error=Overloaded("too many questions wait for the model", field="model", retry_after_s=1.0)))
             return lambda: None
         self._texts[number] = heard
+        self._rows.leave_gate()
         self._send(ask=engine_messages.to_ask(number, question))
 
         def cancel() -> None:
@@ -155,6 +156,7 @@ class EngineClient:
     async def stop(self, timeout_s: float) -> None:
         """Ends the process: politely when it is ready, and by force after timeout_s."""
         if self._ended is None and self.ready.done() and self._reading is not None:
+            self._rows.leave_gate()
             self._send(stop=engine_pb2.Stop())
             await asyncio.wait([self._reading], timeout=timeout_s)
         self._end(Unreachable("the server is going away; open a session again"))
@@ -218,6 +220,8 @@ class EngineClient:
         elif which == "ready":
             for told in message.ready.versions:
                 self._serve_version(told)
+            if not message.ready.uses_gate:
+                self._rows.use_no_gate()
             if not self.ready.done():
                 self.ready.set_result(message.ready)
         elif which == "failed":

@@ -226,11 +226,14 @@ class EnginePort(Protocol):
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
         """Puts a row in line. Its outcome, and that of the owner's row it replaces, goes to job.done."""
 
-    def expect(self, model: str, row: Row) -> int:
+    def expect(self, model: str, row: Row, *, with_gate: bool) -> int:
         """Tells of a row that is about to be submitted, without its pictures, which are still being decoded.
 
         The engine may prepare what it can; the row may never come. Where it has the device wait for the pictures
         (picture_gate.py) it answers a gate, for Job.gate, or for give_up() if the row does not come; else 0.
+
+        Args:
+            with_gate: All of the model's pictures are likely to be there in a moment.
         """
         ...
 

@@ -172,7 +172,7 @@ class EngineHost:
             engine_pb2.VersionServed(version=model.version, pinned=engine.is_pinned(name))
             for name, model in engine.models.items()
         ]
-        self._line.post(ready=engine_pb2.Ready(versions=versions, notes=notes))
+        self._line.post(ready=engine_pb2.Ready(versions=versions, notes=notes, uses_gate=engine.uses_gate))
 
     def _serve(self, engine: LocalEngine, reader: RingReader, answers: Answers, layout: SlotLayout) -> None:
         line = self._line
@@ -218,7 +218,7 @@ class EngineHost:
 
     def _take(self, engine: LocalEngine, answers: Answers, request: Request) -> None:
         if request.is_ahead:
-            engine.expect(request.model, request.row, request.gate)
+            engine.expect(request.model, request.row, gate=request.gate)
             return
         if request.is_rehearsal:
             engine.rehearse(request.model, request.row)

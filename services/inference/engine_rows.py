@@ -128,15 +128,16 @@ class EngineRows:
                 self._loop.add_reader(self._request_bell.free_fd, self._put_waiting)
             self._waiting[owner] = _Asked(request=request, job=job)
 
-    def expect(self, model: str, row: Row) -> int:
+    def expect(self, model: str, row: Row, *, with_gate: bool) -> int:
         """As EnginePort.expect; where no slot is free, rows that are ready need them more.
 
-        A gate is closed only where the engine has nothing else to do: others would wait behind it.
+        A gate is closed only where the engine has nothing else to do, and opened when something else comes: nobody waits
+        behind another's.
         """
-        gate = 0
-        if self._gate is not None and not (self._closed or self._in_flight or self._waiting):
-            self._closed = gate = next(_gates)
+        may_wait = with_gate and not (self._closed or self._in_flight or self._waiting)
+        gate = next(_gates) if may_wait and self._gate is not None else 0
         self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True, gate=gate))
+        self._closed = gate or self._closed
         return gate
 
     def give_up(self, gate: int) -> None:
@@ -144,9 +145,18 @@ class EngineRows:
         if gate and gate == self._closed:
             self._open_gate()
 
+    def leave_gate(self) -> None:
+        """Opens the gate that is closed, if one is: somebody else needs the device, or it is to end."""
+        self.give_up(self._closed)
+
+    def use_no_gate(self) -> None:
+        """The engine waits at none."""
+        self.leave_gate()
+        self._gate = None
+
     def rehearse(self, model: str, row: Row) -> None:
         """As EnginePort.rehearse; likewise."""
-        if self._gate is not None and not self._closed and not self._in_flight:
+        if self._gate is not None and not (self._closed or self._in_flight or self._waiting):
             self._gate.write(self._models[model], row.sample)
         self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_rehearsal=True))
 
@@ -167,6 +177,7 @@ class EngineRows:
 
     def close(self) -> None:
         """Nothing more is heard; what was asked is for fail_all()."""
+        self.leave_gate()
         self._is_closed = True
         for bell in self._bells:
             for fd in (bell.filled_fd, bell.free_fd):
@@ -175,7 +186,6 @@ class EngineRows:
         os.close(self._memory_fd)
         # Whoever ended knows this object and this one whom to tell: the memory need not wait for the garbage collector.
         self._requests = self._answers = self._layout = self._gate = None
-        self._closed = 0
 
     def fail_all(self, error: ManyhandsError) -> None:
         """Answers everything that was asked, after close()."""
@@ -185,8 +195,9 @@ class EngineRows:
             _tell(job, error)
 
     def _pass_gate(self, job: Job) -> int:
-        """Opens a row's gate with its pictures; 0 where they went no such way."""
+        """Opens a row's gate with its pictures; 0 where they went no such way. Another row's is opened for what there is."""
         if not job.gate or job.gate != self._closed:
+            self.leave_gate()
             return 0
         assert self._gate is not None
         is_whole = self._gate.write(self._models[job.model], job.row.sample)

@@ -106,8 +106,8 @@ class EngineSupervisor:
             return
         self._client.submit(owner=owner, request_id=request_id, arrived_s=arrived_s, deadline_s=deadline_s, job=job)
 
-    def expect(self, model: str, row: Row) -> int:
-        return self._client.expect(model, row) if self._client is not None else 0
+    def expect(self, model: str, row: Row, *, with_gate: bool) -> int:
+        return self._client.expect(model, row, with_gate=with_gate) if self._client is not None else 0
 
     def give_up(self, gate: int) -> None:
         if self._client is not None:

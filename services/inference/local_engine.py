@@ -134,7 +134,11 @@ class LocalEngine:
         if self._gate is not None:
             self._gate.open_left(now_s)
 
-    def expect(self, model: str, row: Row, gate: int = 0) -> int:
+    @property
+    def uses_gate(self) -> bool:
+        return self._gate is not None
+
+    def expect(self, model: str, row: Row, *, with_gate: bool = False, gate: int = 0) -> int:
         """gate: Of use_gate(), as whoever owns it has closed it."""
         engine = self.engine_of(model)
         if isinstance(engine, UnitEngine):

@@ -41,12 +41,14 @@ class SentSample:
         pictures: By feature name: makes one, in the model's size. On any thread; raises InvalidInput.
         quick_picture: Number of one that takes a fraction of a millisecond whatever is in it, so that the loop may make it;
             None where there is none.
+        is_quick: All of the model's pictures are there, and each is such a one.
     """
 
     arrays: Mapping[str, Array | None]
     pictures: Mapping[str, Callable[[], Array]]
     task: str
     quick_picture: int | None = None
+    is_quick: bool = False
 
     def observed(self, pictures: Sequence[Array]) -> Observed:
         """pictures: What self.pictures made, in their order."""
@@ -142,16 +144,22 @@ def check_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_fi
     check_in_order(values, expected)
     arrays: dict[str, Array | None] = {}
     pictures: dict[str, Callable[[], Array]] = {}
-    quick: int | None = None
+    quick: list[int] = []
     for value, feature in zip(values, expected, strict=True):
         make = functools.partial(_adapted, value, feature, wanted[feature.name])
         if feature.kind is FeatureKind.IMAGE:
-            if quick is None and feature.shape == wanted[feature.name].shape and codec.is_quick(value.image):
-                quick = len(pictures)
+            if feature.shape == wanted[feature.name].shape and codec.is_quick(value.image):
+                quick.append(len(pictures))
             arrays[feature.name], pictures[feature.name] = None, make
         else:
             arrays[feature.name] = make()
-    return SentSample(arrays=arrays, pictures=pictures, task=task, quick_picture=quick)
+    return SentSample(
+        arrays=arrays,
+        pictures=pictures,
+        task=task,
+        quick_picture=quick[0] if quick else None,
+        is_quick=len(quick) == len(model_spec.images),
+    )
 
 
 def _as_sent(

@@ -103,6 +103,8 @@ class RobotStream:
         self._decoding = False
         # Of the request that is being decoded.
         self._gate = 0
+        # Its last request was answered: the device may wait for the pictures of the next.
+        self._is_trusted = False
         self._next: _Asked | None = None
         self._is_over = False
         self._last_answered: _Asked | None = None
@@ -134,6 +136,7 @@ class RobotStream:
                 raise self._ending
         finally:
             self._is_over = True
+            self._give_up_gate()
             self._next_request.stop()
             reading.cancel()
             self._subtask.stop()
@@ -238,7 +241,8 @@ class RobotStream:
             sent = self._checked(asked)
             # First: what the engine makes of it takes longer than the pictures.
             if sent.sample.pictures:
-                self._gate = self._desk.engine.expect(session.model, sent.without_pictures())
+                with_gate = self._is_trusted and sent.sample.is_quick
+                self._gate = self._desk.engine.expect(session.model, sent.without_pictures(), with_gate=with_gate)
             side_by_side(
                 self._desk.decoders,
                 tuple(sent.sample.pictures.values()),
@@ -357,6 +361,7 @@ class RobotStream:
             self._idle.set()
 
     def _answer(self, asked: _Asked, answer: Answer, decode_s: float) -> None:
+        self._is_trusted = True
         stage_s = self._stage_s(asked, answer, decode_s)
         # Sent also when late: it costs nothing any more, and the robot judges its age.
         self._outbox.put_nowait(self._response(asked, answer, stage_s))
@@ -397,6 +402,7 @@ class RobotStream:
     def _refuse(
         self, request: inference_pb2.ActRequest, why: ManyhandsError | Superseded, stage_s: Mapping[str, float]
     ) -> None:
+        self._is_trusted = False
         if isinstance(why, Superseded):
             refusal = inference_pb2.Refusal(
                 reason=inference_pb2.REFUSAL_REASON_SUPERSEDED, message="a newer observation of this robot came first"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from manyhands import stamps, weights_manifest
+from manyhands import logs, stamps, weights_manifest
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import Cancelled, InternalError, Unreachable
 from manyhands.security import SecuritySettings
@@ -57,6 +57,7 @@ class WeightsBringer:
             Corrupt: A tensor's bytes are not what their digest says, or its values not finite; field names it.
             NotFound: The service has dropped this version.
             Unreachable: The service, or the process, is gone.
+            InternalError: The process cannot do it.
             Cancelled: close() was called.
         """
         wanted = list(entries)
@@ -97,7 +98,10 @@ class WeightsBringer:
     def _ended(self, program: EngineProgram) -> Exception:
         if self._closed:
             return Cancelled("the server is going away; nothing was changed")
-        return Unreachable(f"the process that brings weights in ended with exit code {program.wait(REAP_S)}; try again")
+        code = program.wait(REAP_S)
+        if code is not None and code > 0:  # Killed it may fare better next time; what it cannot do it never can.
+            return InternalError(f"the process that brings weights in ended with exit code {code}; the log has the reason")
+        return Unreachable(f"the process that brings weights in ended with exit code {code}; try again")
 
     @contextmanager
     def _running(
@@ -133,7 +137,10 @@ class WeightsBringer:
             os.close(memory_fd)
 
     def _task(self, wanted: Sequence[weights_pb2.TensorEntry]) -> engine_pb2.BringIn:
+        log_level, log_json = logs.current()
         return engine_pb2.BringIn(
+            log_level=log_level,
+            log_json=log_json,
             address=self._address,
             security=engine_messages.to_security(self._security),
             patience=stamps.to_duration(self._patience_s),

@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 
@@ -13,10 +14,12 @@ from deploy.local import Topology
 from manyhands import lab_certificates
 from manyhands.clients.act_stream import Chunk
 from manyhands.clients.inference import InferenceClient
+from manyhands.clients.weights import WeightsClient
 from manyhands.errors import NotAllowed, Refused, Unreachable
 from manyhands.inference.v1 import inference_pb2
 from manyhands.roles import Identity, Role
 from manyhands.security import SecuritySettings
+from services.inference.weights_bringer import WeightsBringer
 from tests.support import fault_lab
 from tests.support.fault_lab import Lab, picture_and_state, secured
 from tests.support.inference_lab import ENVIRONMENT, next_reply
@@ -128,3 +131,27 @@ def test_each_role_may_do_its_own_and_hears_which_it_lacks(lab: Lab, certificate
         with robot.act_stream(session.session_id) as stream:
             lab.ask(stream, 1)
             assert isinstance(next_reply(stream).result, Chunk)
+
+
+def test_versions_come_in_from_a_weights_service_that_wants_certificates(certificates: Path, tmp_path: Path) -> None:
+    """By the process that an engine starts for it, which has to be told whom to trust and who it is."""
+    flags = [
+        f"--security.{name}={certificates / 'server' / file}"
+        for name, file in (("certificate", "certificate.pem"), ("key", "key.pem"), ("authority", "authority.pem"))
+    ]
+    tensor = np.arange(5, dtype=np.float32)
+    with Topology(tmp_path / "logs", environment=ENVIRONMENT) as topology:
+        command = ["weights", "--root", str(tmp_path / "weights"), "--address", "127.0.0.1:0", *flags]
+        address = topology.start("weights", command).address
+        with WeightsClient(address, security_settings=secured(certificates / "learner-main")) as learner:
+            learner.publish(
+                model="tiny", policy_type="flow", config_json="{}", spec=None, tensors={"a": tensor}, publish_id="run/1"
+            )
+            entries = learner.get_manifest("tiny").tensors
+        into = np.zeros(tensor.nbytes, np.uint8)
+        served = WeightsBringer(address, security_settings=secured(certificates / "server"))
+        assert [entry.name for entry in served.fetch_into(entries, lambda entry: into)] == ["a"]
+        assert into.tobytes() == tensor.tobytes()
+        stranger = WeightsBringer(address, patience_s=0.0)
+        with pytest.raises(Unreachable):
+            list(stranger.fetch_into(entries, lambda entry: into))

@@ -130,10 +130,14 @@ class FakeEngine:
     def open_left(self, now_s: float) -> None:
         pass
 
-    def expect(self, model: str, row: Row, gate: int = 0) -> int:
+    @property
+    def uses_gate(self) -> bool:
+        return self.gate is not None
+
+    def expect(self, model: str, row: Row, *, with_gate: bool = False, gate: int = 0) -> int:
         self.num_expected += 1
         self.expected_gate = gate
-        return gate or self.next_gate
+        return gate or (self.next_gate if with_gate else 0)
 
     def give_up(self, gate: int) -> None:
         self.given_up.append(gate)

@@ -180,6 +180,8 @@ class FakeGpu:
 
     def __init__(self, monkeypatch):
         self.now_s, self.waited = 0.0, []
+        # Whether it is still at what was launched last.
+        self.is_behind = False
         monkeypatch.setattr(torch.cuda, "Event", functools.partial(FakeEvent, self))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
 
@@ -196,6 +198,9 @@ class FakeEvent:
 
     def record(self, stream):
         self.at_s = self._gpu.now_s
+
+    def query(self):
+        return not self._gpu.is_behind
 
     def synchronize(self):
         self._gpu.waited.append(self.at_s)

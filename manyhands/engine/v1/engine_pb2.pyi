@@ -310,8 +310,12 @@ class BringIn(_message.Message):
     SECURITY_FIELD_NUMBER: _builtins.int
     PATIENCE_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    LOG_LEVEL_FIELD_NUMBER: _builtins.int
+    LOG_JSON_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Of the weights service."""
+    log_level: _builtins.str
+    log_json: _builtins.bool
     @_builtins.property
     def security(self) -> Global___Security: ...
     @_builtins.property
@@ -327,10 +331,12 @@ class BringIn(_message.Message):
         security: Global___Security | None = ...,
         patience: _duration_pb2.Duration | None = ...,
         tensors: _abc.Iterable[_weights_pb2.TensorEntry] | None = ...,
+        log_level: _builtins.str = ...,
+        log_json: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["patience", b"patience", "security", b"security"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "patience", b"patience", "security", b"security", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "log_json", b"log_json", "log_level", b"log_level", "patience", b"patience", "security", b"security", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -487,6 +493,9 @@ class Ready(_message.Message):
 
     VERSIONS_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    USES_GATE_FIELD_NUMBER: _builtins.int
+    uses_gate: _builtins.bool
+    """The gate's memory could be pinned."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionServed]: ...
     @_builtins.property
@@ -498,10 +507,11 @@ class Ready(_message.Message):
         *,
         versions: _abc.Iterable[Global___VersionServed] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        uses_gate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["notes", b"notes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["notes", b"notes", "uses_gate", b"uses_gate", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,17 +45,24 @@ class VisionAhead:
         self._pool = pool
         self._number = 0
         self._num_runs = 0
+        # Of what was launched last, on a device.
         self._began: Any = None
+        self._ended: Any = None
 
     @torch.inference_mode()
     def launch(self, number: int) -> None:
-        """Behind that gate."""
+        """Behind that gate; not while the device is still at the last: rows that never come must not fill it."""
+        self._number = 0
+        if self._ended is not None and not self._ended.query():
+            return
         self._gate.wait(number, time.monotonic())
-        self._number, self._began = number, None
         if self._pool.stream is not None:  # Else there is no device that would wait.
-            self._began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._began.record(torch.cuda.current_stream(self._pool.stream.device))
+            stream = torch.cuda.current_stream(self._pool.stream.device)
+            self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._began.record(stream)
             self._run()
+            self._ended.record(stream)
+        self._number = number
 
     @torch.inference_mode()
     def take(self, number: int) -> Seen | None:

@@ -155,7 +155,7 @@ async def test_a_row_told_ahead_is_heard_and_is_not_answered() -> None:
         for seed in range(3 * REQUEST_SLOTS):
             told = row(seed)
             vectors = {name: array for name, array in told.sample.observation.items() if array.ndim == 1}
-            supervisor.expect("fake", replace(told, sample=replace(told.sample, observation=vectors)))
+            supervisor.expect("fake", replace(told, sample=replace(told.sample, observation=vectors)), with_gate=False)
             outcome = await asyncio.wait_for(submit(supervisor, seed), 10.0)
             assert isinstance(outcome, Answer)
             assert outcome.actions[0, :2].tolist() == [seed, seed + 1]
@@ -164,19 +164,19 @@ async def test_a_row_told_ahead_is_heard_and_is_not_answered() -> None:
 async def test_pictures_of_a_lone_row_are_at_its_gate_in_the_engine() -> None:
     async with running() as supervisor:
         for seed in (3, 4):
-            gate = supervisor.expect("fake", row(seed))
+            gate = supervisor.expect("fake", row(seed), with_gate=True)
             assert gate > 0
             outcome = await submit(supervisor, seed, gate=gate)
             assert isinstance(outcome, Answer)
             assert list(outcome.actions[0, 3:5]) == [1, seed * 3 * 16 * 16 * 3]
         first, second = submit(supervisor, 5), submit(supervisor, 6, owner="right")
-        assert supervisor.expect("fake", row(7)) == 0, "others would wait behind it"
+        assert supervisor.expect("fake", row(7), with_gate=True) == 0, "others would wait behind it"
         for found in await asyncio.gather(first, second):
             assert isinstance(found, Answer)
             assert found.actions[0, 3] == 0
-        gate = supervisor.expect("fake", row(8))
+        gate = supervisor.expect("fake", row(8), with_gate=True)
         supervisor.give_up(gate)
-        assert supervisor.expect("fake", row(8)) > gate, "nobody waits at it any more"
+        assert supervisor.expect("fake", row(8), with_gate=True) > gate, "nobody waits at it any more"
 
 
 async def test_a_row_that_is_rehearsed_is_heard_and_is_not_answered() -> None:

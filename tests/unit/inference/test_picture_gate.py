@@ -108,6 +108,9 @@ class Ends:
     def heard(self) -> list[Request]:
         return [self._layout.read_request(body) for body in self._reader.take()]
 
+    def gates_of_rows(self) -> list[int]:
+        return [request.gate for request in self.heard() if not request.is_ahead]
+
     def answer(self, token: int) -> None:
         body = self._writer.reserve()
         assert body is not None
@@ -142,7 +145,7 @@ async def ends() -> Iterator[Ends]:  # type: ignore[misc]
 
 
 async def test_a_lone_rows_pictures_are_at_its_gate_before_the_row_comes(ends: Ends) -> None:
-    gate = ends.rows.expect("fake", row(1))
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
     [ahead] = ends.heard()
     assert ahead.is_ahead
     assert ahead.gate == gate > 0
@@ -154,23 +157,46 @@ async def test_a_lone_rows_pictures_are_at_its_gate_before_the_row_comes(ends: E
     assert request.gate == gate
 
 
-async def test_nobody_waits_behind_the_gate_of_another(ends: Ends) -> None:
-    gate = ends.rows.expect("fake", row(1))
-    assert ends.rows.expect("fake", row(2)) == 0, "one is closed"
-    ends.submit(row(2), 0, owner="right")
-    assert not ends.gate.is_open(gate), "it is not the other's to open"
+async def test_a_gate_is_closed_only_where_asked_for_and_where_nothing_is_in_flight(ends: Ends) -> None:
+    assert ends.rows.expect("fake", row(1), with_gate=False) == 0
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
+    assert ends.rows.expect("fake", row(2), with_gate=True) == 0, "one is closed"
     outcome = ends.submit(row(1), gate)
-    assert ends.rows.expect("fake", row(3)) == 0, "rows are in flight"
-    tokens = [request.token for request in ends.heard() if not request.is_ahead]
-    ends.answer(tokens[0])
-    assert ends.rows.expect("fake", row(3)) == 0
-    ends.answer(tokens[1])
+    assert ends.rows.expect("fake", row(3), with_gate=True) == 0, "a row is in flight"
+    [token] = [request.token for request in ends.heard() if not request.is_ahead]
+    ends.answer(token)
     assert outcome.done()
-    assert ends.rows.expect("fake", row(4)) > gate
+    assert ends.rows.expect("fake", row(4), with_gate=True) > gate
+
+
+async def test_nobody_waits_behind_the_gate_of_another(ends: Ends) -> None:
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
+    ends.submit(row(2), 0, owner="right")
+    assert ends.gate.is_open(gate)
+    ends.submit(row(1), gate)
+    assert [request.gate for request in ends.heard() if not request.is_ahead] == [0, 0], (
+        "its pictures were not there in time"
+    )
+
+
+async def test_a_gate_that_could_not_be_told_of_is_not_closed(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(ends.rows, "_write_unasked", lambda request: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ends.rows.expect("fake", row(1), with_gate=True)
+    assert ends.rows.expect("fake", row(1), with_gate=True) > 0
+
+
+async def test_an_engine_that_cannot_wait_is_given_no_more_gates(ends: Ends) -> None:
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
+    ends.rows.use_no_gate()
+    assert ends.gate.is_open(gate)
+    assert ends.rows.expect("fake", row(1), with_gate=True) == 0
+    ends.rows.rehearse("fake", row(1))
 
 
 async def test_a_row_that_lacks_a_picture_opens_its_gate_and_goes_the_other_way(ends: Ends) -> None:
-    gate = ends.rows.expect("fake", row(1))
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
     ends.heard()
     ends.submit(row(1, lacks=CAMERAS[2]), gate)
     assert ends.gate.is_open(gate)
@@ -179,35 +205,47 @@ async def test_a_row_that_lacks_a_picture_opens_its_gate_and_goes_the_other_way(
 
 
 async def test_a_gate_that_is_given_up_is_opened_and_another_one_is_not(ends: Ends) -> None:
-    gate = ends.rows.expect("fake", row(1))
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
     for other in (0, gate - 1, gate + 1):
         ends.rows.give_up(other)
         assert not ends.gate.is_open(gate)
     ends.rows.give_up(gate)
     assert ends.gate.is_open(gate)
-    again = ends.rows.expect("fake", row(1))
+    again = ends.rows.expect("fake", row(1), with_gate=True)
     assert again > gate
     assert not ends.gate.is_open(again)
     ends.submit(row(1), gate)
-    assert not ends.gate.is_open(again), "a row that comes too late is no other one's"
+    assert [request.gate for request in ends.heard() if not request.is_ahead] == [0], (
+        "a row that comes too late takes no other's"
+    )
 
 
 async def test_a_row_whose_engine_ended_at_the_gate_is_refused_and_a_new_engines_gate_is_not_taken_for_it(
     ends: Ends,
 ) -> None:
-    gate = ends.rows.expect("fake", row(1))
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
     other = Ends()
-    others = other.rows.expect("fake", row(1))
+    others = other.rows.expect("fake", row(1), with_gate=True)
     assert gate != others
     other.submit(row(1), gate)
-    assert not other.gate.is_open(others)
+    assert other.gates_of_rows() == [0]
     other.rows.close()
-    assert other.rows.expect("fake", row(1)) == 0
+    assert other.rows.expect("fake", row(1), with_gate=True) == 0
     other.rows.give_up(others)
+
+
+async def test_an_engine_that_ends_finds_no_gate_closed(ends: Ends) -> None:
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
+    ends.rows.leave_gate()
+    assert ends.gate.is_open(gate)
+    last = ends.rows.expect("fake", row(1), with_gate=True)
+    ends.rows.close()
+    assert ends.gate.is_open(last)
+    ends.rows = EngineRows(lambda error: None)  # For the fixture to close.
 
 
 async def test_an_engine_that_waits_at_no_gate_is_given_none() -> None:
     rows = EngineRows(lambda error: None)
     assert rows.lay_out([MODEL], 1, with_gate=False).gate_bytes == 0
-    assert rows.expect("fake", row(1)) == 0
+    assert rows.expect("fake", row(1), with_gate=True) == 0
     rows.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future
@@ -221,28 +222,69 @@ async def test_pictures_of_a_stream_that_is_over_are_dropped(desk: Desk) -> None
 
 
 async def test_the_row_of_a_gate_goes_to_it(desk: Desk) -> None:
+    desk.ask()
     jobs: list[Job] = []
     desk.engine.submit = lambda *, job, **_: jobs.append(job)  # type: ignore[method-assign]
     desk.engine.next_gate = 7
-    desk.ask()
+    desk.ask(request_id=2)
     assert [job.gate for job in jobs] == [7]
     assert 7 not in desk.engine.given_up
 
 
-@pytest.mark.parametrize("why", ["bad picture", "over", "newer", "engine fails"])
-async def test_no_gate_stays_closed_when_its_row_does_not_come(desk: Desk, why: str) -> None:
+@pytest.mark.parametrize("why", ["first request", "refused before", "slow pictures", "lacks a camera"])
+async def test_no_device_waits_for_what_may_not_be_there_in_a_moment(desk: Desk, why: str) -> None:
+    jobs: list[Job] = []
+    if why != "first request":
+        desk.ask()
+    if why == "refused before":
+        bad = desk.request(request_id=2)
+        bad.observation.values[1].image.data = b"none"
+        desk.stream._prepare(desk.stream._take(bad, time.monotonic()))
+    if why == "lacks a camera":
+        spec = desk.models["fake"].used_spec
+        features = [feature for feature in spec.observation if "right" not in feature.name]
+        desk.session.fit = dataclasses.replace(desk.session.fit, required=tuple(features))
+    await asyncio.sleep(0.01)
+    desk.engine.submit = lambda *, job, **_: jobs.append(job)  # type: ignore[method-assign]
     desk.engine.next_gate = 7
-    request = desk.request()
+    encoding = common_pb2.IMAGE_ENCODING_PNG if why == "slow pictures" else common_pb2.IMAGE_ENCODING_JPEG
+    request = desk.request(encoding, request_id=3)
+    if why == "lacks a camera":
+        del request.observation.values[3]
+    desk.stream._prepare(desk.stream._take(request, time.monotonic()))
+    await asyncio.sleep(0.01)
+    assert [job.gate for job in jobs] == [0]
+
+
+@pytest.mark.parametrize("why", ["bad picture", "over", "newer", "engine fails", "stream ends"])
+async def test_no_gate_stays_closed_when_its_row_does_not_come(desk: Desk, why: str) -> None:
+    desk.ask()
+    desk.engine.next_gate = 7
+    request = desk.request(request_id=3)
     if why == "bad picture":
-        request.observation.values[1].image.data = b"none"
+        data = request.observation.values[1].image.data
+        request.observation.values[1].image.data = data[:-40] + bytes(40)  # Its head is in order.
+        desk.engine.submit = lambda **row: None  # type: ignore[method-assign]
+        request.observation.values[1].image.data = data[: len(data) // 2]
     elif why == "over":
         desk.stream._is_over = True
     elif why == "newer":
-        newer = desk.stream._take(desk.request(request_id=2), time.monotonic())
-        request.request_id = 3
-        desk.stream._next = newer
-    else:
+        desk.stream._next = desk.stream._take(desk.request(request_id=2), time.monotonic())
+    elif why == "engine fails":
         desk.engine.submit = lambda **row: 1 / 0  # type: ignore[method-assign, assignment]
+    else:
+        desk.num_in_flight = 2
+        desk.decoders.submit = lambda *_, **__: Future()  # type: ignore[method-assign]
     desk.stream._prepare(desk.stream._take(request, time.monotonic()))
+    if why == "stream ends":
+        assert 7 not in desk.engine.given_up
+
+        async def requests() -> AsyncIterator[inference_pb2.ActRequest]:
+            await asyncio.sleep(60.0)
+            yield request
+
+        responses = desk.stream.responses(requests())
+        await anext(responses)  # type: ignore[arg-type]
+        await responses.aclose()  # type: ignore[attr-defined]
     await asyncio.sleep(0.01)
     assert 7 in desk.engine.given_up

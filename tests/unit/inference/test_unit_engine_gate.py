@@ -136,10 +136,12 @@ def test_what_was_seen_ahead_is_there_until_another_unit_runs(gate, monkeypatch)
     pool.stream = SimpleNamespace(device=None)
     ahead = VisionAhead(DeviceGate(gate, CPU), lambda: vision, pool)
     for number, others in ((1, 0), (2, 1), (3, 0)):
+        gpu.is_behind = False
         gpu.runs(0.5)
         gate.pictures[:12] = number
         ahead.launch(number)
         assert vision.outputs == 12 * number, "it is launched before the gate is open"
+        gpu.is_behind = True
         gate.open(number)
         for _ in range(others):
             other.run()
@@ -148,10 +150,46 @@ def test_what_was_seen_ahead_is_there_until_another_unit_runs(gate, monkeypatch)
         assert ahead.take(number) is None
     assert seen.tokens == 36
     assert seen.began.at_s == pytest.approx(1.5)
+    gpu.is_behind = False
     ahead.launch(4)
     gate.open(4)
     ahead.forget()
     assert ahead.take(4) is None
+
+
+def test_rows_that_never_come_do_not_fill_the_device(gate, monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    pool = GraphPool(CPU)
+    vision = Recorded(lambda pictures: pictures.sum(), {"pictures": torch.zeros(1, 2, 2, 3, dtype=torch.uint8)}, pool)
+    pool.stream = SimpleNamespace(device=None)
+    ahead = VisionAhead(DeviceGate(gate, CPU), lambda: vision, pool)
+    ahead.launch(1)
+    gpu.is_behind = True
+    for number in range(2, 20):
+        gate.open(number - 1)
+        ahead.launch(number)
+    assert pool.num_runs == 1
+    gate.open(20)
+    assert [ahead.take(number) for number in (1, 19)] == [None, None]
+    gpu.is_behind = False
+    ahead.launch(21)
+    assert pool.num_runs == 2
+    gate.open(21)
+    assert ahead.take(21) is not None
+
+
+def test_what_could_not_be_launched_is_not_taken_for_what_was_before(gate, monkeypatch):
+    FakeGpu(monkeypatch)
+    pool = GraphPool(CPU)
+    vision = Recorded(lambda pictures: pictures.sum(), {"pictures": torch.zeros(1, 2, 2, 3, dtype=torch.uint8)}, pool)
+    pool.stream = SimpleNamespace(device=None)
+    ahead = VisionAhead(DeviceGate(gate, CPU), lambda: vision, pool)
+    ahead.launch(1)
+    monkeypatch.setattr(ahead._gate, "pictures", lambda shape: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ahead.launch(2)
+    gate.open(2)
+    assert ahead.take(2) is None
 
 
 @pytest.mark.parametrize("is_pinned", [True, False], ids=["pinned", "not pinned"])
@@ -167,13 +205,14 @@ def test_an_engine_in_its_process_uses_the_gate_where_the_driver_pins_it(policy,
         monkeypatch.setattr(local_engine, "DeviceGate", refuse)
     assert local.waits_at_gate
     local.use_gate(gate)
+    assert local.uses_gate is is_pinned
     local.start()
-    local.expect("tiny", without_pictures(row(1)), 1)
+    local.expect("tiny", without_pictures(row(1)), gate=1)
     gate.write(local.models["tiny"], row(9).sample)
     gate.open(1)
     expected = seen_as(row(1), 9) if is_pinned else row(1)
     assert near(answer_of(submit(local, "left", row(1), gate=1)).actions, plain(policy, expected)[0])
-    local.expect("tiny", without_pictures(row(2)), 2)
+    local.expect("tiny", without_pictures(row(2)), gate=2)
     local.open_left(1e12)
     assert gate.is_open(2) is is_pinned
     local.stop()

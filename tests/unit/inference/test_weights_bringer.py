@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from manyhands.common.v1 import common_pb2
 from manyhands.errors import Cancelled, InternalError, NotFound, Unreachable
 from manyhands.weights.v1 import weights_pb2
 from manyhands.weights_manifest import RawTensor
-from services.inference import bring_in
+from services.inference import bring_in, weights_bringer
 from services.inference.weights_bringer import WeightsBringer
 from tests.support.inference_lab import SPEC
 from tests.support.scripted_weights import Pieces, ScriptedWeights
@@ -132,6 +133,23 @@ def test_a_process_that_is_killed_costs_one_try(silent: ScriptedWeights) -> None
     with service_of(table=np.ones(3, dtype=np.float32)) as other:
         again = WeightsBringer(other.address)
         assert brought(again, other)["table"].tobytes() == np.ones(3, dtype=np.float32).tobytes()
+
+
+def test_a_process_that_cannot_do_it_is_not_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_bringer, "MODULE", "services.inference.not_there")
+    with (
+        service_of(table=np.ones(3, dtype=np.float32)) as service,
+        pytest.raises(InternalError, match="exit code 1; the log"),
+    ):
+        brought(WeightsBringer(service.address), service)
+
+
+def test_it_logs_as_the_engine_does(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_bringer.logs, "current", lambda: ("info", True))
+    with service_of(table=np.ones(3, dtype=np.float32)) as service:
+        brought(WeightsBringer(service.address), service)
+    [said] = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line[:1] == "{"]
+    assert (said["process"], said["message"]) == ("bring-in", "bringing 1 tensors in, 0.0 MB")
 
 
 def test_close_ends_what_is_brought_in_and_what_would_be(silent: ScriptedWeights) -> None:
