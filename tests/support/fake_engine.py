@@ -43,6 +43,8 @@ from services.inference.units import UnitKind
 
 MANNERS, CAMERA_SIZE, BUSY_S = "FAKE_ENGINE_MANNERS", "FAKE_ENGINE_CAMERA_SIZE", "FAKE_ENGINE_BUSY_S"
 BAD_AFTER = 3
+# Its driver pins no memory; no bad manners.
+NO_GATE = "no gate"
 HORIZON, ACTION_SIZE, STATE_SIZE = 50, 32, 14
 
 
@@ -125,7 +127,8 @@ class FakeEngine:
         job.done(answer)
 
     def use_gate(self, gate: PictureGate) -> None:
-        self.gate = gate
+        if os.environ.get(MANNERS) != NO_GATE:
+            self.gate = gate
 
     def open_left(self, now_s: float) -> None:
         pass

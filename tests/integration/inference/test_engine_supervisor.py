@@ -23,7 +23,7 @@ from services.inference import engine_client
 from services.inference.engine_port import Answer, Job, Observed, Outcome, Question, Rehearsal, Row, Superseded, TextEnd
 from services.inference.engine_rows import ANSWER_SLOTS, REQUEST_SLOTS
 from services.inference.engine_supervisor import EngineSupervisor
-from tests.support.fake_engine import BAD, BAD_AFTER, BUSY_S, HORIZON, MANNERS, description
+from tests.support.fake_engine import BAD, BAD_AFTER, BUSY_S, HORIZON, MANNERS, NO_GATE, description
 
 HARMLESS = {"twice"}
 RESTARTED = 20.0
@@ -176,7 +176,19 @@ async def test_pictures_of_a_lone_row_are_at_its_gate_in_the_engine() -> None:
             assert found.actions[0, 3] == 0
         gate = supervisor.expect("fake", row(8), with_gate=True)
         supervisor.give_up(gate)
-        assert supervisor.expect("fake", row(8), with_gate=True) > gate, "nobody waits at it any more"
+        gate = supervisor.expect("fake", row(8), with_gate=True)
+        assert gate > 0, "nobody waits at the one before any more"
+        supervisor.ask(a_question(), lambda piece: None)
+        found = await submit(supervisor, 8, gate=gate)
+        assert isinstance(found, Answer)
+        assert found.actions[0, 3] == 0, "the question did not wait behind it"
+
+
+async def test_an_engine_whose_driver_pins_no_memory_is_given_no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MANNERS, NO_GATE)
+    async with running() as supervisor:
+        assert supervisor.expect("fake", row(3), with_gate=True) == 0
+        assert isinstance(await submit(supervisor, 3), Answer)
 
 
 async def test_a_row_that_is_rehearsed_is_heard_and_is_not_answered() -> None:
@@ -244,22 +256,25 @@ async def test_what_devices_did_is_added_up_over_engines_that_die() -> None:
         await until(lambda: since() == [2.0, 4, 8, 0.5])
 
 
+def a_question() -> Question:
+    return Question(
+        model="fake",
+        sample=row(1).sample,
+        kind=inference_pb2.TEXT_KIND_VISUAL_QUESTION,
+        user_text="what do you see",
+        previous_text="",
+        max_new_tokens=0,
+        temperature=0.0,
+        top_p=0.0,
+        until_s=time.monotonic() + 10.0,
+        allowed_s=10.0,
+    )
+
+
 async def test_text_comes_in_pieces_and_a_swap_is_answered() -> None:
     async with running() as supervisor:
         heard: asyncio.Queue[str | TextEnd] = asyncio.Queue()
-        question = Question(
-            model="fake",
-            sample=row(1).sample,
-            kind=inference_pb2.TEXT_KIND_VISUAL_QUESTION,
-            user_text="what do you see",
-            previous_text="",
-            max_new_tokens=0,
-            temperature=0.0,
-            top_p=0.0,
-            until_s=time.monotonic() + 10.0,
-            allowed_s=10.0,
-        )
-        supervisor.ask(question, heard.put_nowait)
+        supervisor.ask(a_question(), heard.put_nowait)
         pieces = [await asyncio.wait_for(heard.get(), 10.0) for _ in range(5)]
         assert pieces[:4] == ["what", "do", "you", "see"]
         assert isinstance(pieces[4], TextEnd)
