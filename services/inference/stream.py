@@ -15,20 +15,18 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
-from manyhands import codec, stamps
-from manyhands.common.v1 import common_pb2
+from manyhands import stamps
 from manyhands.errors import (
     Conflict,
     InternalError,
     InvalidInput,
     ManyhandsError,
     NotFound,
-    Overloaded,
-    TooLate,
     Unreachable,
 )
 from manyhands.inference.v1 import inference_pb2
 
+from . import responses
 from .engine_port import Answer, EnginePort, Job, Model, Outcome, Rehearsal, Row, Superseded
 from .next_request import NextRequest
 from .operator_notes import OperatorNotes
@@ -41,15 +39,6 @@ logger = logging.getLogger(__name__)
 
 # Answers a client may leave unread before its next requests are left unread too.
 MAX_UNREAD = 32
-
-_REASONS: dict[type[ManyhandsError], inference_pb2.RefusalReason.ValueType] = {
-    InvalidInput: inference_pb2.REFUSAL_REASON_INVALID,
-    TooLate: inference_pb2.REFUSAL_REASON_DEADLINE,
-    NotFound: inference_pb2.REFUSAL_REASON_UNKNOWN_SESSION,
-    Conflict: inference_pb2.REFUSAL_REASON_REPLAYED,
-    Overloaded: inference_pb2.REFUSAL_REASON_OVERLOADED,
-    Unreachable: inference_pb2.REFUSAL_REASON_UNAVAILABLE,
-}
 
 
 class Desk(Protocol):
@@ -380,20 +369,12 @@ class RobotStream:
         }
 
     def _response(self, asked: _Asked, answer: Answer, stage_s: Mapping[str, float]) -> inference_pb2.ActResponse:
-        session = asked.session
-        times = {stage: stamps.to_duration(seconds) for stage, seconds in stage_s.items()}
-        chunk = inference_pb2.Chunk(
-            actions=codec.encode_tensor(answer.actions[:, : session.fit.action_size]),
-            model_actions=codec.encode_tensor(answer.model_actions),
-            replan_interval_steps=self._desk.replan_interval_steps(session),
-        )
-        return inference_pb2.ActResponse(
-            session_id=session.session_id,
-            request_id=asked.request.request_id,
-            version=answer.version,
-            request_sent=asked.request.sent,
-            times=inference_pb2.StageTimes(**times, batch_size=answer.batch_size),
-            chunk=chunk,
+        return responses.answered(
+            asked.request,
+            answer,
+            stage_s,
+            action_size=asked.session.fit.action_size,
+            replan_interval_steps=self._desk.replan_interval_steps(asked.session),
         )
 
     def _note(self, session: Session, asked: _Asked, answer: Answer, stage_s: Mapping[str, float], is_late: bool) -> None:
@@ -403,28 +384,7 @@ class RobotStream:
         self, request: inference_pb2.ActRequest, why: ManyhandsError | Superseded, stage_s: Mapping[str, float]
     ) -> None:
         self._is_trusted = False
-        if isinstance(why, Superseded):
-            refusal = inference_pb2.Refusal(
-                reason=inference_pb2.REFUSAL_REASON_SUPERSEDED, message="a newer observation of this robot came first"
-            )
-        else:
-            refusal = inference_pb2.Refusal(
-                reason=_REASONS.get(type(why), inference_pb2.REFUSAL_REASON_INTERNAL),
-                field=why.field,
-                message=str(why),
-                retry_after=stamps.to_duration(why.retry_after_s) if why.retry_after_s is not None else None,
-            )
-        session = self._session
+        refusal, session = responses.refusal(why), self._session
         self._desk.notes.refused(session, request, refusal, stage_s, self._clock())
-        version: common_pb2.PolicyVersion | None = None
-        if session is not None:
-            version = self._desk.models[session.model].version
-        self._outbox.put_nowait(
-            inference_pb2.ActResponse(
-                session_id=request.session_id,
-                request_id=request.request_id,
-                version=version,
-                request_sent=request.sent,
-                refusal=refusal,
-            )
-        )
+        version = self._desk.models[session.model].version if session is not None else None
+        self._outbox.put_nowait(responses.refused(request, refusal, version))
