@@ -149,7 +149,12 @@ def test_the_engine_hears_of_a_row_while_its_pictures_are_decoded(
     service: InProcessService, stream: ActStream, policy: GatedPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[str, Row]] = []
-    monkeypatch.setattr(service.engine, "expect", lambda model, row: told.append((model, row)))
+
+    def expect(model: str, row: Row, *, with_gate: bool) -> int:
+        told.append((model, row))
+        return 0
+
+    monkeypatch.setattr(service.engine, "expect", expect)
     ask(stream, 7, task="tidy up")
     np.testing.assert_array_equal(next_chunk(stream).actions, local_chunk(policy, make_observation(7), 7, task="tidy up"))
     ((model, row),) = told
