@@ -1,16 +1,15 @@
 """Brings tensors of a version from the weights service to an engine: python -m services.inference.bring_in, started by the
 engine process only, for one version.
 
-In the engine itself thousands of small messages, each taken apart by Python, would keep the interpreter from the thread that
-launches units: with a device that was full of chunks these took half as long again while a version came in. Here they are
-received, verified and looked through, and go to the engine whole, in large pieces of shared memory.
+In the engine itself thousands of small messages, each taken apart by Python, would want the interpreter again and again, and
+so would the thread that launches units. Here they are received, verified and looked through, with the low priority of the
+thread that started this process, and go to the engine whole, in large pieces of shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import select
 import signal
 import socket
@@ -41,8 +40,6 @@ BYTES_AT = 64
 SHAPE = RingShape(slot_count=4, slot_bytes=BYTES_AT + PIECE_BYTES)
 # Every process has a ring of its own.
 GENERATION = 1
-# Below live inference: on a busy CPU the kernel gives the engine its time first.
-NICENESS = 10
 # The bits that are all set in an infinity and in what is no number.
 _EXPONENTS: Mapping[int, tuple[str, int]] = {
     common_pb2.DATA_TYPE_FLOAT16: ("<u2", 0x7C00),
@@ -122,7 +119,6 @@ def main(arguments: list[str] | None = None) -> int:
     # Signals to the whole group are for the front end; the engine ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.nice(NICENESS)
     socket_fd, memory_fd, filled_fd, free_fd = options.files
     with socket.socket(fileno=socket_fd) as told:
         task = engine_pb2.BringIn.FromString(b"".join(iter(lambda: told.recv(1 << 20), b"")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -211,3 +212,20 @@ def test_numbers_that_are_none_are_found_wherever_they_are(
         assert not bring_in.is_finite(dtype, not_finite.view(np.uint8))
         many = np.concatenate([np.tile(finite, 1 << 18), not_finite])
         assert not bring_in.is_finite(dtype, many.view(np.uint8))
+
+
+def test_it_has_the_priority_of_the_thread_that_starts_it(silent: ScriptedWeights) -> None:
+    bringer, seen = WeightsBringer(silent.address), []
+
+    def bring() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 7)
+        with pytest.raises(Cancelled):
+            brought(bringer, silent)
+
+    bringing = threading.Thread(target=bring)
+    bringing.start()
+    wait_for(lambda: silent.asked)
+    seen.append(processes()[0].nice())
+    bringer.close()
+    bringing.join(10.0)
+    assert seen == [7]
