@@ -202,7 +202,7 @@ class WeightsClient(channel.Client):
                 for entry, whole in self._fetch_stream([same[0] for same in waiting.values()], place):
                     yield entry
                     for other in waiting.pop(entry.sha256)[1:]:
-                        np.copyto(_placed(place, other), whole)
+                        np.copyto(placed(place, other), whole)
                         yield other
                     patience.progress()
                 if waiting:
@@ -329,7 +329,7 @@ def _receive(
                 field=entry.name,
             )
         if into is None:
-            into = _placed(place, entry)
+            into = placed(place, entry)
         np.copyto(into[offset:end], content)
         hasher.update(content.data)
         offset = end
@@ -344,7 +344,8 @@ def _receive(
     return None
 
 
-def _placed(place: Callable[[weights_pb2.TensorEntry], Bytes], entry: weights_pb2.TensorEntry) -> Bytes:
+def placed(place: Callable[[weights_pb2.TensorEntry], Bytes], entry: weights_pb2.TensorEntry) -> Bytes:
+    """The memory that place answers; InvalidInput where it has not the entry's size."""
     into, size = place(entry), weights_manifest.entry_bytes(entry)
     if into.shape != (size,):
         raise errors.InvalidInput(f"the memory for it has shape {into.shape}, its bytes need ({size},)", field=entry.name)

@@ -8,26 +8,22 @@ thread that started this process, and go to the engine whole, in large pieces of
 
 from __future__ import annotations
 
-import argparse
 import logging
 import select
-import signal
 import socket
 import struct
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from manyhands import logs, stamps, weights_manifest
-from manyhands.clients.weights import WeightsClient
+from manyhands.clients.weights import Bytes, WeightsClient
 from manyhands.common.v1 import common_pb2
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import Corrupt, InternalError, ManyhandsError
 from manyhands.weights.v1 import weights_pb2
 
-from . import engine_messages
-from .engine_program import end_with_parent
+from . import engine_messages, engine_program
 from .shared_ring import Doorbell, RingShape, RingWriter, map_memory
 
 logger = logging.getLogger(__name__)
@@ -48,8 +44,6 @@ _EXPONENTS: Mapping[int, tuple[str, int]] = {
     common_pb2.DATA_TYPE_FLOAT64: ("<u8", 0x7FF0_0000_0000_0000),
 }
 _CHECKED_AT_ONCE = 1 << 18
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class Pieces:
@@ -101,7 +95,7 @@ def bring(task: engine_pb2.BringIn, pieces: Pieces) -> None:
 
 
 def is_finite(dtype: int, content: Bytes) -> bool:
-    """Of a tensor's bytes; in parts that a processor's cache holds."""
+    """policies.tensor_file.is_finite() of a tensor's bytes, without torch: to load it takes longer than many a version."""
     if dtype not in _EXPONENTS:
         return True
     integer, exponent = _EXPONENTS[dtype]
@@ -110,16 +104,8 @@ def is_finite(dtype: int, content: Bytes) -> bool:
     return not any(bool(((part & exponent) == exponent).any()) for part in parts)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Started by an engine process, which hands it its files.")
-    parser.add_argument("--parent", type=int, required=True, help="process id of the engine")
-    parser.add_argument("--files", type=int, nargs=4, required=True, help="inherited: socket, memory, two eventfds")
-    options = parser.parse_args(arguments)
-    end_with_parent(options.parent)
-    # Signals to the whole group are for the front end; the engine ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    socket_fd, memory_fd, filled_fd, free_fd = options.files
+def main() -> int:
+    socket_fd, memory_fd, filled_fd, free_fd = engine_program.begin(4)
     with socket.socket(fileno=socket_fd) as told:
         task = engine_pb2.BringIn.FromString(b"".join(iter(lambda: told.recv(1 << 20), b"")))
         logs.set_up(task.log_level, process="bring-in", as_json=task.log_json)

@@ -8,12 +8,10 @@ the kernel's hand if need be, so that nothing is left holding a GPU.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import logging
 import os
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -27,11 +25,11 @@ from manyhands import logs, stamps
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import Cancelled, InternalError, ManyhandsError
 
-from . import engine_messages
+from . import engine_messages, engine_program
 from .capacity import DeviceCapacity
 from .engine_lines import Answers, Line
 from .engine_port import Job, Outcome, Swap, SwapResult, TextEnd
-from .engine_program import GONE, end_with_parent
+from .engine_program import GONE
 from .picture_gate import PictureGate, whole_pages
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, map_memory
 from .slot_layout import Request, SlotLayout
@@ -356,16 +354,8 @@ def _end_on_error(unhandled: threading.ExceptHookArgs) -> None:
 
 def main(arguments: list[str] | None = None, host: type[EngineHost] | None = None) -> int:
     """host: Another kind of engine, for tests and benchmarks."""
-    parser = argparse.ArgumentParser(description="Started by the front end of 'manyhands serve', which hands it its files.")
-    parser.add_argument("--parent", type=int, required=True, help="process id of the front end")
-    parser.add_argument("--files", type=int, nargs=6, required=True, help="inherited: socket, memory, four eventfds")
-    options = parser.parse_args(arguments)
-    end_with_parent(options.parent)
-    # Signals to the whole group are for the front end, which drains first and then says Stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    socket_fd, memory_fd, *bells = engine_program.begin(6, arguments)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    socket_fd, memory_fd, *bells = options.files
     line = Line(socket.socket(fileno=socket_fd))
     messages = line.receive(wait=True)
     if messages is None:

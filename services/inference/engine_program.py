@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import ctypes
@@ -64,7 +65,26 @@ class EngineProgram:
         return await asyncio.to_thread(self.wait, REAP_S)
 
 
-def end_with_parent(parent_pid: int) -> None:
+def begin(num_files: int, arguments: Sequence[str] | None = None) -> list[int]:
+    """What a process that EngineProgram starts does first.
+
+    It ends with its parent. Signals to the whole group are the front end's, which drains first and then ends the others.
+
+    Returns:
+        The descriptors that it inherits.
+    """
+    parser = argparse.ArgumentParser(description="Started by 'manyhands serve', which hands it its files.")
+    parser.add_argument("--parent", type=int, required=True, help="process id of whoever starts it")
+    parser.add_argument("--files", type=int, nargs=num_files, required=True, help="inherited descriptors")
+    options = parser.parse_args(arguments)
+    _end_with_parent(options.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    files: list[int] = options.files
+    return files
+
+
+def _end_with_parent(parent_pid: int) -> None:
     """Has the kernel kill this process when the thread that started it ends, whatever this process is doing then."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

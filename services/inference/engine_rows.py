@@ -137,7 +137,8 @@ class EngineRows:
         may_wait = with_gate and not (self._closed or self._in_flight or self._waiting)
         gate = next(_gates) if may_wait and self._gate is not None else 0
         self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_ahead=True, gate=gate))
-        self._closed = gate or self._closed
+        if not self._is_closed:  # As it is where the ring turned out to be broken.
+            self._closed = gate or self._closed
         return gate
 
     def give_up(self, gate: int) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
 
-from manyhands import logs, stamps, weights_manifest
+from manyhands import logs, stamps
+from manyhands.clients.weights import Bytes, placed
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import Cancelled, InternalError, Unreachable
 from manyhands.security import SecuritySettings
@@ -26,8 +26,6 @@ from .shared_ring import Doorbell, RingReader, grow_and_seal, make_memory
 MODULE = "services.inference.bring_in"
 # Beside the doorbell, the process's end is looked for.
 WAIT_S = 0.5
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class WeightsBringer:
@@ -54,6 +52,7 @@ class WeightsBringer:
                 comes out of the iterator that memory holds anything.
 
         Raises:
+            InvalidInput: place answered memory of another size.
             Corrupt: A tensor's bytes are not what their digest says, or its values not finite; field names it.
             NotFound: The service has dropped this version.
             Unreachable: The service, or the process, is gone.
@@ -77,7 +76,7 @@ class WeightsBringer:
                         return
                     entry = wanted[number]
                     if offset == 0:
-                        into = _placed(place, entry)
+                        into = placed(place, entry)
                     assert into is not None
                     np.copyto(into[offset : offset + size], content)
                     if is_last:
@@ -146,10 +145,3 @@ class WeightsBringer:
             patience=stamps.to_duration(self._patience_s),
             tensors=wanted,
         )
-
-
-def _placed(place: Callable[[weights_pb2.TensorEntry], Bytes], entry: weights_pb2.TensorEntry) -> Bytes:
-    into, size = place(entry), weights_manifest.entry_bytes(entry)
-    if into.shape != (size,):
-        raise InternalError(f"the memory for it has shape {into.shape}, its bytes need ({size},)", field=entry.name)
-    return into

@@ -187,6 +187,15 @@ async def test_a_gate_that_could_not_be_told_of_is_not_closed(ends: Ends, monkey
     assert ends.rows.expect("fake", row(1), with_gate=True) > 0
 
 
+async def test_a_ring_that_breaks_while_a_row_is_told_ahead_leaves_no_gate(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ends.rows, "_write_unasked", lambda request: ends.rows.close())
+    gate = ends.rows.expect("fake", row(1), with_gate=True)
+    ends.rows.give_up(gate)
+    ends.rows = EngineRows(lambda error: None)  # For the fixture to close.
+
+
 async def test_an_engine_that_cannot_wait_is_given_no_more_gates(ends: Ends) -> None:
     gate = ends.rows.expect("fake", row(1), with_gate=True)
     ends.rows.use_no_gate()

@@ -263,9 +263,7 @@ async def test_no_gate_stays_closed_when_its_row_does_not_come(desk: Desk, why: 
     request = desk.request(request_id=3)
     if why == "bad picture":
         data = request.observation.values[1].image.data
-        request.observation.values[1].image.data = data[:-40] + bytes(40)  # Its head is in order.
-        desk.engine.submit = lambda **row: None  # type: ignore[method-assign]
-        request.observation.values[1].image.data = data[: len(data) // 2]
+        request.observation.values[1].image.data = data[: len(data) // 2]  # Its head is in order.
     elif why == "over":
         desk.stream._is_over = True
     elif why == "newer":

@@ -17,7 +17,7 @@ import pytest
 
 from manyhands import weights_manifest
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import Cancelled, InternalError, NotFound, Unreachable
+from manyhands.errors import Cancelled, InternalError, InvalidInput, NotFound, Unreachable
 from manyhands.weights.v1 import weights_pb2
 from manyhands.weights_manifest import RawTensor
 from services.inference import bring_in, weights_bringer
@@ -111,7 +111,7 @@ def test_what_the_service_refuses_is_told_as_it_says_it() -> None:
 def test_memory_of_another_size_is_not_written() -> None:
     with service_of(table=np.ones(3, dtype=np.float32)) as service:
         bringer = WeightsBringer(service.address)
-        with pytest.raises(InternalError, match=r"\(11,\).*\(12,\)"):
+        with pytest.raises(InvalidInput, match=r"\(11,\).*\(12,\)"):
             list(bringer.fetch_into(service.manifest.tensors, lambda entry: np.zeros(11, np.uint8)))
     assert processes() == []
 
