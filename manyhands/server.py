@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from . import errors, security
+from . import errors, garbage, security
 from .interceptors import Guard, GuardInterceptor
 from .metrics import metrics_interceptor
 
@@ -129,6 +129,7 @@ class GrpcServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         await self.start()
+        garbage.settle()
         logger.info("listening on %s", self.address)
         print(f"READY {self.address}", flush=True)
         await stopping.wait()

@@ -21,7 +21,7 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from manyhands import logs, stamps
+from manyhands import garbage, logs, stamps
 from manyhands.engine.v1 import engine_pb2
 from manyhands.errors import Cancelled, InternalError, ManyhandsError
 
@@ -83,7 +83,9 @@ class EngineHost:
             return GONE
         reader, answers = use
         engine.start(self._progress)
-        self._post_ready(engine, self._begin_with(engine))
+        notes = self._begin_with(engine)
+        garbage.settle()
+        self._post_ready(engine, notes)
         self._serve(engine, reader, answers, layout)
         engine.stop()
         return 0

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
-from manyhands import channel, errors
+from manyhands import channel, errors, garbage
 
 from .links import Answer, Link, PlainLink, ServiceLink
 from .plan import STAGES, Plan, Tally, count
@@ -221,6 +221,7 @@ def main() -> int:
         threading.Thread(target=wait_for_end, daemon=True).start()
         return await run(plan, stop, report)
 
+    garbage.settle()  # Robots wait for themselves no longer than for the server.
     tally = uvloop.run(body())
     print(json.dumps({"tally": tally.model_dump(mode="json")}), flush=True)
     return 0

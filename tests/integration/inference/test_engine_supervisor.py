@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -37,11 +38,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def running(**options: Any) -> AsyncIterator[EngineSupervisor]:
+async def running(*, log_level: str = "info", **options: Any) -> AsyncIterator[EngineSupervisor]:
     """A supervisor whose loop has seen no unhandled error when it ends, and that leaves no process."""
     unhandled: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
-    supervisor = EngineSupervisor(engine_pb2.Start(log_level="info", device="fake"), **options)
+    supervisor = EngineSupervisor(engine_pb2.Start(log_level=log_level, device="fake"), **options)
     await supervisor.start()
     try:
         yield supervisor
@@ -405,3 +406,12 @@ async def test_a_first_start_that_fails_is_not_tried_again(manners: str, monkeyp
         await supervisor.start()
     await supervisor.stop()
     assert children() == []
+
+
+async def test_no_collection_looks_at_what_an_engine_starts_with(capfd: pytest.CaptureFixture[str]) -> None:
+    async with running(log_level="debug") as supervisor:
+        pid = children()[0].pid
+        assert isinstance(await submit(supervisor, 1), Answer)
+    (permanent,) = re.findall(rf"engine\[{pid}\] manyhands.garbage: (\d+) objects", capfd.readouterr().err)
+    # Modules, and with a real model its parts: a collection that visits them holds up every robot.
+    assert int(permanent) > 10_000

@@ -21,6 +21,7 @@ from manyhands.weights.v1 import weights_pb2, weights_pb2_grpc
 SERVICE = "manyhands.weights.v1.WeightsService"
 PROGRAM = """
 import asyncio
+import gc
 from manyhands.server import GrpcServer
 from manyhands.weights.v1 import weights_pb2, weights_pb2_grpc
 
@@ -34,7 +35,7 @@ class Weights(weights_pb2_grpc.WeightsServiceServicer):
         return weights_pb2.FindMissingResponse(sha256=[b"done"])
 
 async def drain():
-    print("DRAINED", flush=True)
+    print("DRAINED, permanent:", gc.get_freeze_count(), flush=True)
 
 async def main():
     server = GrpcServer("127.0.0.1:0")
@@ -83,6 +84,14 @@ def test_signal_drains_and_ends_in_time_although_a_watcher_stays(
             next(watch)
     assert process.stdout is not None
     assert "DRAINED" in process.stdout.read()
+
+
+def test_no_collection_looks_at_what_a_server_starts_with(process: subprocess.Popen[str]) -> None:
+    _address(process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=10)
+    # Modules and messages: a collection that visits them holds up every stream.
+    assert int(said.split("permanent:")[1]) > 10_000
 
 
 def test_tools_see_the_services(process: subprocess.Popen[str]) -> None:
