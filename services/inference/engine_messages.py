@@ -155,12 +155,14 @@ def to_ask(question_id: int, question: Question) -> engine_pb2.Ask:
         top_p=question.top_p,
         until_s=question.until_s,
         allowed_s=question.allowed_s,
+        owner=question.owner,
     )
 
 
 def from_ask(message: engine_pb2.Ask) -> Question:
     return Question(
         model=message.model,
+        owner=message.owner,
         sample=Observed(observation=codec.decode_values(message.observation), task=message.task),
         kind=message.kind,
         user_text=message.user_text,

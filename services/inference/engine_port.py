@@ -153,12 +153,14 @@ class Question:
     """What a model's text head is asked.
 
     Attributes:
+        owner: As of chunks: pictures that the owner's last chunks were made from need not be seen again. "": nobody's.
         kind: One of those that the contract names.
         until_s: When the text must be finished, on the monotonic clock.
         allowed_s: What the client gave, for people.
     """
 
     model: str
+    owner: str
     sample: Observed
     kind: inference_pb2.TextKind.ValueType
     user_text: str

@@ -29,6 +29,7 @@ from .device_gate import DeviceGate
 from .engine import canary_row
 from .engine_port import Observed, Row
 from .fused import trial
+from .fused.kept_vision import KeptVision
 from .fused.network import FusedPi052, Pictures
 from .fused.settings import FusedSettings, PrefixRow
 from .fused.slots import Slots
@@ -50,6 +51,9 @@ MAX_TEXTS = 32
 MAX_DRAFT_TOKENS = 32
 # Rows prepared before their pictures are there: one a robot, while those are decoded.
 MAX_ROWS_AHEAD = 64
+# Observations whose pictures are kept as they were seen, of full size 3 MB each: two of every robot of a fleet, whose chunks
+# are in progress a fifth of the time.
+KEPT_PER_ROW = 4
 
 
 class FusedModel(ServedModel):
@@ -105,6 +109,8 @@ class FusedModel(ServedModel):
         self.fused = FusedPi052(config.network, settings, device, dtype=dtype, kernels=kernels)
         self.fused.weights.refill(policy.network.state_dict())
         self._texts = FusedTexts(self.fused)
+        tokens_shape = (settings.num_cameras * config.network.num_patches, config.network.language.width)
+        self._kept = KeptVision(KEPT_PER_ROW * max_rows, tokens_shape, dtype=dtype, device=device)
         self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_ROWS_AHEAD)
         self._vision_ahead: VisionAhead | None = None
         # When the device began with the unit that is being launched, where that was before.
@@ -144,15 +150,20 @@ class FusedModel(ServedModel):
 
     # -- requests to rows: any thread ----------------------------------------------------------------------------------
 
-    def chunk_row(self, row: Row, gate: int = 0) -> ChunkRow:
-        """InvalidInput where the policy refuses the observation. gate: That its pictures came through."""
+    def chunk_row(self, row: Row, gate: int = 0, owner: str = "") -> ChunkRow:
+        """InvalidInput where the policy refuses the observation.
+
+        Args:
+            gate: That its pictures came through.
+            owner: Whose questions may be about the same pictures.
+        """
         sample = sample_of(row.sample)
         made = self._ahead.take(inputs_of(row))
         if made is None:
             made = self._without_pictures(row)
         else:
             samples.check([sample], self.policy.spec)  # Of its pictures nothing was known.
-        made.asked, made.pictures, made.gate = row, self._pictures(sample), gate
+        made.asked, made.pictures, made.gate, made.owner = row, self._pictures(sample), gate, owner
         return made
 
     def expect(self, row: Row) -> None:
@@ -181,7 +192,7 @@ class FusedModel(ServedModel):
         )
         return read, start
 
-    def text_row(self, observed: Observed, request: TextRequest) -> TextRowInWork:
+    def text_row(self, observed: Observed, request: TextRequest, owner: str = "") -> TextRowInWork:
         policy = self.policy
         sample = sample_of(observed)
         rules = policy.decoding(request)
@@ -200,6 +211,7 @@ class FusedModel(ServedModel):
             pieces=Pieces(policy.prompter),
             generator=torch.Generator().manual_seed(request.seed),
             draft=self._draft(request),
+            owner=owner,
         )
 
     def _draft(self, request: TextRequest) -> Sequence[int]:
@@ -248,9 +260,13 @@ class FusedModel(ServedModel):
                 row.read, row.start, row.version = again.read, again.start, again.version
             row.slot = self._take_slot()
         tokens = self._seen_of(rows)
+        seen_by_row = tokens.view(len(rows), -1, tokens.shape[-1])
+        if self.policy.has_text_head:
+            for row, seen in zip(rows, seen_by_row, strict=True):
+                self._kept.keep(row.owner, row.pictures, seen)
         self.fused.prefix([
             PrefixRow(slot=slot_of(row), picture_tokens=seen, picture_valid=valid_of(row), tokens=row.read.prompt.tokens)
-            for row, seen in zip(rows, tokens.view(len(rows), -1, tokens.shape[-1]), strict=True)
+            for row, seen in zip(rows, seen_by_row, strict=True)
         ])  # fmt: skip
         self.fused.begin_chunks([(slot_of(row), row.start) for row in rows])
 
@@ -267,11 +283,18 @@ class FusedModel(ServedModel):
     def run_text_prefix(self, row: TextRowInWork) -> Take:
         """The next slice of a question's prefix; the last gives the first token of its answer.
 
-        The first takes a slot, where the row has none from a prefix that begins again.
+        The first takes a slot, where the row has none from a prefix that begins again. Where the owner's chunks had the same
+        pictures it is the first behind those of vision.
         """
         if row.num_slices == 0:
             row.slot = self._take_slot() if row.slot is None else row.slot
-            self.fused.begin_question(row.slot, self._fitting(row.pictures), valid_of(row), row.read.prompt.tokens)
+            valid, tokens = valid_of(row), row.read.prompt.tokens
+            seen = self._kept.find(row.owner, row.pictures)
+            if seen is None:
+                self.fused.begin_question(row.slot, self._fitting(row.pictures), valid, tokens)
+            else:
+                self.fused.begin_seen_question(row.slot, seen, valid, tokens)
+                row.num_slices = self.fused.num_vision_slices
             row.num_foretold = 0
         return self._texts.run_prefix(row)
 
@@ -349,6 +372,7 @@ class FusedModel(ServedModel):
     def replace(self, policy: AnyPolicy, version: common_pb2.PolicyVersion, digests: Mapping[str, bytes]) -> AnyPolicy:
         """As ServedModel's, of what was staged last."""
         self.fused.weights.commit()
+        self._kept.forget()
         if self._vision_ahead is not None:
             self._vision_ahead.forget()
         self.wait()

@@ -35,6 +35,7 @@ class ChunkRow:
         pictures: By camera of the policy, None where the robot has none.
         start: Noise, and what is committed in this observation's model space.
         asked, version: What it was made of, and the version whose statistics it was read with.
+        owner: Whose pictures they are; "": nobody's.
         slot: While in work.
         gate: Number of the one that its pictures came through, too; 0: of none.
     """
@@ -44,6 +45,7 @@ class ChunkRow:
     start: ChunkStart
     asked: Row
     version: common_pb2.PolicyVersion
+    owner: str = ""
     slot: int | None = None
     gate: int = 0
 
@@ -54,7 +56,8 @@ class TextRowInWork:
 
     Attributes:
         draft: What greedy decoding is likely to give, the end token included; empty for none.
-        num_slices: Of its prefix that have run.
+        owner: As of a ChunkRow.
+        num_slices: Of its prefix that have run, or need not.
         num_foretold: Tokens that it has when what is launched has been taken in; None behind the check of a draft. The
             engine's thread alone knows.
         drawn: Its newest token where that is not the likeliest and the device does not know it yet.
@@ -66,6 +69,7 @@ class TextRowInWork:
     rules: text.Decoding
     pieces: Pieces
     generator: torch.Generator
+    owner: str = ""
     draft: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
     num_slices: int = 0

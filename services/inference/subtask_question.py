@@ -78,6 +78,7 @@ class SubtaskQuestion:
         last_subtask = request.task if request.task != request.ask_subtask_for else ""
         question = Question(
             model=model.name,
+            owner=session.session_id,
             sample=Observed(observation=observed.observation, task=request.ask_subtask_for),
             kind=inference_pb2.TEXT_KIND_SUBTASK,
             user_text="",

@@ -56,6 +56,7 @@ def question_of(request: inference_pb2.GenerateRequest, model: Model, session: S
         raise InvalidInput(f"is {allowed_s:g} s; it must be > 0 and at most {MAX_DEADLINE_S:g} s", field="deadline")
     return Question(
         model=model.name,
+        owner=session.session_id,
         sample=sample,
         kind=request.kind,
         user_text=request.user_text,

@@ -85,6 +85,7 @@ class TextLine(Generic[ChunkT, TextT]):
         unit: Unit[ChunkT, TextT],
         *,
         num_new_tokens: Mapping[Hashable, int],
+        num_slices: Mapping[Hashable, int],
         ended: frozenset[Hashable],
     ) -> tuple[TextWork[TextT], ...]:
         """Takes a unit's tokens in; answers the texts that are complete."""
@@ -94,7 +95,7 @@ class TextLine(Generic[ChunkT, TextT]):
             text.num_running -= 1
             num_new = 0
             if unit.kind is UnitKind.TEXT_PREFIX:
-                text.num_slices += 1
+                text.num_slices = num_slices.get(text_id, text.num_slices + 1)
                 # The end of a prefix is the first token's logits; with a draft, the check gives it.
                 num_new = int(text.kind is UnitKind.TEXT)
             elif unit.kind is UnitKind.DRAFT_CHECK:

@@ -112,7 +112,7 @@ class UnitEngine:
         """Puts a row in line. Its outcome, and that of the owner's row it replaces, goes to job.done."""
         model = self.models[job.model]
         try:
-            row = model.chunk_row(job.row, job.gate)
+            row = model.chunk_row(job.row, job.gate, owner)
         except Exception as error:  # Whatever is wrong with one robot's request must not end the engine of all.
             job.done(told(error, f"request {request_id} of session {owner}"))
             return
@@ -176,7 +176,7 @@ class UnitEngine:
         """As EnginePort.ask."""
         model = self.models[question.model]
         try:
-            row = model.text_row(question.sample, text_request(question))
+            row = model.text_row(question.sample, text_request(question), question.owner)
         except Exception as error:
             heard(TextEnd(error=told(error, f"a question to {question.model}")))
             return lambda: None

@@ -181,11 +181,14 @@ class UnitResults:
                 row.work.payload.began_s, row.work.payload.prefix_s = done_s - seconds, seconds
         new = {text.work.text_id: len(text.work.payload.row.tokens) - known[text.work.text_id] for text in unit.texts}
         ended = [text.work.text_id for text in unit.texts if text.work.payload.row.has_ended]
+        slices = {}
+        if unit.kind is UnitKind.TEXT_PREFIX:
+            slices = {text.work.text_id: text.work.payload.row.num_slices for text in unit.texts}
         with state.changed:
             if unit.kind in ACTION_KINDS:
                 state.scheduler.times.observe(unit.group, unit.size, seconds, done_s)
                 return ()
-            texts = state.scheduler.finished(unit, seconds, done_s, num_new_tokens=new, ended=ended).texts
+            texts = state.scheduler.finished(unit, seconds, done_s, num_new_tokens=new, num_slices=slices, ended=ended).texts
             for work in texts:
                 state.release_later([work], wipe=work.payload.row.is_broken)
             state.wake()

@@ -162,6 +162,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         now_s: float,
         *,
         num_new_tokens: Mapping[Hashable, int] | None = None,
+        num_slices: Mapping[Hashable, int] | None = None,
         ended: Iterable[Hashable] = (),
     ) -> Finished[ChunkT, TextT]:
         """Reports the unit that ran; answers what it completed.
@@ -173,6 +174,8 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             duration_s: None where it was not measured: the device may still be at it.
             num_new_tokens: By text_id where it is not what the kind of unit gives: one for a step and for the last slice of
                 a prefix without a draft. A draft check gives what was right of the draft, and one more.
+            num_slices: By text_id, of a prefix, all that are done now, where it is not one more than before: the first may
+                stand for others that need not run.
             ended: text_ids whose text came to its end before max_tokens.
         """
         if duration_s is not None:
@@ -180,7 +183,10 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             self._busy_at_least_until_s = now_s
         if unit.kind not in ACTION_KINDS:
             self._end_text(unit)
-            return Finished(texts=self._texts.finished(unit, num_new_tokens=num_new_tokens or {}, ended=frozenset(ended)))
+            texts = self._texts.finished(
+                unit, num_new_tokens=num_new_tokens or {}, num_slices=num_slices or {}, ended=frozenset(ended)
+            )
+            return Finished(texts=texts)
         complete: list[ChunkWork[ChunkT]] = []
         for row in unit.rows:
             if unit.kind is UnitKind.PREFIX:

@@ -84,6 +84,8 @@ class ServiceLink:
         self.session_id = ""
         self.required: tuple[str, ...] = ()
         self._bodies: list[bytes] = []
+        # What was observed last.
+        self._newest = b""
 
     async def open(self) -> None:
         plan = self._plan
@@ -100,6 +102,7 @@ class ServiceLink:
         self.session_id = session.session_id
         self.required = tuple(session.required_observations)
         self._bodies = self._encoded(Spec.from_proto(spec))
+        self._newest = self._bodies[0]
         self._request_id = 0
         self._last_chunk = None
         act: Any = self._connection.stream_stream(ACT, response_deserializer=inference_pb2.ActResponse.FromString)
@@ -117,9 +120,10 @@ class ServiceLink:
     async def ask(self, tick: int) -> Answer:
         head = inference_pb2.ActRequest(sent=stamps.now(), noise_seed=tick).SerializeToString()
         drained_s: float | None = None
+        self._newest = self._bodies[tick % len(self._bodies)]
         with channel.translated_errors():
             try:
-                await self._call.write(b"".join((self._prepared, head, self._bodies[tick % len(self._bodies)])))
+                await self._call.write(b"".join((self._prepared, head, self._newest)))
             except asyncio.InvalidStateError:  # The stream had ended between two requests.
                 raise errors.Unreachable(f"the stream has ended: {await self._call.details()}") from None
             while True:
@@ -149,9 +153,9 @@ class ServiceLink:
             drained_s=drained_s,
         )
 
-    def generate(self, tokens: int, previous_text: str, tick: int) -> Any:
-        """The call, an asynchronous iterator of GenerateResponse."""
-        body = inference_pb2.ActRequest.FromString(self._bodies[tick % len(self._bodies)])
+    def generate(self, tokens: int, previous_text: str) -> Any:
+        """The call, an asynchronous iterator of GenerateResponse. About what it acts on, as an actor's subtask is."""
+        body = inference_pb2.ActRequest.FromString(self._newest)
         request = inference_pb2.GenerateRequest(
             session_id=self.session_id,
             request_id=uuid.uuid4().hex,

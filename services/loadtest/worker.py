@@ -134,16 +134,16 @@ class SimulatedRobot:
             await self._sleep_until(first_s + tick * every_s)
             if self._stop.is_set():
                 return
-            await self._ask_text(link, tick)
+            await self._ask_text(link)
             tick = max(tick + 1, math.floor((time.monotonic() - first_s) / every_s))
 
-    async def _ask_text(self, link: ServiceLink, tick: int) -> None:
+    async def _ask_text(self, link: ServiceLink) -> None:
         tally = self._tally
         tally.questions += 1
         started, num_tokens = time.perf_counter(), 0
         try:
             with channel.translated_errors():
-                async for response in link.generate(self._plan.ask_tokens, self._previous_text, tick):
+                async for response in link.generate(self._plan.ask_tokens, self._previous_text):
                     if response.token_count and not num_tokens:
                         tally.first_token_ms.append(round((time.perf_counter() - started) * 1e3, 3))
                     tally.tokens += response.token_count - num_tokens

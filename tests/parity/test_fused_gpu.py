@@ -194,7 +194,8 @@ def test_a_prefix_in_slices_is_a_whole_one_whatever_runs_between(
         one = lab.request(SIZES, num_tokens, num_tokens, horizon=HORIZON, lacks=1 if num_tokens == 49 else None)
         length = lab.NUM_CAMERAS * SIZES.num_patches + (48 if num_tokens <= 48 else 200)
         kept = []
-        for slot in (lab.begin(fused, [one])[0], lab.begin_in_slices(fused, one, between)):
+        in_slices = (lab.begin_in_slices(fused, one, between, are_seen=are_seen) for are_seen in (False, True))
+        for slot in (lab.begin(fused, [one])[0], *in_slices):
             pool = fused.slots
             counts = torch.stack([pool.action_keys, pool.text_keys, pool.action_position, pool.text_position])[:, slot]
             logits = fused.first_text([lab.TextRow(slot=slot, flags=NO_LOCATIONS)])[0][0, allowed]
@@ -206,8 +207,9 @@ def test_a_prefix_in_slices_is_a_whole_one_whatever_runs_between(
                 expected = plain.text_logits(state.hidden[:, -1])[0]
             assert lab.relative(logits, expected[allowed]) < TOLERANCE
             pool.give_back(slot)
-        for sliced, whole in zip(kept[1], kept[0], strict=True):
-            assert lab.relative(sliced, whole) < TOLERANCE
+        for in_pieces in kept[1:]:
+            for sliced, whole in zip(in_pieces, kept[0], strict=True):
+                assert lab.relative(sliced, whole) < TOLERANCE
 
 
 def test_a_draft_gives_what_step_by_step_decoding_gives(networks: tuple[Pi052Network, Pi052Network]) -> None:

@@ -172,13 +172,24 @@ def begin(fused: FusedPi052, asked: list[Request], *, together: bool = True) -> 
 
 
 @torch.inference_mode()
-def begin_in_slices(fused: FusedPi052, one: Request, between: Callable[[], None] = lambda: None) -> int:
-    """A question's prefix, and what between runs before each slice but the first; its slot."""
+def begin_in_slices(
+    fused: FusedPi052, one: Request, between: Callable[[], None] = lambda: None, *, are_seen: bool = False
+) -> int:
+    """A question's prefix, and what between runs before each slice but the first; its slot.
+
+    are_seen: vision() has seen its pictures, before all that.
+    """
     slot = fused.slots.take()
     assert slot is not None
-    fused.begin_question(slot, one.pictures.to(fused.device), one.picture_valid, one.tokens)
-    for at in range(fused.num_prefix_slices):
-        if at > 0:
+    pictures, first = one.pictures.to(fused.device), 0
+    if are_seen:
+        seen, first = fused.vision(pictures).flatten(0, 1).clone(), fused.num_vision_slices
+        between()
+        fused.begin_seen_question(slot, seen, one.picture_valid, one.tokens)
+    else:
+        fused.begin_question(slot, pictures, one.picture_valid, one.tokens)
+    for at in range(first, fused.num_prefix_slices):
+        if at > first:
             between()
         fused.prefix_slice(slot, at)
     return slot

@@ -111,11 +111,12 @@ KINDS = {
 }
 
 
-def ask(engine, request, *, seed=1, deadline_s=30.0):
+def ask(engine, request, *, seed=1, deadline_s=30.0, owner=""):
     """How to stop it, and what is heard."""
     given, heard = sample(seed), queue.Queue()
     question = Question(
         model="tiny",
+        owner=owner,
         sample=Observed(observation=given.observation, task=given.task),
         kind=KINDS[request.kind],
         user_text=request.user_text,

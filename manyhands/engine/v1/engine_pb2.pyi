@@ -719,6 +719,7 @@ class Ask(_message.Message):
     TOP_P_FIELD_NUMBER: _builtins.int
     UNTIL_S_FIELD_NUMBER: _builtins.int
     ALLOWED_S_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     question_id: _builtins.int
     model: _builtins.str
     kind: _inference_pb2.TextKind.ValueType
@@ -732,6 +733,8 @@ class Ask(_message.Message):
     """CLOCK_MONOTONIC, which the processes of one machine share."""
     allowed_s: _builtins.float
     """What the client gave, for the message."""
+    owner: _builtins.str
+    """As of its rows: pictures that they had need not be seen again. Empty: nobody's."""
     @_builtins.property
     def observation(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.NamedValue]:
         """As the model's spec has it; pictures as tensors."""
@@ -751,10 +754,11 @@ class Ask(_message.Message):
         top_p: _builtins.float = ...,
         until_s: _builtins.float = ...,
         allowed_s: _builtins.float = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_s", b"allowed_s", "kind", b"kind", "max_new_tokens", b"max_new_tokens", "model", b"model", "observation", b"observation", "previous_text", b"previous_text", "question_id", b"question_id", "task", b"task", "temperature", b"temperature", "top_p", b"top_p", "until_s", b"until_s", "user_text", b"user_text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_s", b"allowed_s", "kind", b"kind", "max_new_tokens", b"max_new_tokens", "model", b"model", "observation", b"observation", "owner", b"owner", "previous_text", b"previous_text", "question_id", b"question_id", "task", b"task", "temperature", b"temperature", "top_p", b"top_p", "until_s", b"until_s", "user_text", b"user_text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,6 +56,7 @@ class FusedPi052:
     weights: stage() and commit() change them under the captured graphs.
     slots: Where rows live.
     num_prefix_slices: Units that a question's prefix comes in.
+    num_vision_slices: Of these, the first, that pictures take.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class FusedPi052:
             for _ in range(settings.questions_at_once)
         ]
         self.num_prefix_slices = self._free_places[0].num_slices
+        self.num_vision_slices = self._free_places[0].num_of_vision
         self._each_step = torch.arange(settings.num_steps, dtype=torch.int32, device=device)
         self._recorded: dict[tuple[str, int, int], Recorded[Any]] = {}
 
@@ -274,15 +276,27 @@ class FusedPi052:
 
         As many prefixes are in progress at a time as questions_at_once says; one that ends early is given up.
         """
-        if slot not in self._questions:
-            self._questions[slot] = self._free_places.pop()
-        inputs = self._questions[slot].begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
+        inputs = self._question_at(slot).begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
         if isinstance(pictures, torch.Tensor):
             inputs["pictures"].copy_(pictures, non_blocking=True)
         else:
             self._send_pictures(pictures, self._question_bytes)
             inputs["pictures"].copy_(self.units.numbers_of(self._question_bytes))
         self._send_prompts(inputs, [(slot, picture_valid, tokens)])
+
+    @torch.inference_mode()
+    def begin_seen_question(self, slot: int, seen: torch.Tensor, picture_valid: Sequence[bool], tokens: Tokens) -> None:
+        """begin_question() of pictures that vision() has seen, (I * P, D): its slice number num_vision_slices comes next."""
+        place = self._question_at(slot)
+        inputs = place.begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
+        self._send_prompts(inputs, [(slot, picture_valid, tokens)])
+        place.enter(seen)
+
+    def _question_at(self, slot: int) -> PrefixSlices:
+        """Where its prefix is in progress from now on."""
+        if slot not in self._questions:
+            self._questions[slot] = self._free_places.pop()
+        return self._questions[slot]
 
     @torch.inference_mode()
     def prefix_slice(self, slot: int, at: int) -> None:

@@ -1,7 +1,8 @@
 """The prefix of one question, a few layers at a time, so that no chunk waits for all of it.
 
 A slice is some neighbouring layers, by the same functions that whole passes of vision and prefix are made of. Where they are
-cut is decided by what layers cost, so that slices are about equally long.
+cut is decided by what layers cost, so that slices are about equally long; one ends where vision does, so that pictures that
+were seen already (kept_vision.py) can be left out.
 
 What a slice leaves for the next lies in buffers of its own: a chunk's prefix, its steps and other texts may run in between.
 There is one set of buffers for each question that may be amid its prefix.
@@ -29,7 +30,6 @@ from .units import Units
 PREFIX_RATE, VISION_RATE, READ_RATE = 690e12, 320e12, 1.5e12
 # Of a text step, that a slice may take: cuts only fall between layers, and every slice is launched on its own.
 SHARE_OF_TEXT_STEP = 0.9
-MIN_SLICES = 2
 
 
 class PrefixPieces:
@@ -46,6 +46,17 @@ class PrefixPieces:
         self._vision_x = torch.zeros(num_patches, config.vision.width, dtype=torch.float32, device=device)
         self._vision_branch = torch.zeros(num_patches, config.vision.width, dtype=dtype, device=device)
         self._x = torch.zeros(1, num_patches + longest_prompt, config.language.width, dtype=dtype, device=device)
+        self.seen = torch.zeros(1, num_patches, config.language.width, dtype=dtype, device=device)
+
+    def enter(self, picture_tokens: torch.Tensor, tokens: torch.Tensor) -> None:
+        """In place of the pieces of vision.
+
+        Args:
+            picture_tokens: (1, I * P, D), what pictures were seen as.
+            tokens: (1, L) int32.
+        """
+        x = self._x[:, : picture_tokens.shape[1] + tokens.shape[1]]
+        x.copy_(self._units.prefix_begin(picture_tokens, tokens))
 
     def run(
         self,
@@ -75,8 +86,7 @@ class PrefixPieces:
             self._vision_branch.copy_(branch)
         x = self._x[:, : self._vision_x.shape[0] + tokens.shape[1]]
         if pieces.start < depth <= pieces.stop:
-            seen = units.vision_end(self._vision_x, self._vision_branch)
-            x.copy_(units.prefix_begin(seen.flatten(0, 1)[None], tokens))
+            self.enter(units.vision_end(self._vision_x, self._vision_branch).flatten(0, 1)[None], tokens)
         if pieces.stop <= depth:
             return
         valid = units.prefix_valid(picture_valid, token_valid)
@@ -95,6 +105,7 @@ class PrefixPieces:
 class PrefixSlices:
     """Attributes:
     num_slices: That a prefix comes in; 0: there are no questions.
+    num_of_vision: Of these, the first, that only see pictures.
     """
 
     def __init__(
@@ -117,45 +128,66 @@ class PrefixSlices:
         self._inputs = inputs
         config = units.weights.config
         self._slices = planned(config, num_cameras=num_cameras, longest_prompt=longest_prompt, num_slices=num_slices)
-        # By prompt length, every slice; those of the prefix in progress, and which of them comes next.
-        self._prepared: dict[int, list[Recorded[None]]] = {}
-        self._current: Sequence[Recorded[None]] = ()
+        self.num_of_vision = sum(pieces.stop <= config.vision.depth for pieces in self._slices)
+        # By prompt length, every slice, and what stands for those of vision; the prefix in progress, and which of its slices
+        # comes next.
+        self._prepared: dict[int, tuple[list[Recorded[None]], Recorded[None]]] = {}
+        self._current: tuple[list[Recorded[None]], Recorded[None]]
         self._next = 0
 
     @property
     def num_slices(self) -> int:
         return len(self._slices)
 
-    def prepare(self, length: int) -> list[Recorded[None]]:
+    def prepare(self, length: int) -> tuple[list[Recorded[None]], Recorded[None]]:
         """All slices of a prompt length at once: capturing one runs it, which would spoil a prefix in progress."""
         if length not in self._prepared:
             with torch.inference_mode(False):
                 inputs = self._inputs(length)
-            self._prepared[length] = [
-                Recorded(partial(self._pieces.run, pieces), inputs, self._pool) for pieces in self._slices
-            ]
+            slices = [Recorded(partial(self._pieces.run, pieces), inputs, self._pool) for pieces in self._slices]
+            seen = {"picture_tokens": self._pieces.seen, "tokens": inputs["tokens"]}
+            self._prepared[length] = slices, Recorded(self._pieces.enter, seen, self._pool)
         return self._prepared[length]
 
     def begin(self, length: int) -> Mapping[str, torch.Tensor]:
         """The inputs of all slices, to be written now; a prefix in progress is given up."""
         assert self._slices, "this network was prepared for no questions"
         self._current, self._next = self.prepare(length), 0
-        return self._current[0].inputs
+        slices, _ = self._current
+        return slices[0].inputs
+
+    def enter(self, seen: torch.Tensor) -> None:
+        """In place of the slices of vision; behind begin(), when the prompt is written. seen: (I * P, D)."""
+        assert self._next == 0, "pictures are left out before the first slice"
+        _, entering = self._current
+        self._pieces.seen[0].copy_(seen)
+        entering.run()
+        self._next = self.num_of_vision
 
     def run(self, at: int) -> None:
         """Slice number at of the prefix in progress."""
         assert at == self._next, f"slice {self._next} of this prefix comes next, not {at}"
         self._next += 1
-        self._current[at].run()
+        slices, _ = self._current
+        slices[at].run()
 
 
 def planned(config: NetworkConfig, *, num_cameras: int, longest_prompt: int, num_slices: int | None) -> list[range]:
-    """The pieces (of piece_costs_s()) of every slice; num_slices as of PrefixSlices."""
+    """The pieces (of piece_costs_s()) of every slice; num_slices as of PrefixSlices, at least two."""
     num_patches = num_cameras * config.num_patches
-    costs_s = piece_costs_s(config, num_patches, num_patches + longest_prompt)
+    depth, costs_s = config.vision.depth, piece_costs_s(config, num_patches, num_patches + longest_prompt)
+    if num_slices == 0:
+        return []
+    of_vision_s, of_language_s = costs_s[:depth], costs_s[depth:]
     if num_slices is None:
-        num_slices = max(MIN_SLICES, math.ceil(sum(costs_s) / (SHARE_OF_TEXT_STEP * text_step_s(config))))
-    return cuts(costs_s, num_slices)
+        longest_s = SHARE_OF_TEXT_STEP * text_step_s(config)
+        num_of_vision, num_others = (math.ceil(sum(some) / longest_s) for some in (of_vision_s, of_language_s))
+    else:
+        fair = round(num_slices * sum(of_vision_s) / sum(costs_s))
+        num_of_vision = max(1, num_slices - len(of_language_s), min(fair, num_slices - 1))
+        num_others = num_slices - num_of_vision
+    language = cuts(of_language_s, num_others)
+    return [*cuts(of_vision_s, num_of_vision), *(range(depth + cut.start, depth + cut.stop) for cut in language)]
 
 
 def cuts(costs: Sequence[float], num: int) -> list[range]:

@@ -260,6 +260,7 @@ async def test_what_devices_did_is_added_up_over_engines_that_die() -> None:
 def a_question() -> Question:
     return Question(
         model="fake",
+        owner="left",
         sample=row(1).sample,
         kind=inference_pb2.TEXT_KIND_VISUAL_QUESTION,
         user_text="what do you see",

@@ -176,11 +176,16 @@ def left_by_a_prefix(fused: FusedPi052, slot: int, length: int) -> list[torch.Te
     return [tensor.clone() for tensor in kept]
 
 
+@pytest.mark.parametrize("are_seen", [False, True])
 @pytest.mark.parametrize("num_slices", [None, 5])
-def test_a_prefix_in_slices_leaves_the_bits_of_a_whole_one(model: torch.nn.Module, num_slices: int | None) -> None:
-    """Cut between all layers or once; both prompt buckets, a missing camera, and units of other rows between two slices."""
+def test_a_prefix_in_slices_leaves_the_bits_of_a_whole_one(
+    model: torch.nn.Module, num_slices: int | None, are_seen: bool
+) -> None:
+    """Cut between all layers or behind vision; both prompt buckets, a missing camera, pictures that were seen before, and
+    units of other rows between two slices."""
     fused, asked = fused_of(model, prefix_slices=num_slices), mixed_requests()
-    assert fused.num_prefix_slices == (num_slices or prefix_slices.MIN_SLICES)
+    assert fused.num_prefix_slices == (num_slices or 3)
+    assert fused.num_vision_slices == (2 if num_slices else 1)
     acting, decoding = lab.begin(fused, [asked[1], asked[3]])
     decoding_row = lab.TextRow(slot=decoding, flags=0)
     fused.first_text([decoding_row])
@@ -203,8 +208,8 @@ def test_a_prefix_in_slices_leaves_the_bits_of_a_whole_one(model: torch.nn.Modul
         fused.slots.wipe(slot)
         fused.slots.give_back(slot)
         turns.clear()
-        slot = lab.begin_in_slices(fused, one, others)
-        assert len(turns) == fused.num_prefix_slices - 1
+        slot = lab.begin_in_slices(fused, one, others, are_seen=are_seen)
+        assert len(turns) == fused.num_prefix_slices - (fused.num_vision_slices if are_seen else 1)
         for left, whole in zip(left_by_a_prefix(fused, slot, length), expected, strict=True):
             assert torch.equal(left, whole)
         fused.slots.give_back(slot)
@@ -258,7 +263,10 @@ def test_slices_of_a_full_size_network_are_about_equal_and_no_longer_than_a_text
         assert [piece for pieces in slices for piece in pieces] == list(range(27 + 17 + 1))
         lengths = [sum(costs[piece] for piece in pieces) for pieces in slices]
         assert max(lengths) <= prefix_slices.text_step_s(config)
-        assert max(lengths) < 1.5 * min(lengths)
+        of_vision = sum(pieces.stop <= 27 for pieces in slices)
+        assert sum(len(pieces) for pieces in slices[:of_vision]) == 27, "a slice ends where vision does"
+        for some in (lengths[:of_vision], lengths[of_vision:]):
+            assert max(some) < 1.5 * min(some)
         assert num_cameras != 3 or len(slices) == 6
 
 

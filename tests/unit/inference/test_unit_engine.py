@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import threading
@@ -24,6 +25,7 @@ from tests.support import prompted_lab
 from tests.support.prompted_lab import CPU, STATE
 from tests.support.unit_lab import (
     KINDS,
+    SUBTASK,
     answer_of,
     ask,
     hold,
@@ -80,6 +82,41 @@ def test_rows_of_different_robots_do_not_change_each_other(engine, policy):
         sizes.add(outcome.batch_size)
         assert near(outcome.actions, plain(policy, one)[0])
     assert max(sizes) > 1, "they were to share units"
+
+
+def slices_run(engine):
+    return engine.device_time().units["tiny", UnitKind.TEXT_PREFIX].num_units
+
+
+@pytest.mark.parametrize(
+    ("owner", "picture", "is_seen"), [("left", 1, True), ("left", 2, False), ("right", 1, False), ("", 1, False)]
+)
+def test_a_question_about_what_its_robot_acts_on_sees_no_picture_again(policy, owner, picture, is_seen):
+    """And says what it says else; another robot's question, or one about other pictures, sees for itself."""
+    with running(policy) as engine:
+        fused = engine.models["tiny"].fused
+        answer_of(submit(engine, "left", row(1)))
+        _, heard = ask(engine, SUBTASK, seed=picture, owner=owner)
+        assert whole_text(heard) == "".join(policy.generate([sample(picture)], SUBTASK, CPU))
+        left_out = fused.num_vision_slices if is_seen else 0
+        assert left_out < fused.num_prefix_slices
+        assert slices_run(engine) == fused.num_prefix_slices - left_out
+
+
+def test_new_weights_see_pictures_again(policy):
+    with running(policy) as engine:
+        model = engine.models["tiny"]
+        answer_of(submit(engine, "left", row(1)))
+        other = copy.deepcopy(policy)
+        for name, parameter in other.network.named_parameters():
+            if name.startswith("vision."):
+                parameter.data.normal_(std=0.5)
+        model.stage(other)
+        engine.between_passes(lambda: model.replace(other, model.version, model.digests))
+        _, heard = ask(engine, SUBTASK, seed=1, owner="left")
+        expected = "".join(other.generate([sample(1)], SUBTASK, CPU))
+        assert expected != "".join(policy.generate([sample(1)], SUBTASK, CPU))
+        assert whole_text(heard) == expected
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -392,7 +429,7 @@ def test_an_answer_longer_than_there_is_room_for_is_refused(engine):
     assert error.field == "max_new_tokens"
 
 
-@pytest.mark.parametrize(("policy_type", "question_s", "max_texts"), [("pi052", 2 * 0.02 + 0.004, 4), ("pi05", 0.0, 1)])
+@pytest.mark.parametrize(("policy_type", "question_s", "max_texts"), [("pi052", 3 * 0.02 + 0.004, 4), ("pi05", 0.0, 1)])
 def test_what_is_promised_is_chunks_with_shared_steps_and_what_a_question_needs(policy_type, question_s, max_texts):
     model = FusedModel("tiny", make_policy(policy_type), CPU, max_rows=4, max_texts=4)
     times = ServiceTimes(forgets=False)

@@ -54,6 +54,16 @@ def test_a_prefix_that_begins_again_runs_all_of_its_slices_again() -> None:
     assert scheduler.restart_prefixes() == ()
 
 
+def test_a_slice_may_stand_for_those_that_need_not_run() -> None:
+    scheduler = make()
+    scheduler.ask(question("q", num_prefix_slices=5, max_tokens=2))
+    kinds, done = [], [3, 4, 5]
+    while (unit := scheduler.next_unit(0.0).unit) is not None:
+        kinds.append(unit.kind)
+        scheduler.finished(unit, SLICE_S[1], 0.0, num_slices={"q": done.pop(0)} if done else {})
+    assert kinds == [UnitKind.TEXT_PREFIX] * 3 + [UnitKind.TEXT]
+
+
 def test_one_prefix_is_in_progress_at_a_time_whatever_models_there_are() -> None:
     """A model has room for the state of one."""
     scheduler: AnyScheduler = UnitScheduler(times=known(models=("m", "other")))

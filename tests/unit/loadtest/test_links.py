@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import grpc
 import numpy as np
 
 from manyhands import codec
+from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2
 from services.loadtest.links import ServiceLink
 from tests.unit.loadtest.test_loadtest_report import make_plan
@@ -46,3 +49,21 @@ async def test_a_request_says_what_was_left_of_the_chunk_before_it() -> None:
     assert not first.HasField("committed_prefix")
     left = codec.decode_tensor(second.committed_prefix, field="committed_prefix")
     assert np.array_equal(left, np.ones((HORIZON - 4, 2), dtype=np.float32))
+
+
+async def test_a_question_is_about_what_was_observed_last() -> None:
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as connection:
+        link = ServiceLink(make_plan(), 0, connection, {})
+        asked: list[inference_pb2.GenerateRequest] = []
+        link._call, link.session_id = Call(), "session"
+        link._stub = SimpleNamespace(Generate=lambda request, timeout: asked.append(request))  # type: ignore[assignment]
+        observed = [
+            common_pb2.Observation(values=[common_pb2.NamedValue(name=name)]) for name in ("first", "second", "third")
+        ]
+        link._bodies = [inference_pb2.ActRequest(observation=one).SerializeToString() for one in observed]
+        for tick in (4, 2):
+            link.prepare()
+            await link.ask(tick)
+            link.generate(20, "pick")
+    assert [(one.session_id, one.previous_text, one.max_new_tokens) for one in asked] == [("session", "pick", 20)] * 2
+    assert [one.observation for one in asked] == [observed[1], observed[2]]

@@ -91,7 +91,7 @@ class TalkingLink(ServiceLink):
     async def ask(self, tick: int) -> Answer:
         return Answer(batch_size=1)
 
-    async def generate(self, tokens: int, previous_text: str, tick: int) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    async def generate(self, tokens: int, previous_text: str) -> AsyncIterator[inference_pb2.GenerateResponse]:
         self.asked_s.append(time.monotonic())
         await asyncio.sleep(self._answers_s[min(len(self.asked_s), len(self._answers_s)) - 1])
         yield inference_pb2.GenerateResponse(text="go", token_count=tokens)
