@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from manyhands import config, errors
+from manyhands import config, errors, garbage
 from manyhands.actor.v1 import actor_pb2, actor_pb2_grpc
 from manyhands.common.v1 import common_pb2
 from manyhands.metrics import serve_metrics
@@ -90,6 +90,7 @@ async def _serve(settings: Settings, actor: Actor) -> None:
         servicer,
         actor_pb2.DESCRIPTOR.services_by_name["ActorService"].full_name,
     )
+    garbage.settle()  # Before a robot moves.
     if settings.resume_run:
         actor.resume_run()
 

@@ -128,8 +128,8 @@ class GrpcServer:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
+        garbage.settle()  # Before anybody can ask for anything.
         await self.start()
-        garbage.settle()
         logger.info("listening on %s", self.address)
         print(f"READY {self.address}", flush=True)
         await stopping.wait()

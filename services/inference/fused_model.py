@@ -30,8 +30,8 @@ from .engine import canary_row
 from .engine_port import Observed, Row
 from .fused import trial
 from .fused.kept_vision import KeptVision
-from .fused.network import FusedPi052, Pictures
-from .fused.settings import FusedSettings, PrefixRow
+from .fused.network import FusedPi052
+from .fused.settings import FusedSettings, Pictures, PrefixRow
 from .fused.slots import Slots
 from .fused.starts import ChunkStart
 from .fused.vision_ahead import VisionAhead
@@ -51,9 +51,8 @@ MAX_TEXTS = 32
 MAX_DRAFT_TOKENS = 32
 # Rows prepared before their pictures are there: one a robot, while those are decoded.
 MAX_ROWS_AHEAD = 64
-# Observations whose pictures are kept as they were seen, of full size 3 MB each: two of every robot of a fleet, whose chunks
-# are in progress a fifth of the time.
-KEPT_PER_ROW = 4
+# Observations whose pictures are kept as they were seen, of full size 3 MB each on the device: two of each of 32 robots.
+MAX_KEPT = 64
 
 
 class FusedModel(ServedModel):
@@ -110,7 +109,8 @@ class FusedModel(ServedModel):
         self.fused.weights.refill(policy.network.state_dict())
         self._texts = FusedTexts(self.fused)
         tokens_shape = (settings.num_cameras * config.network.num_patches, config.network.language.width)
-        self._kept = KeptVision(KEPT_PER_ROW * max_rows, tokens_shape, dtype=dtype, device=device)
+        num_kept = MAX_KEPT if policy.has_text_head else 0
+        self._kept = KeptVision(num_kept, tokens_shape, dtype=dtype, device=device)
         self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_ROWS_AHEAD)
         self._vision_ahead: VisionAhead | None = None
         # When the device began with the unit that is being launched, where that was before.
@@ -260,15 +260,14 @@ class FusedModel(ServedModel):
                 row.read, row.start, row.version = again.read, again.start, again.version
             row.slot = self._take_slot()
         tokens = self._seen_of(rows)
-        seen_by_row = tokens.view(len(rows), -1, tokens.shape[-1])
-        if self.policy.has_text_head:
-            for row, seen in zip(rows, seen_by_row, strict=True):
-                self._kept.keep(row.owner, row.pictures, seen)
-        self.fused.prefix([
+        kept = self.fused.prefix([
             PrefixRow(slot=slot_of(row), picture_tokens=seen, picture_valid=valid_of(row), tokens=row.read.prompt.tokens)
-            for row, seen in zip(rows, seen_by_row, strict=True)
+            for row, seen in zip(rows, tokens.view(len(rows), -1, tokens.shape[-1]), strict=True)
         ])  # fmt: skip
         self.fused.begin_chunks([(slot_of(row), row.start) for row in rows])
+        # Last: the device is at the prefix, and nobody waits for this.
+        for row, seen in zip(rows, kept, strict=True):
+            self._kept.keep(row.owner, row.pictures, seen)
 
     def rehearse_prefix(self, row: ChunkRow) -> None:
         """What run_prefix() does on the host when pictures are seen already, and none of the device's long work; see

@@ -37,6 +37,9 @@ class Line(Generic[WaitsT]):
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def waits(self, owner: str) -> bool:
+        return owner in self._waiting
+
     def add(self, work: WaitsT) -> None:
         """The owner must have nothing waiting: replace() first."""
         self._waiting[work.owner] = work

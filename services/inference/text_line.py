@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from .hold_ups import may_run_alone, may_step_together
@@ -108,11 +108,14 @@ class TextLine(Generic[ChunkT, TextT]):
         self._forget(complete)
         return tuple(complete)
 
-    def next_unit(self, used: Mapping[Hashable, float]) -> tuple[Unit[ChunkT, TextT], float] | None:
+    def next_unit(
+        self, used: Mapping[Hashable, float], *, may_begin: Callable[[TextWork[TextT]], bool] = lambda work: True
+    ) -> tuple[Unit[ChunkT, TextT], float] | None:
         """What would run, and since when it has waited. Not begun until begin().
 
         Args:
             used: By text_id, as HoldUps has it.
+            may_begin: Of questions that wait, which may.
         """
         candidates: list[tuple[float, int, tuple[TextInProgress[TextT], ...]]] = []
         for together in self._decoding(used):
@@ -122,7 +125,7 @@ class TextLine(Generic[ChunkT, TextT]):
         if drafted:
             first = min(drafted, key=_touched)
             candidates.append((first.touched_s, 0, (first,)))
-        beginning = self._beginning(able)
+        beginning = self._beginning(able, may_begin)
         if beginning is not None:
             candidates.append((beginning.touched_s, 2, (beginning,)))
         if not candidates:
@@ -153,7 +156,9 @@ class TextLine(Generic[ChunkT, TextT]):
                 found.append(tuple(text for text in texts if text.work.text_id in able))
         return found
 
-    def _beginning(self, able: Sequence[TextInProgress[TextT]]) -> TextInProgress[TextT] | None:
+    def _beginning(
+        self, able: Sequence[TextInProgress[TextT]], may_begin: Callable[[TextWork[TextT]], bool]
+    ) -> TextInProgress[TextT] | None:
         """Whose prefix goes on: one begun whose last slice is not on its way, the first question first; else that of the
         next in line, while there is room."""
         begun = next((text for text in able if text.kind is UnitKind.TEXT_PREFIX), None)
@@ -162,8 +167,11 @@ class TextLine(Generic[ChunkT, TextT]):
         num_begun = sum(text.kind is UnitKind.TEXT_PREFIX for text in self._texts.values())
         if not self._waiting or len(self._texts) >= self._max_texts or num_begun >= self._max_prefixes:
             return None
+        waiting = [work for work in self._waiting.values() if may_begin(work)]
+        if not waiting:
+            return None
         num_texts = Counter(text.work.owner for text in self._texts.values())
-        work = min(self._waiting.values(), key=lambda work: (num_texts[work.owner], work.deadline_s, work.arrived_s))
+        work = min(waiting, key=lambda work: (num_texts[work.owner], work.deadline_s, work.arrived_s))
         return TextInProgress(work=work, is_checked=work.num_draft_tokens == 0, touched_s=work.arrived_s)
 
     def _forget(self, works: list[TextWork[TextT]]) -> None:

@@ -193,6 +193,7 @@ class UnitEngine:
             deadline_s=question.until_s,
             payload=TextInWork(heard=heard, row=row),
             is_drawn=row.is_drawn,
+            asked_by=question.owner,
         )
         with self._changed:
             stopping = self._stopping

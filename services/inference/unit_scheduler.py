@@ -134,7 +134,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         return self._texts.withdraw(text_id=text_id)
 
     def restart_prefixes(self) -> tuple[TextWork[TextT], ...]:
-        """Questions whose prefix has begun and not ended run all of its slices again; answers them."""
+        """Questions whose prefix has begun and not ended begin it again; answers them."""
         return self._texts.restart_prefixes()
 
     def next_unit(self, now_s: float, *, only_begun: bool = False) -> Decision[ChunkT, TextT]:
@@ -146,7 +146,7 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             return Decision(unit=unit)
         late_chunks = self._refuse_late(now_s)
         late_texts = self._texts.drop_late(now_s) if len(self._texts) else ()
-        text = self._next_text()
+        text = self._next_text(now_s)
         is_text_overdue = text is not None and now_s - text[1] > MAX_TEXT_WAIT_S
         unit = self._action_unit(now_s, is_text_overdue=is_text_overdue)
         if text is not None and (unit is None or is_text_overdue or self._leaves_time(text[0], now_s)):
@@ -340,13 +340,18 @@ class UnitScheduler(Generic[ChunkT, TextT]):
                 return False
         return True
 
-    def _next_text(self) -> tuple[Unit[ChunkT, TextT], float] | None:
+    def _next_text(self, now_s: float) -> tuple[Unit[ChunkT, TextT], float] | None:
         """None also while enough of text is on its way, and while a token is drawn: tokens are taken in in their order."""
         running = self._texts_running.values()
         is_drawn = any(text.work.is_drawn for unit in running for text in unit.texts)
         if not len(self._texts) or len(running) >= MAX_TEXT_UNITS or is_drawn:
             return None
-        return self._texts.next_unit(self._hold_ups.used())
+
+        def may_begin(work: TextWork[TextT]) -> bool:
+            """Not before the chunk that it was asked beside; but text is not starved."""
+            return not self._line.waits(work.asked_by) or now_s - work.arrived_s > MAX_TEXT_WAIT_S
+
+        return self._texts.next_unit(self._hold_ups.used(), may_begin=may_begin)
 
     def _leaves_time(self, text: Unit[ChunkT, TextT], now_s: float) -> bool:
         """Whether all chunks would still be well in time behind a text unit."""

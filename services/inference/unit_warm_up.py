@@ -36,15 +36,18 @@ def measure(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> 
         step_s = _step_s(model, size)
         for bucket in settings.prompt_lengths:
             times.observe(group(UnitKind.EXPERT, name, bucket), size, step_s, now_s)
-    if model.policy.has_text_head:
-        _measure_text(name, model, times, now_s)
-    return capacity_of(name, model, times)
+    question_s = _measure_text(name, model, times, now_s) if model.policy.has_text_head else 0.0
+    return capacity_of(name, model, times, question_s)
 
 
-def _measure_text(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> None:
+def _measure_text(name: str, model: FusedModel, times: ServiceTimes, now_s: float) -> float:
+    """Answers how long the whole prefix of the longest question takes."""
     settings = model.fused.settings
+    slices_s = [0.0]
     for bucket in settings.prompt_lengths:
-        times.observe(group(UnitKind.TEXT_PREFIX, name, bucket), 1, _slice_s(model, bucket), now_s)
+        slices_s = _slices_s(model, bucket)
+        # Slices share an estimate, and a chunk may have to wait for any of them.
+        times.observe(group(UnitKind.TEXT_PREFIX, name, bucket), 1, max(slices_s), now_s)
     for size in settings.text_rows:
         token_s = _token_s(model, size)
         for bucket in settings.prompt_lengths:
@@ -52,10 +55,15 @@ def _measure_text(name: str, model: FusedModel, times: ServiceTimes, now_s: floa
             if size == 1:
                 # Some tokens in one pass: as long as two steps, until one has been seen.
                 times.observe(group(UnitKind.DRAFT_CHECK, name, bucket), 1, 2 * token_s, now_s)
+    return sum(slices_s)
 
 
-def capacity_of(name: str, model: FusedModel, times: ServiceTimes) -> DeviceCapacity:
-    """Of the longest prompts; times knows every prepared unit."""
+def capacity_of(name: str, model: FusedModel, times: ServiceTimes, question_s: float) -> DeviceCapacity:
+    """Of the longest prompts; times knows every prepared unit.
+
+    Args:
+        question_s: Of the whole prefix of a question.
+    """
     settings = model.fused.settings
     bucket = settings.prompt_lengths[-1]
 
@@ -76,7 +84,7 @@ def capacity_of(name: str, model: FusedModel, times: ServiceTimes) -> DeviceCapa
     check_s = took_s(UnitKind.DRAFT_CHECK) if settings.draft_length else 0.0
     return DeviceCapacity(
         chunks_per_s=rate,
-        question_s=model.num_prefix_slices * took_s(UnitKind.TEXT_PREFIX) + check_s,
+        question_s=question_s + check_s,
         text_step_s=took_s(UnitKind.TEXT, max_texts),
         max_texts=max_texts,
     )
@@ -105,8 +113,8 @@ def _token_s(model: FusedModel, size: int) -> float:
     return token_s
 
 
-def _slice_s(model: FusedModel, bucket: int) -> float:
-    """Of the longest slice of a question's prefix."""
+def _slices_s(model: FusedModel, bucket: int) -> list[float]:
+    """Of the slices of a question's prefix."""
     fastest_s = [float("inf")] * model.num_prefix_slices
     for _ in range(RUNS):
         row = _example_question(model, bucket)
@@ -117,7 +125,7 @@ def _slice_s(model: FusedModel, bucket: int) -> float:
             model.wait()
             fastest_s[at] = min(fastest_s[at], time.perf_counter() - started_s)
         model.release(row)
-    return max(fastest_s)
+    return fastest_s
 
 
 def _fastest_s(model: FusedModel, rows: Sequence[RowT], run: Callable[[Sequence[RowT]], object]) -> float:

@@ -1,8 +1,8 @@
 """The pieces that an engine's work is cut into, so that a scheduler can decide between them. Data only.
 
 A chunk is one prefix unit (vision and language, 1, 2 or 4 requests of one bucket at once) and num_steps expert units (an
-Euler step of all chunks in progress, each at its own step). A text is num_prefix_slices slices of its own prefix, one check
-of its draft where it has one, and a step a token, of all texts in progress at once.
+Euler step of all chunks in progress, each at its own step). A text is up to num_prefix_slices slices of its own prefix, one
+check of its draft where it has one, and a step a token, of all texts in progress at once.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class TextWork(Generic[TextT]):
     Attributes:
         text_id: Unique in the server.
         bucket: Tokens that its prefix is padded to.
-        num_prefix_slices: Units that its prefix comes in, each about as long as a text step; 0 where a chunk's prefix is
-            shared. No chunk waits for more than one of them.
+        num_prefix_slices: Units that its prefix comes in at most, each about as long as a text step; 0 where a chunk's
+            prefix is shared. No chunk waits for more than one of them.
         num_draft_tokens: Of a text that is likely to come again, to be checked in one pass; 0 for none.
         max_tokens: Where decoding ends at the latest.
         is_drawn: Its tokens are drawn on the host: none can be asked for before the last one is there.
+        asked_by: Owner of chunks. The question is likely to be about the pictures of the one that it has in line, which its
+            prefix then need not see: that one goes first.
     """
 
     owner: str
@@ -78,6 +80,7 @@ class TextWork(Generic[TextT]):
     deadline_s: float
     payload: TextT
     is_drawn: bool = False
+    asked_by: str = ""
 
 
 @dataclass(kw_only=True, eq=False)

@@ -10,14 +10,12 @@ Shapes: I cameras, P tokens of a camera, D width.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Pictures = Sequence[npt.NDArray[np.uint8] | None]
-
+from .settings import Pictures
 
 # A question may be looked at when the next chunk's pictures have been seen already.
 MOST_OF_AN_OWNER = 2
@@ -25,7 +23,7 @@ MOST_OF_AN_OWNER = 2
 
 class KeptVision:
     """Args:
-    num_places: Observations kept; the oldest makes room.
+    num_places: Observations kept; the oldest makes room. 0: none are.
     tokens_shape: (I * P, D).
     """
 
@@ -36,7 +34,7 @@ class KeptVision:
 
     def keep(self, owner: str, pictures: Pictures, tokens: torch.Tensor) -> None:
         """tokens: (I, P, D) or (I * P, D); copied. Nobody's pictures ("") are not kept."""
-        if not owner:
+        if not owner or not len(self._tokens):
             return
         of_owner = [place for place, (whose, _) in self._kept.items() if whose == owner]
         place = len(self._kept)

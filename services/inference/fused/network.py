@@ -29,7 +29,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from manyhands.errors import InvalidInput
@@ -38,7 +37,7 @@ from policies.pi052.config import NetworkConfig
 from .graphs import GraphPool, Recorded, Uploads
 from .ops import EulerTables, ReferenceOps
 from .prefix_slices import PrefixSlices
-from .settings import FusedSettings, PrefixRow, TextRow, Tokens
+from .settings import FusedSettings, Pictures, PrefixRow, TextRow, Tokens
 from .slots import Slots, SlotSizes
 from .starts import ChunkStart, num_numbers
 from .units import Units, forbidden_tokens
@@ -47,8 +46,6 @@ from .weights import FusedWeights
 
 # done, total, what was just prepared.
 Progress = Callable[[int, int, str], None]
-# (height, width, 3) each; None: a missing one.
-Pictures = Sequence[npt.NDArray[np.uint8] | None]
 
 
 class FusedPi052:
@@ -250,8 +247,12 @@ class FusedPi052:
         )
 
     @torch.inference_mode()
-    def prefix(self, rows: Sequence[PrefixRow]) -> None:
-        """Rows may have prompts of different lengths: all are padded to the bucket of the longest."""
+    def prefix(self, rows: Sequence[PrefixRow]) -> torch.Tensor:
+        """Rows may have prompts of different lengths: all are padded to the bucket of the longest.
+
+        Returns:
+            What their pictures were seen as again, (B, I * P, D), which holds until the next prefix().
+        """
         num_rows = self._fit("prefix", len(rows), self.settings.prefix_rows)
         length = self._fit("prompt", max(len(row.tokens) for row in rows), self.settings.prompt_lengths)
         recorded = self._bucket("prefix", num_rows, length)
@@ -260,6 +261,7 @@ class FusedPi052:
             inputs["picture_tokens"][index].copy_(row.picture_tokens.reshape(-1, self.config.language.width))
         self._send_prompts(inputs, [(row.slot, row.picture_valid, row.tokens) for row in rows])
         recorded.run()
+        return inputs["picture_tokens"][: len(rows)]
 
     @torch.inference_mode()
     def rehearse_prefix(self, picture_valid: Sequence[bool], tokens: Tokens, start: ChunkStart) -> None:
@@ -290,7 +292,7 @@ class FusedPi052:
         place = self._question_at(slot)
         inputs = place.begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
         self._send_prompts(inputs, [(slot, picture_valid, tokens)])
-        place.enter(seen)
+        place.leave_out_vision(seen)
 
     def _question_at(self, slot: int) -> PrefixSlices:
         """Where its prefix is in progress from now on."""

@@ -28,7 +28,7 @@ from .units import Units
 # Numbers a second that a full-size network was measured at on an H200: multiplied and added (two each) by the layers of a
 # prefix and of vision, and weights read by a pass over few tokens. What counts is how they stand to each other.
 PREFIX_RATE, VISION_RATE, READ_RATE = 690e12, 320e12, 1.5e12
-# Of a text step, that a slice may take: cuts only fall between layers, and every slice is launched on its own.
+# Of a text step, that a slice is to take on average: cuts only fall between layers, and every slice is launched on its own.
 SHARE_OF_TEXT_STEP = 0.9
 
 
@@ -46,7 +46,6 @@ class PrefixPieces:
         self._vision_x = torch.zeros(num_patches, config.vision.width, dtype=torch.float32, device=device)
         self._vision_branch = torch.zeros(num_patches, config.vision.width, dtype=dtype, device=device)
         self._x = torch.zeros(1, num_patches + longest_prompt, config.language.width, dtype=dtype, device=device)
-        self.seen = torch.zeros(1, num_patches, config.language.width, dtype=dtype, device=device)
 
     def enter(self, picture_tokens: torch.Tensor, tokens: torch.Tensor) -> None:
         """In place of the pieces of vision.
@@ -129,55 +128,56 @@ class PrefixSlices:
         config = units.weights.config
         self._slices = planned(config, num_cameras=num_cameras, longest_prompt=longest_prompt, num_slices=num_slices)
         self.num_of_vision = sum(pieces.stop <= config.vision.depth for pieces in self._slices)
-        # By prompt length, every slice, and what stands for those of vision; the prefix in progress, and which of its slices
-        # comes next.
-        self._prepared: dict[int, tuple[list[Recorded[None]], Recorded[None]]] = {}
-        self._current: tuple[list[Recorded[None]], Recorded[None]]
+        # By prompt length, every slice; those of the prefix in progress, and which of them comes next.
+        self._prepared: dict[int, list[Recorded[None]]] = {}
+        self._current: Sequence[Recorded[None]] = ()
         self._next = 0
 
     @property
     def num_slices(self) -> int:
         return len(self._slices)
 
-    def prepare(self, length: int) -> tuple[list[Recorded[None]], Recorded[None]]:
+    def prepare(self, length: int) -> list[Recorded[None]]:
         """All slices of a prompt length at once: capturing one runs it, which would spoil a prefix in progress."""
         if length not in self._prepared:
             with torch.inference_mode(False):
                 inputs = self._inputs(length)
-            slices = [Recorded(partial(self._pieces.run, pieces), inputs, self._pool) for pieces in self._slices]
-            seen = {"picture_tokens": self._pieces.seen, "tokens": inputs["tokens"]}
-            self._prepared[length] = slices, Recorded(self._pieces.enter, seen, self._pool)
+            self._prepared[length] = [
+                Recorded(partial(self._pieces.run, pieces), inputs, self._pool) for pieces in self._slices
+            ]
         return self._prepared[length]
 
     def begin(self, length: int) -> Mapping[str, torch.Tensor]:
         """The inputs of all slices, to be written now; a prefix in progress is given up."""
         assert self._slices, "this network was prepared for no questions"
         self._current, self._next = self.prepare(length), 0
-        slices, _ = self._current
-        return slices[0].inputs
+        return self._current[0].inputs
 
-    def enter(self, seen: torch.Tensor) -> None:
-        """In place of the slices of vision; behind begin(), when the prompt is written. seen: (I * P, D)."""
+    def leave_out_vision(self, seen: torch.Tensor) -> None:
+        """In place of its slices; behind begin(), when the prompt is written. seen: (I * P, D)."""
         assert self._next == 0, "pictures are left out before the first slice"
-        _, entering = self._current
-        self._pieces.seen[0].copy_(seen)
-        entering.run()
+        self._pieces.enter(seen[None], self._current[0].inputs["tokens"])
         self._next = self.num_of_vision
 
     def run(self, at: int) -> None:
         """Slice number at of the prefix in progress."""
         assert at == self._next, f"slice {self._next} of this prefix comes next, not {at}"
         self._next += 1
-        slices, _ = self._current
-        slices[at].run()
+        self._current[at].run()
 
 
 def planned(config: NetworkConfig, *, num_cameras: int, longest_prompt: int, num_slices: int | None) -> list[range]:
-    """The pieces (of piece_costs_s()) of every slice; num_slices as of PrefixSlices, at least two."""
+    """The pieces (of piece_costs_s()) of every slice; num_slices as of PrefixSlices.
+
+    Raises:
+        ValueError: num_slices is 1: vision and language have a slice each at least.
+    """
     num_patches = num_cameras * config.num_patches
     depth, costs_s = config.vision.depth, piece_costs_s(config, num_patches, num_patches + longest_prompt)
     if num_slices == 0:
         return []
+    if num_slices == 1:
+        raise ValueError("a prefix comes in two slices at least, of vision and of language; prefix_slices is 1")
     of_vision_s, of_language_s = costs_s[:depth], costs_s[depth:]
     if num_slices is None:
         longest_s = SHARE_OF_TEXT_STEP * text_step_s(config)

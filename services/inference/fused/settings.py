@@ -15,6 +15,8 @@ import torch
 from policies import rtc, text
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
+# (height, width, 3) each; None: a missing one.
+Pictures = Sequence[npt.NDArray[np.uint8] | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local import Service, Topology
-from manyhands.clients.act_stream import Chunk
+from manyhands.clients.act_stream import Chunk, SubtaskAnswer
 from manyhands.clients.inference import InferenceClient
 from manyhands.clients.weights import WeightsClient
 from manyhands.errors import ManyhandsError, Refused
 from manyhands.inference.v1 import inference_pb2
 from policies import checkpoint
+from services.inference.engine_process import LOAD_PERIOD_S
 from tests.support import prompted_lab
 from tests.support.inference_lab import (
     ENVIRONMENT,
@@ -329,3 +331,55 @@ def test_units_show_what_the_device_did(tmp_path: Path) -> None:
         assert 0 < shown("expert")[2] < 20
         assert 0 < shown("prefix")[2] < 20
         assert page.value("manyhands_inference_device_gap_seconds_total", device="cpu") == 0, "nothing runs ahead on a CPU"
+
+
+def test_a_question_about_what_its_robot_acts_on_takes_fewer_units(tmp_path: Path) -> None:
+    """Asked by itself, and with the request for a chunk; not one about anything else, nor another robot's."""
+    port = free_port()
+    checkpoint.save(prompted_lab.policy("pi052"), tmp_path / "talks")
+    page = Page(metrics_url=f"http://127.0.0.1:{port}/metrics")
+
+    def units() -> float:
+        return page.value("manyhands_inference_device_units_total", model="talks", kind="text_prefix")
+
+    with Topology(tmp_path / "logs", environment=ENVIRONMENT) as topology:
+        command = ["serve", f"--model=talks={tmp_path / 'talks'}", "--path", "fused", "--address", "127.0.0.1:0"]
+        service = topology.start("serve", [*command, "--metrics-port", str(port)])
+        with InferenceClient(service.address) as client:
+            given = prompted_lab.sample(subtask="")
+            sessions = [
+                client.open_session(
+                    robot_id=name, client_id=name, model="talks", spec=prompted_lab.SPEC, replan_interval_steps=3
+                ).session_id
+                for name in ("left", "right")
+            ]
+
+            def taken(ask: Callable[[], None]) -> float:
+                before = units()
+                ask()
+                # The page is as old as the engine's last word, which comes every second while something changes.
+                wait_until(lambda: units() > before, 10, "slices of a prefix")
+                time.sleep(2 * LOAD_PERIOD_S)
+                return units() - before
+
+            def question(session: str, shade: int) -> None:
+                pictures = {name: np.full_like(value, shade) if value.ndim == 3 else value for name, value in seen.items()}
+                [*_] = client.generate(
+                    session, kind=inference_pb2.TEXT_KIND_SUBTASK, observation=pictures, task=given.task, max_new_tokens=2
+                )
+
+            # JPEG keeps a picture of one shade as it is.
+            seen = {name: np.full_like(value, 60) if value.ndim == 3 else value for name, value in given.observation.items()}
+            with client.act_stream(sessions[0]) as stream:
+
+                def chunk(**asking: str) -> None:
+                    stream.send(observation=seen, task=given.task, noise_seed=0, deadline_s=20.0, **asking)
+                    while not isinstance(next_reply(stream).result, SubtaskAnswer if asking else Chunk):
+                        pass
+
+                chunk()
+                whole = taken(lambda: question(sessions[0], 90))
+                assert taken(lambda: question(sessions[1], 60)) == whole
+                less = taken(lambda: question(sessions[0], 60))
+                assert 0 < less < whole
+                assert taken(lambda: chunk(ask_subtask_for="tidy up")) == less

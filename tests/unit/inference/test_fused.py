@@ -254,7 +254,12 @@ def test_questions_amid_their_prefixes_do_not_meet(model: torch.nn.Module) -> No
         assert lab.fused_ids(fused, [slot], NO_LOCATIONS, 4) == [lab.plain_ids(model, one, rules)]
 
 
-def test_slices_of_a_full_size_network_are_about_equal_and_no_longer_than_a_text_step() -> None:
+def test_one_slice_cannot_be() -> None:
+    with pytest.raises(ValueError, match="two slices at least"):
+        FusedPi052(lab.TINY, lab.settings(prefix_slices=1), CPU, dtype=torch.float32)
+
+
+def test_slices_of_a_full_size_network_are_no_longer_than_a_text_step_and_end_where_vision_does() -> None:
     config = NetworkConfig()
     for num_cameras in (1, 2, 3, 4):
         num_patches = num_cameras * config.num_patches

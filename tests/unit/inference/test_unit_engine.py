@@ -103,6 +103,21 @@ def test_a_question_about_what_its_robot_acts_on_sees_no_picture_again(policy, o
         assert slices_run(engine) == fused.num_prefix_slices - left_out
 
 
+def test_a_question_asked_beside_its_chunk_waits_for_what_that_sees(policy):
+    """As ask_subtask_for asks; also of chunks that see their pictures in one unit."""
+    with running(policy) as engine:
+        fused = engine.models["tiny"].fused
+        gate, holding = hold(engine)
+        chunks = [submit(engine, owner, row(seed)) for owner, seed in (("left", 1), ("right", 2))]
+        asked = [ask(engine, SUBTASK, seed=seed, owner=owner)[1] for owner, seed in (("left", 1), ("right", 2))]
+        gate.set()
+        holding.join()
+        for seed, heard in zip((1, 2), asked, strict=True):
+            assert whole_text(heard) == "".join(policy.generate([sample(seed)], SUBTASK, CPU))
+        assert max(answer_of(chunk).batch_size for chunk in chunks) == 2
+        assert slices_run(engine) == 2 * (fused.num_prefix_slices - fused.num_vision_slices)
+
+
 def test_new_weights_see_pictures_again(policy):
     with running(policy) as engine:
         model = engine.models["tiny"]
@@ -429,7 +444,7 @@ def test_an_answer_longer_than_there_is_room_for_is_refused(engine):
     assert error.field == "max_new_tokens"
 
 
-@pytest.mark.parametrize(("policy_type", "question_s", "max_texts"), [("pi052", 3 * 0.02 + 0.004, 4), ("pi05", 0.0, 1)])
+@pytest.mark.parametrize(("policy_type", "question_s", "max_texts"), [("pi052", 0.05 + 0.004, 4), ("pi05", 0.0, 1)])
 def test_what_is_promised_is_chunks_with_shared_steps_and_what_a_question_needs(policy_type, question_s, max_texts):
     model = FusedModel("tiny", make_policy(policy_type), CPU, max_rows=4, max_texts=4)
     times = ServiceTimes(forgets=False)
@@ -445,7 +460,7 @@ def test_what_is_promised_is_chunks_with_shared_steps_and_what_a_question_needs(
         (UnitKind.TEXT, 4, 0.003),
     ):
         times.observe(group(kind, "tiny", longest), size, seconds, 0.0)
-    told = capacity_of("tiny", model, times)
+    told = capacity_of("tiny", model, times, 0.05)
     assert told.chunks_per_s == pytest.approx(1 / (0.010 + model.num_steps * 0.0024 / 4))
     assert told.question_s == pytest.approx(question_s)
     assert told.text_step_s == (0.003 if question_s else 0.0)

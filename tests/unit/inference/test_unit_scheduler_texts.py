@@ -64,6 +64,26 @@ def test_a_slice_may_stand_for_those_that_need_not_run() -> None:
     assert kinds == [UnitKind.TEXT_PREFIX] * 3 + [UnitKind.TEXT]
 
 
+def test_a_question_begins_behind_the_prefix_of_its_robots_chunk_but_does_not_wait_for_ever() -> None:
+    scheduler = make()
+    scheduler.submit(chunk("robot", at=0.0, within=5.0), 0.0)
+    for asked_by in ("robot", "other"):
+        scheduler.ask(question(asked_by, at=0.0, num_prefix_slices=1, max_tokens=1, asked_by=asked_by))
+    order = []
+    while (unit := scheduler.next_unit(0.0).unit) is not None:
+        order.append((unit.kind, unit.texts[0].work.text_id if unit.texts else unit.rows[0].work.owner))
+        scheduler.finished(unit, 0.001, 0.0)
+    assert order[0] == (UnitKind.TEXT_PREFIX, "other"), "there is time for text before the chunk"
+    assert order.index((UnitKind.PREFIX, "robot")) < order.index((UnitKind.TEXT_PREFIX, "robot"))
+    # One whose robot always has something in line is answered all the same.
+    waiting = chunk("robot", at=0.0, within=5.0)
+    scheduler.submit(waiting, 0.0)
+    scheduler.ask(question("late", at=0.0, num_prefix_slices=1, max_tokens=1, asked_by="robot"))
+    unit = scheduler.next_unit(MAX_TEXT_WAIT_S + 0.001).unit
+    assert unit is not None
+    assert unit.texts[0].work.text_id == "late"
+
+
 def test_one_prefix_is_in_progress_at_a_time_whatever_models_there_are() -> None:
     """A model has room for the state of one."""
     scheduler: AnyScheduler = UnitScheduler(times=known(models=("m", "other")))
