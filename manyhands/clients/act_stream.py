@@ -19,6 +19,7 @@ import numpy.typing as npt
 from .. import codec, errors, stamps
 from ..common.v1 import common_pb2
 from ..inference.v1 import inference_pb2, inference_pb2_grpc
+from ..shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,10 @@ class ActStream:
         *,
         on_reply: Callable[[Reply], None] | None = None,
         on_broken: Callable[[errors.ManyhandsError], None] | None = None,
+        shared_memory: SharedMemory | None = None,
     ) -> None:
         self.session_id = session_id
+        self._shared = shared_memory
         self._request_ids = request_ids
         self._on_reply = on_reply
         self._on_broken = on_broken
@@ -138,7 +141,7 @@ class ActStream:
         delay_steps: int = 0,
         execution_horizon: int = 0,
         ask_subtask_for: str = "",
-        image_encoding: common_pb2.ImageEncoding.ValueType = common_pb2.IMAGE_ENCODING_JPEG,
+        image_encoding: common_pb2.ImageEncoding.ValueType | None = None,
     ) -> int:
         """Asks for a chunk and returns the request's id; encoding of pictures is done on the caller's thread.
 
@@ -149,6 +152,7 @@ class ActStream:
             committed_prefix: (steps, A) float32, model space, what is left of the last chunk from current_index on.
             delay_steps: Actions that will have been executed when the answer arrives.
             noise_seed: Same request, same seed, same version: same chunk.
+            image_encoding: Of pictures; None: as they are where they go through shared memory, else JPEG.
             ask_subtask_for: The robot's own task, to be told what to do next for it: a SubtaskAnswer with this request's id
                 follows in its own time, unless an earlier question is in progress. Only for a session with a text head.
 
@@ -157,7 +161,9 @@ class ActStream:
         """
         request = inference_pb2.ActRequest(
             observation=common_pb2.Observation(
-                values=codec.encode_values(observation, image_encoding=image_encoding), captured=captured, tick=tick
+                values=codec.encode_values(observation, image_encoding=image_encoding or self._image_encoding),
+                captured=captured,
+                tick=tick,
             ),
             task=task,
             current_index=current_index,
@@ -170,6 +176,10 @@ class ActStream:
         if committed_prefix is not None and len(committed_prefix):
             request.committed_prefix.CopyFrom(codec.encode_tensor(committed_prefix))
         return self.send_message(request)
+
+    @property
+    def _image_encoding(self) -> common_pb2.ImageEncoding.ValueType:
+        return common_pb2.IMAGE_ENCODING_JPEG if self._shared is None else common_pb2.IMAGE_ENCODING_RAW_RGB8
 
     def send_message(self, request: inference_pb2.ActRequest) -> int:
         """As send(), for an encoded request; session, stamp and, where it has none, the id are filled in here."""
@@ -251,6 +261,8 @@ class ActStream:
                     return
                 request, self._unsent = self._unsent, None
             assert request is not None
+            if self._shared is not None:
+                self._shared.place(request)
             yield request
 
     def _read(self) -> None:
@@ -280,6 +292,8 @@ class ActStream:
 
     def _deliver(self, response: inference_pb2.ActResponse) -> None:
         reply = decode_reply(response)
+        if self._shared is not None and isinstance(reply.result, Chunk | Refusal):
+            self._shared.answered(reply.request_id)
         if self._on_reply is not None:
             self._on_reply(reply)
         else:

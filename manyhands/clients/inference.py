@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from .. import channel, codec, errors, stamps
 from ..common.v1 import common_pb2
 from ..inference.v1 import inference_pb2, inference_pb2_grpc
-from ..security import SecuritySettings
+from ..security import SecuritySettings, is_loopback
+from ..shared_memory import SharedMemory
 from ..spec import Spec
 from .act_stream import ActStream, Arrays, Reply, short_name
 
@@ -66,6 +67,8 @@ class InferenceClient(channel.Client):
         super().__init__(address, security_settings=security_settings)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._request_ids: dict[str, Iterator[int]] = {}
+        self._may_share = is_loopback(address)
+        self._shared: dict[str, SharedMemory] = {}
 
     def open_session(
         self,
@@ -92,10 +95,15 @@ class InferenceClient(channel.Client):
             model=model,
             spec=spec.to_proto(),
             replan_interval_steps=replan_interval_steps,
+            wants_shared_memory=self._may_share,
         )
         with channel.translated_errors():
             answer = self._stub.OpenSession(request, timeout=timeout_s)
         self._request_ids[answer.session_id] = itertools.count(1)
+        if answer.HasField("shared_memory"):
+            memory = SharedMemory.find(answer.shared_memory)
+            if memory is not None:
+                self._shared[answer.session_id] = memory
         return Session(
             session_id=answer.session_id,
             robot_id=robot_id,
@@ -124,11 +132,15 @@ class InferenceClient(channel.Client):
     ) -> ActStream:
         """The session's stream; a second one takes over from the first. Request ids go on growing over streams."""
         ids = self._request_ids.setdefault(session_id, itertools.count(1))
-        return ActStream(self._stub, session_id, ids, on_reply=on_reply, on_broken=on_broken)
+        memory = self._shared.get(session_id)
+        if memory is not None:
+            memory.restart()
+        return ActStream(self._stub, session_id, ids, on_reply=on_reply, on_broken=on_broken, shared_memory=memory)
 
     def close_session(self, session_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Frees the robot_id. Closing twice is fine."""
         self._request_ids.pop(session_id, None)
+        self._shared.pop(session_id, None)
         with channel.translated_errors():
             self._stub.CloseSession(inference_pb2.CloseSessionRequest(session_id=session_id), timeout=timeout_s)
 

@@ -23,6 +23,7 @@ from manyhands.spec import Feature, FeatureKind, Spec, check_in_order, decode_as
 
 from .engine_port import Observed, Row
 from .sessions import Fit
+from .shared_pictures import SharedPictures
 
 MAX_DEADLINE_S = 60.0
 MAX_TASK_CHARACTERS = 4096
@@ -30,6 +31,7 @@ PREFIX_FIELD: Final = "committed_prefix"
 
 
 Array = npt.NDArray[np.generic]
+Decode = Callable[[common_pb2.Image], Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,12 @@ def check_row(
     horizon: int,
     model_action_size: int,
     default_execution_horizon: int,
+    shared: SharedPictures | None = None,
 ) -> SentRow:
     """Checks one request and decodes all but its pictures.
+
+    Args:
+        shared: Where some of them may lie.
 
     Raises:
         InvalidInput: Names the field or feature, its value, the limit.
@@ -117,7 +123,13 @@ def check_row(
     if request.current_index < 0:
         raise InvalidInput(f"is {request.current_index}; it must not be negative", field="current_index")
     return SentRow(
-        sample=check_sample(request.observation.values, request.task, robot_fit=robot_fit, model_spec=model_spec),
+        sample=check_sample(
+            request.observation.values,
+            request.task,
+            robot_fit=robot_fit,
+            model_spec=model_spec,
+            shared=_lying(request, shared),
+        ),
         prefix=_prefix(request, horizon, model_action_size),
         delay_steps=request.delay_steps,
         execution_horizon=request.execution_horizon or default_execution_horizon,
@@ -135,8 +147,19 @@ def prepare_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_
     return sent.observed([make() for make in sent.pictures.values()])
 
 
-def check_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_fit: Fit, model_spec: Spec) -> SentSample:
-    """prepare_sample() but for the pictures."""
+def check_sample(
+    values: Sequence[common_pb2.NamedValue],
+    task: str,
+    *,
+    robot_fit: Fit,
+    model_spec: Spec,
+    shared: Mapping[str, Decode] | None = None,
+) -> SentSample:
+    """prepare_sample() but for the pictures.
+
+    Args:
+        shared: By name, what reads the pictures that do not lie in the values.
+    """
     if len(task) > MAX_TASK_CHARACTERS:
         raise InvalidInput(f"has {len(task)} characters, at most {MAX_TASK_CHARACTERS}", field="task")
     wanted = {feature.name: feature for feature in model_spec.observation}
@@ -146,7 +169,8 @@ def check_sample(values: Sequence[common_pb2.NamedValue], task: str, *, robot_fi
     pictures: dict[str, Callable[[], Array]] = {}
     quick: list[int] = []
     for value, feature in zip(values, expected, strict=True):
-        make = functools.partial(_adapted, value, feature, wanted[feature.name])
+        elsewhere = shared.get(value.name) if shared else None
+        make = functools.partial(_adapted, value, feature, wanted[feature.name], elsewhere)
         if feature.kind is FeatureKind.IMAGE:
             if feature.shape == wanted[feature.name].shape and codec.is_quick(value.image):
                 quick.append(len(pictures))
@@ -176,8 +200,32 @@ def _as_sent(
     return expected
 
 
-def _adapted(value: common_pb2.NamedValue, sent: Feature, wanted: Feature) -> Array:
-    array = decode_as(value, sent)
+def _lying(request: inference_pb2.ActRequest, shared: SharedPictures | None) -> Mapping[str, Decode]:
+    """By name, what reads the pictures of a request that lie in shared memory."""
+    if not request.shared_pictures:
+        return {}
+    if shared is None:
+        raise InvalidInput(
+            "this session has no shared memory; send pictures in the observation, or ask for it (wants_shared_memory) from "
+            "the server's machine",
+            field="shared_pictures",
+        )
+    sent = {value.name for value in request.observation.values}
+    for picture in request.shared_pictures:
+        if picture.name not in sent:
+            raise InvalidInput("lies in shared memory and is no value of the observation", field=picture.name)
+    return {
+        picture.name: functools.partial(shared.picture, offset=picture.offset, field=picture.name)
+        for picture in request.shared_pictures
+    }
+
+
+def _adapted(value: common_pb2.NamedValue, sent: Feature, wanted: Feature, elsewhere: Decode | None = None) -> Array:
+    if elsewhere is None:
+        array = decode_as(value, sent)
+    else:
+        array = elsewhere(value.image)
+        sent.check(array)
     if array.shape == wanted.shape:
         return array
     if wanted.kind is FeatureKind.IMAGE:

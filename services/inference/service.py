@@ -15,6 +15,7 @@ from manyhands import stamps
 from manyhands.clients.act_stream import SESSION_KEY
 from manyhands.errors import InvalidInput, NotFound, Unreachable
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
+from manyhands.security import is_same_machine
 from manyhands.spec import FeatureKind, Spec
 
 from . import capacity, operator_metrics, text
@@ -23,6 +24,7 @@ from .operator_notes import OperatorNotes
 from .prepare import MAX_TASK_CHARACTERS
 from .service_status import ModelUse, status
 from .sessions import AdaptationKind, Session, Sessions, fit
+from .shared_pictures import SharedPictures
 from .stats import ServiceStats
 from .stream import RobotStream
 from .text_watch import watching_text
@@ -145,6 +147,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         if older is not None:
             self._end(older, "the same client opened a new session")
+        if request.wants_shared_memory and is_same_machine(context.peer()):
+            session.pictures = SharedPictures.of(robot_fit.required)
         logger.info("session %s: %s on %s", session.session_id[:8], session.robot_id, served.name)
         return inference_pb2.OpenSessionResponse(
             session_id=session.session_id,
@@ -160,6 +164,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             idle_timeout=stamps.to_duration(self.sessions.idle_timeout_s),
             max_request_bytes=self.max_request_bytes(session),
             required_observations=[feature.name for feature in robot_fit.required],
+            shared_memory=session.pictures.told() if session.pictures is not None else None,
         )
 
     async def Act(  # noqa: N802

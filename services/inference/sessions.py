@@ -17,6 +17,7 @@ from manyhands.spec import Feature, FeatureKind, Spec
 
 from .question_rate import QuestionRate
 from .refusals import RefusalLog
+from .shared_pictures import SharedPictures
 
 MAX_NAME_CHARACTERS = 128
 LATENCIES_KEPT = 512
@@ -170,7 +171,11 @@ def _check_order(robot: Spec, required: list[str]) -> None:
 
 @dataclass(kw_only=True)
 class Session:
-    """One robot that is served. Counters are for people; nothing a chunk depends on is in here (rule 4)."""
+    """One robot that is served. Counters are for people; nothing a chunk depends on is in here (rule 4).
+
+    Attributes:
+        pictures: Where it may leave them; None where they come in requests.
+    """
 
     session_id: str
     robot_id: str
@@ -191,6 +196,7 @@ class Session:
     last_subtask: str = ""
     refusals: RefusalLog = field(default_factory=RefusalLog)
     question_rate: QuestionRate = field(default_factory=QuestionRate)
+    pictures: SharedPictures | None = None
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
 
 
@@ -297,6 +303,8 @@ class Sessions:
         session = self._by_id.pop(session_id, None)
         if session is not None and self._by_robot.get(session.robot_id) is session:
             del self._by_robot[session.robot_id]
+        if session is not None and session.pictures is not None:
+            session.pictures.close()
         return session
 
     def expire(self, now_s: float) -> list[Session]:

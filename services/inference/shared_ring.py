@@ -68,11 +68,11 @@ class Doorbell:
         os.close(self.free_fd)
 
 
-def make_memory() -> int:
+def make_memory(name: str = "manyhands-engine") -> int:
     """An empty file in memory that another process may inherit; grow_and_seal() gives it its size."""
     if sys.platform != "linux":
         raise NotOffered("serving needs Linux: memfd, eventfd and the kernel's word when a parent ends")
-    return os.memfd_create("manyhands-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
 def grow_and_seal(memory_fd: int, num_bytes: int) -> mmap.mmap:

@@ -293,6 +293,7 @@ class RobotStream:
             model_action_size=served.model_action_size,
             # The session's own, not what load makes of it: a chunk depends on nothing but its request.
             default_execution_horizon=session.asked_interval_steps,
+            shared=session.pictures,
         )
 
     def _rehearse_next(self) -> None:

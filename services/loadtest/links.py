@@ -16,6 +16,7 @@ from manyhands import channel, codec, errors, stamps
 from manyhands.clients.act_stream import SESSION_KEY, Chunk, Drain, Refusal, decode_reply
 from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
+from manyhands.shared_memory import SharedMemory
 from manyhands.spec import Spec
 
 from . import observations
@@ -84,6 +85,7 @@ class ServiceLink:
         self.session_id = ""
         self.required: tuple[str, ...] = ()
         self._bodies: list[bytes] = []
+        self._memory: SharedMemory | None = None
         # What was observed last.
         self._newest = b""
 
@@ -96,11 +98,16 @@ class ServiceLink:
             model=plan.model,
             spec=spec,
             replan_interval_steps=plan.replan_interval_steps,
+            wants_shared_memory=plan.shared_memory,
         )
         with channel.translated_errors():
             session = await self._stub.OpenSession(request, timeout=CALL_TIMEOUT_S)
         self.session_id = session.session_id
         self.required = tuple(session.required_observations)
+        if plan.shared_memory:
+            self._memory = SharedMemory.find(session.shared_memory)
+            if self._memory is None:
+                raise errors.NotOffered("the server is on another machine, or in another container: no shared memory")
         self._bodies = self._encoded(Spec.from_proto(spec))
         self._newest = self._bodies[0]
         self._request_id = 0
@@ -123,7 +130,7 @@ class ServiceLink:
         self._newest = self._bodies[tick % len(self._bodies)]
         with channel.translated_errors():
             try:
-                await self._call.write(b"".join((self._prepared, head, self._newest)))
+                await self._call.write(b"".join((self._prepared, head, self._placed())))
             except asyncio.InvalidStateError:  # The stream had ended between two requests.
                 raise errors.Unreachable(f"the stream has ended: {await self._call.details()}") from None
             while True:
@@ -135,6 +142,8 @@ class ServiceLink:
                     drained_s = reply.result.reconnect_after_s
                 elif reply.request_id == self._request_id:
                     break
+        if self._memory is not None:
+            self._memory.answered(self._request_id)
         if isinstance(reply.result, Chunk):
             if self._plan.with_prefix:
                 self._last_chunk = reply.result.model_actions
@@ -152,6 +161,15 @@ class ServiceLink:
             retry_after_s=reply.result.retry_after_s,
             drained_s=drained_s,
         )
+
+    def _placed(self) -> bytes:
+        """The newest observation, as it is sent."""
+        if self._memory is None:
+            return self._newest
+        request = inference_pb2.ActRequest.FromString(self._newest)
+        request.request_id = self._request_id
+        self._memory.place(request)
+        return request.SerializeToString()
 
     def generate(self, tokens: int, previous_text: str) -> Any:
         """The call, an asynchronous iterator of GenerateResponse. About what it acts on, as an actor's subtask is."""
@@ -178,11 +196,12 @@ class ServiceLink:
             self.session_id = ""
 
     def _encoded(self, spec: Spec) -> list[bytes]:
+        jpeg_quality = None if self._plan.shared_memory else self._plan.jpeg_quality
         if self.required not in self._shared:
             self._shared[self.required] = [
                 inference_pb2.ActRequest(
                     observation=common_pb2.Observation(
-                        values=observations.encode(observations.make(spec, self.required, seed), self._plan.jpeg_quality)
+                        values=observations.encode(observations.make(spec, self.required, seed), jpeg_quality)
                     ),
                     task=self._plan.task,
                     deadline=stamps.to_duration(self._plan.deadline_s),

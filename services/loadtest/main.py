@@ -61,6 +61,10 @@ class Settings(config.Settings):
     )
     camera_px: int = Field(default=0, ge=0, le=4096, description="square size of sent pictures; 0: the model's own")
     jpeg_quality: int = Field(default=95, ge=1, le=100, description="of sent pictures")
+    shared_memory: bool = Field(
+        default=False,
+        description="leave pictures in memory that the server, on this machine, has made for them, instead of sending JPEG",
+    )
     ask_every_s: float = Field(
         default=0.0, ge=0, description="between a robot's questions, a tiny one: one after the other; 0 for none"
     )
@@ -186,6 +190,7 @@ def make_plan(settings: Settings, address: str) -> Plan:
         begins_s=0.0,
         deadline_s=settings.deadline_ms / 1e3,
         jpeg_quality=settings.jpeg_quality,
+        shared_memory=settings.shared_memory,
         replan_interval_steps=min(max(1, steps), model.chunk_horizon),
         with_prefix=settings.with_prefix,
         ask_every_s=settings.ask_every_s,

@@ -19,12 +19,16 @@ def make(spec: Spec, required: tuple[str, ...], seed: int) -> dict[str, npt.NDAr
     return {name: _values(by_name[name], random) for name in required}
 
 
-def encode(observation: dict[str, npt.NDArray[np.generic]], jpeg_quality: int) -> list[common_pb2.NamedValue]:
-    """As a robot sends them."""
+def encode(observation: dict[str, npt.NDArray[np.generic]], jpeg_quality: int | None) -> list[common_pb2.NamedValue]:
+    """As a robot sends them; jpeg_quality None: uncompressed."""
     values: list[common_pb2.NamedValue] = []
     for name, array in observation.items():
         if array.ndim == 3 and array.dtype == np.uint8:
-            picture = codec.encode_image(array.view(np.uint8), jpeg_quality=jpeg_quality)
+            pixels = array.view(np.uint8)
+            if jpeg_quality is None:
+                picture = codec.encode_image(pixels, common_pb2.IMAGE_ENCODING_RAW_RGB8)
+            else:
+                picture = codec.encode_image(pixels, jpeg_quality=jpeg_quality)
             values.append(common_pb2.NamedValue(name=name, image=picture))
         else:
             values.append(common_pb2.NamedValue(name=name, tensor=codec.encode_tensor(array)))

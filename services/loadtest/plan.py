@@ -19,6 +19,7 @@ class Plan(BaseModel):
         kind: "service" for the inference service, "plain" for the reference server.
         spec: The robot's, a serialised manyhands.common.v1.Spec in hexadecimal.
         begins_s: On this machine's monotonic clock, which its processes share: when the first robot begins.
+        shared_memory: Pictures go that way, as they are.
         ask_every_s: Between a robot's questions, which wait for each other; 0 for none.
         with_timeline: Each chunk is told by itself, in Tally.timeline.
     """
@@ -40,6 +41,7 @@ class Plan(BaseModel):
     begins_s: float
     deadline_s: float
     jpeg_quality: int
+    shared_memory: bool
     replan_interval_steps: int
     with_prefix: bool
     ask_every_s: float

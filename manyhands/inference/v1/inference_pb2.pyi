@@ -125,6 +125,7 @@ class OpenSessionRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     REPLAN_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
+    WANTS_SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     robot_id: _builtins.str
     client_id: _builtins.str
     """Random, fresh for every actor process."""
@@ -132,6 +133,8 @@ class OpenSessionRequest(_message.Message):
     """Name in the server's list."""
     replan_interval_steps: _builtins.int
     """Actions the robot means to execute of each chunk; admission counts with it."""
+    wants_shared_memory: _builtins.bool
+    """The client may be on the server's machine and would put pictures into memory."""
     @_builtins.property
     def spec(self) -> _common_pb2.Spec:
         """The robot's."""
@@ -144,14 +147,58 @@ class OpenSessionRequest(_message.Message):
         model: _builtins.str = ...,
         spec: _common_pb2.Spec | None = ...,
         replan_interval_steps: _builtins.int = ...,
+        wants_shared_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "model", b"model", "replan_interval_steps", b"replan_interval_steps", "robot_id", b"robot_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "model", b"model", "replan_interval_steps", b"replan_interval_steps", "robot_id", b"robot_id", "spec", b"spec", "wants_shared_memory", b"wants_shared_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenSessionRequest: _TypeAlias = OpenSessionRequest  # noqa: Y015
+
+@_typing.final
+class SharedMemory(_message.Message):
+    """Memory that the server has made for one session's pictures; docs/design/0021-pictures-in-shared-memory.md. The client
+    opens /proc/<process_id>/fd/<descriptor> and knows by the token, which the memory begins with, that it is the same.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    DESCRIPTOR_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    AREA_BYTES_FIELD_NUMBER: _builtins.int
+    AREAS_FIELD_NUMBER: _builtins.int
+    process_id: _builtins.int
+    descriptor: _builtins.int
+    num_bytes: _builtins.int
+    token: _builtins.bytes
+    """16 bytes."""
+    area_bytes: _builtins.int
+    """Room for one observation's pictures."""
+    @_builtins.property
+    def areas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where each area begins. Whose request was answered may be written again."""
+
+    def __init__(
+        self,
+        *,
+        process_id: _builtins.int = ...,
+        descriptor: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        token: _builtins.bytes = ...,
+        area_bytes: _builtins.int = ...,
+        areas: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["area_bytes", b"area_bytes", "areas", b"areas", "descriptor", b"descriptor", "num_bytes", b"num_bytes", "process_id", b"process_id", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedMemory: _TypeAlias = SharedMemory  # noqa: Y015
 
 @_typing.final
 class Adaptation(_message.Message):
@@ -193,6 +240,7 @@ class OpenSessionResponse(_message.Message):
     IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     REQUIRED_OBSERVATIONS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     chunk_horizon: _builtins.int
     """Actions in a chunk."""
@@ -214,6 +262,10 @@ class OpenSessionResponse(_message.Message):
     def required_observations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names to send, in this order."""
 
+    @_builtins.property
+    def shared_memory(self) -> Global___SharedMemory:
+        """Absent where it was not asked for, or the client comes from another machine."""
+
     def __init__(
         self,
         *,
@@ -227,14 +279,41 @@ class OpenSessionResponse(_message.Message):
         idle_timeout: _duration_pb2.Duration | None = ...,
         max_request_bytes: _builtins.int = ...,
         required_observations: _abc.Iterable[_builtins.str] | None = ...,
+        shared_memory: Global___SharedMemory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_timeout", b"idle_timeout", "model_spec", b"model_spec", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_timeout", b"idle_timeout", "model_spec", b"model_spec", "shared_memory", b"shared_memory", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptations", b"adaptations", "chunk_horizon", b"chunk_horizon", "has_text_head", b"has_text_head", "idle_timeout", b"idle_timeout", "max_request_bytes", b"max_request_bytes", "model_spec", b"model_spec", "replan_interval_steps", b"replan_interval_steps", "required_observations", b"required_observations", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptations", b"adaptations", "chunk_horizon", b"chunk_horizon", "has_text_head", b"has_text_head", "idle_timeout", b"idle_timeout", "max_request_bytes", b"max_request_bytes", "model_spec", b"model_spec", "replan_interval_steps", b"replan_interval_steps", "required_observations", b"required_observations", "session_id", b"session_id", "shared_memory", b"shared_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenSessionResponse: _TypeAlias = OpenSessionResponse  # noqa: Y015
+
+@_typing.final
+class SharedPicture(_message.Message):
+    """A picture that lies in the session's shared memory: height x width x 3 bytes, row by row, red first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Of the value in the observation, which is RAW_RGB8 without data."""
+    offset: _builtins.int
+    """Bytes from the beginning of the memory."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedPicture: _TypeAlias = SharedPicture  # noqa: Y015
 
 @_typing.final
 class ActRequest(_message.Message):
@@ -251,6 +330,7 @@ class ActRequest(_message.Message):
     SENT_FIELD_NUMBER: _builtins.int
     NOISE_SEED_FIELD_NUMBER: _builtins.int
     EXECUTION_HORIZON_FIELD_NUMBER: _builtins.int
+    SHARED_PICTURES_FIELD_NUMBER: _builtins.int
     ASK_SUBTASK_FOR_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     request_id: _builtins.int
@@ -281,6 +361,10 @@ class ActRequest(_message.Message):
     def sent(self) -> _common_pb2.Stamp:
         """Echoed."""
 
+    @_builtins.property
+    def shared_pictures(self) -> _containers.RepeatedCompositeFieldContainer[Global___SharedPicture]:
+        """The others come in the observation."""
+
     def __init__(
         self,
         *,
@@ -295,11 +379,12 @@ class ActRequest(_message.Message):
         sent: _common_pb2.Stamp | None = ...,
         noise_seed: _builtins.int = ...,
         execution_horizon: _builtins.int = ...,
+        shared_pictures: _abc.Iterable[Global___SharedPicture] | None = ...,
         ask_subtask_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["committed_prefix", b"committed_prefix", "deadline", b"deadline", "observation", b"observation", "sent", b"sent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_subtask_for", b"ask_subtask_for", "committed_prefix", b"committed_prefix", "current_index", b"current_index", "deadline", b"deadline", "delay_steps", b"delay_steps", "execution_horizon", b"execution_horizon", "noise_seed", b"noise_seed", "observation", b"observation", "request_id", b"request_id", "sent", b"sent", "session_id", b"session_id", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_subtask_for", b"ask_subtask_for", "committed_prefix", b"committed_prefix", "current_index", b"current_index", "deadline", b"deadline", "delay_steps", b"delay_steps", "execution_horizon", b"execution_horizon", "noise_seed", b"noise_seed", "observation", b"observation", "request_id", b"request_id", "sent", b"sent", "session_id", b"session_id", "shared_pictures", b"shared_pictures", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,8 +20,22 @@ from services.inference.fused_model import FusedModel
 from services.inference.local_engine import LocalEngine
 from services.inference.picture_gate import PictureGate, gate_bytes
 from services.inference.unit_answers import ChunkInWork, answer_chunk
+from services.inference.units import UnitKind
 from tests.support.prompted_lab import CAMERA, CPU, STATE
-from tests.support.unit_lab import FakeGpu, answer_of, make_policy, near, plain, row, running, submit
+from tests.support.unit_lab import (
+    SUBTASK,
+    FakeGpu,
+    answer_of,
+    ask,
+    make_policy,
+    near,
+    plain,
+    row,
+    running,
+    sample,
+    submit,
+    whole_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +111,15 @@ def test_what_was_seen_with_other_weights_is_seen_again(engine, policy, gate):
     model.stage(good)
     engine.between_passes(lambda: model.replace(good, common_pb2.PolicyVersion(model="tiny", number=1), {}))
     assert near(answer_of(submit(engine, "left", row(1), gate=1)).actions, plain(good, row(1))[0])
+
+
+def test_a_question_about_pictures_that_were_seen_ahead_does_not_see_them_again(engine, policy, gate):
+    through(engine, gate, row(1), 1)
+    _, heard = ask(engine, SUBTASK, seed=1, owner="left")
+    assert whole_text(heard) == "".join(policy.generate([sample(1)], SUBTASK, CPU))
+    fused = engine.models["tiny"].fused
+    slices = engine.device_time().units["tiny", UnitKind.TEXT_PREFIX].num_units
+    assert slices == fused.num_prefix_slices - fused.num_vision_slices
 
 
 def test_a_device_that_has_work_waits_for_no_pictures(engine, gate, monkeypatch):

@@ -38,6 +38,7 @@ def make_plan(**changed: object) -> Plan:
         "begins_s": time.monotonic(),
         "deadline_s": 0.015,
         "jpeg_quality": 95,
+        "shared_memory": False,
         "replan_interval_steps": 1,
         "with_prefix": False,
         "ask_every_s": 0.0,
