@@ -118,6 +118,17 @@ def test_a_question_asked_beside_its_chunk_waits_for_what_that_sees(policy):
         assert slices_run(engine) == 2 * (fused.num_prefix_slices - fused.num_vision_slices)
 
 
+def test_what_is_kept_of_chunks_that_are_seen_together_is_each_robots_own(policy):
+    model = FusedModel("tiny", policy, CPU, max_rows=4, max_texts=1)
+    rows = [model.chunk_row(row(seed), owner=f"robot {seed}") for seed in range(3)]
+    model.run_prefix(rows[:1])
+    model.run_prefix(rows[1:])
+    found = [model._kept.find(one.owner, one.pictures) for one in rows]
+    for one, seen in zip(rows, found, strict=True):
+        assert torch.allclose(seen, model._seen(one.pictures).flatten(0, 1), atol=1e-6)
+    assert not torch.allclose(found[1], found[2], atol=1e-3)
+
+
 def test_new_weights_see_pictures_again(policy):
     with running(policy) as engine:
         model = engine.models["tiny"]
