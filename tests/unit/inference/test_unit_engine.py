@@ -478,6 +478,15 @@ def test_what_is_promised_is_chunks_with_shared_steps_and_what_a_question_needs(
     assert told.max_texts == max_texts
 
 
+def test_a_question_costs_all_of_its_slices_and_a_chunk_may_have_to_wait_for_the_longest(policy, monkeypatch):
+    monkeypatch.setattr(unit_warm_up, "_slices_s", lambda model, bucket: [0.01, 0.03, 0.02])
+    model, times = FusedModel("tiny", policy, CPU, max_rows=1, max_texts=1), ServiceTimes(forgets=False)
+    told = unit_warm_up.measure("tiny", model, times, 0.0)
+    longest = model.fused.settings.prompt_lengths[-1]
+    assert told.question_s == pytest.approx(0.06 + times.mean_s(group(UnitKind.DRAFT_CHECK, "tiny", longest), 1))
+    assert times.mean_s(group(UnitKind.TEXT_PREFIX, "tiny", longest), 1) == pytest.approx(0.03)
+
+
 def test_an_engine_says_what_it_measured(engine):
     told = engine.capacity("tiny")
     assert told.chunks_per_s > 0
