@@ -149,7 +149,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._end(older, "the same client opened a new session")
         if request.wants_shared_memory and is_same_machine(context.peer()):
             session.pictures = SharedPictures.of(robot_fit.required)
-        logger.info("session %s: %s on %s", session.session_id[:8], session.robot_id, served.name)
+        how = ", pictures may lie in shared memory" if session.pictures is not None else ""
+        logger.info("session %s: %s on %s%s", session.session_id[:8], session.robot_id, served.name, how)
         return inference_pb2.OpenSessionResponse(
             session_id=session.session_id,
             model_spec=served.spec.to_proto(),
