@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_front_end [--seconds 15] [--rate-hz 5] [--robots 1 8 16] [--write]
 
 Runs `manyhands loadtest --compare` with a tiny policy behind three 224-pixel JPEG cameras, one row a pass in both servers,
-and measures what a request costs without any server: decoding, preparing and the policy in one process. With --write the
-result goes to docs/benchmarks/2026-11-22-front-end.md.
+and measures what a request costs without any server: decoding, preparing and the policy in one process; then ours again
+with pictures through shared memory. With --write the result goes to docs/benchmarks/<date>-front-end.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "benchmarks" / f"{datetime.date.today().isoformat()}-front-end.md"
 CAMERAS = tuple(f"observation.images.{name}" for name in ("front", "left_wrist", "right_wrist"))
 CAMERA_PX, STATE_SIZE = 224, 14
+OURS = "manyhands serve"
 SPEC = Spec(
     observation=(
         Feature(name="observation.state", kind=FeatureKind.STATE, dtype="float32", shape=(STATE_SIZE,)),
@@ -89,17 +90,27 @@ def work_alone_ms(policy: Any, number: int = 300) -> tuple[float, float, float]:
     return cpu_s / number * 1e3, float(np.median(wall_s[20:])) * 1e3, sum(value.ByteSize() for value in values) / 1024
 
 
-def run(checkpoint: Path, robots: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def run(checkpoint: Path, robots: int, options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """What robots saw, by server."""
+    compared, shared = (_load(checkpoint, robots, options, folder, flag) for flag in ("--compare", "--shared-memory"))
+    plain = compared.pop("plain_server")
+    return {OURS: compared, "websocket + msgpack": plain, f"{OURS}, pictures through shared memory": shared}
+
+
+def _load(checkpoint: Path, robots: int, options: argparse.Namespace, folder: Path, flag: str) -> dict[str, Any]:
     output = folder / "loadtest.json"
-    flags = ["--robots", str(robots), "--rate-hz", str(options.rate_hz), "--seconds", str(options.seconds)]
-    command = [sys.executable, "-m", "manyhands", "loadtest", "--compare", "--max-batch", "1", "--json", str(output)]
+    flags = ["--robots", str(robots), "--rate-hz", str(options.rate_hz), "--seconds", str(options.seconds), flag]
+    command = [sys.executable, "-m", "manyhands", "loadtest", "--max-batch", "1", "--json", str(output)]
     subprocess.run([*command, *flags, "--checkpoint", str(checkpoint)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     result: dict[str, Any] = json.loads(output.read_text())
     return result
 
 
 def report(
-    results: dict[int, dict[str, Any]], alone: tuple[float, float, float], load: float, options: argparse.Namespace
+    results: dict[int, dict[str, dict[str, Any]]],
+    alone: tuple[float, float, float],
+    load: float,
+    options: argparse.Namespace,
 ) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -118,8 +129,8 @@ def report(
         f"Each robot sends {STATE_SIZE} numbers and three {CAMERA_PX} px JPEG cameras (quality 95, {request_kib:.0f} KiB) "
         f"{options.rate_hz:g} times a second for {options.seconds:g} s over loopback and waits for 50 actions. Both servers "
         "run the same tiny flow policy, one row a pass, one torch thread; ours is `manyhands serve`, the other "
-        "`services/loadtest/plain_server.py` (websocket, msgpack, all in one loop). First ours, then the plain one, for "
-        "each number of robots. Everything on the same cores.",
+        "`services/loadtest/plain_server.py` (websocket, msgpack, all in one loop). First ours, then the plain one, then "
+        "ours with pictures that are not encoded, for each number of robots. Everything on the same cores.",
         "",
         f"Decoding, preparing and the policy alone, in one process without a server: {alone_cpu_ms:.2f} ms of CPU, "
         f"{alone_wall_ms:.2f} ms p50.",
@@ -128,7 +139,7 @@ def report(
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for robots, result in results.items():
-        for name, one in (("manyhands serve", result), ("websocket + msgpack", result["plain_server"])):
+        for name, one in result.items():
             latency, cpu_ms = one["latency_ms"], one["server_cpu_ms_per_request"]
             lines.append(
                 f"| {robots} | {name} | {latency['p50']:.2f} | {latency['p99']:.2f} | {one['requests']} | "
