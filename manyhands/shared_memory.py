@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
 import os
@@ -17,67 +18,84 @@ logger = logging.getLogger(__name__)
 NAME = "manyhands-pictures"
 # Pictures begin on a page.
 HEADER_BYTES = 4096
-_MOST_BYTES = 1 << 30
+TOKEN_BYTES = 16
+# Of a session.
+MOST_BYTES = 64 * 1024 * 1024
 
 
 class SharedMemory:
-    """Pictures of requests, an area each, until they are answered. Any thread."""
+    """Pictures of requests, an area each, until they are answered. One stream at a time has it; any thread."""
 
     def __init__(self, memory: mmap.mmap, told: inference_pb2.SharedMemory) -> None:
         self._memory = memory
         self._area_bytes = told.area_bytes
         self._lock = threading.Lock()
+        self._is_used = False
         self._free = list(told.areas)
         self._taken: dict[int, int] = {}
 
     @classmethod
     def find(cls, told: inference_pb2.SharedMemory) -> SharedMemory | None:
-        """None where it is not to be found: another machine or another container, or somebody else's process."""
-        path = Path(f"/proc/{told.process_id}/fd/{told.descriptor}")
+        """None where it is not to be found, or cannot be trusted: another machine or container, somebody else's process."""
         areas_end = max(told.areas, default=0) + told.area_bytes
-        if told.area_bytes < 1 or min(told.areas, default=0) < HEADER_BYTES or areas_end > told.num_bytes <= _MOST_BYTES:
+        is_sane = told.area_bytes > 0 and min(told.areas, default=0) >= HEADER_BYTES and areas_end <= told.num_bytes
+        if not is_sane or told.num_bytes > MOST_BYTES or len(told.token) != TOKEN_BYTES:
             return None
+        path = Path(f"/proc/{told.process_id}/fd/{told.descriptor}")
         try:
             # Before it is opened: it might be anything of any process that has this number here.
             if not str(path.readlink()).startswith(f"/memfd:{NAME}"):
                 return None
             memory_fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
-                if os.fstat(memory_fd).st_size != told.num_bytes:
+                # Were it shrunk, whoever writes beyond would be killed by the kernel.
+                is_sealed = fcntl.fcntl(memory_fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+                if not is_sealed or os.fstat(memory_fd).st_size != told.num_bytes:
                     return None
                 memory = mmap.mmap(memory_fd, told.num_bytes)
             finally:
                 os.close(memory_fd)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             logger.debug("no shared memory at %s: %s", path, error)
             return None
-        if not told.token or memory[: len(told.token)] != told.token:
+        if memory[:TOKEN_BYTES] != told.token:
             memory.close()
             return None
         return cls(memory, told)
 
-    def place(self, request: inference_pb2.ActRequest) -> None:
-        """Moves uncompressed pictures of a request there, while there is room; the others stay in the message."""
-        pictures = [value for value in request.observation.values if _is_raw(value)]
+    def take(self) -> bool:
+        """For a stream, which gives it back; False where another one still has it."""
         with self._lock:
-            if not pictures or not self._free:
-                return
+            was_used, self._is_used = self._is_used, True
+            return not was_used
+
+    def give_back(self) -> None:
+        """The stream is over, and nobody hears what becomes of its requests."""
+        with self._lock:
+            self._is_used = False
+            self._free += self._taken.values()
+            self._taken.clear()
+
+    def place(self, request: inference_pb2.ActRequest) -> inference_pb2.ActRequest:
+        """The request with its uncompressed pictures there, while there is room; the others stay in the message."""
+        if not any(map(_is_raw, request.observation.values)):
+            return request
+        with self._lock:
+            if not self._free or request.request_id in self._taken:
+                return request
             begin = self._taken[request.request_id] = self._free.pop()
         end = begin + self._area_bytes
-        for value in pictures:
+        placed = inference_pb2.ActRequest()
+        placed.CopyFrom(request)
+        for value in filter(_is_raw, placed.observation.values):
             data = value.image.data
             if begin + len(data) > end:
                 continue
             self._memory[begin : begin + len(data)] = data
-            request.shared_pictures.add(name=value.name, offset=begin)
+            placed.shared_pictures.add(name=value.name, offset=begin)
             value.image.data = b""
             begin += len(data)
-
-    def restart(self) -> None:
-        """A stream begins: what others sent is given up."""
-        with self._lock:
-            self._free += self._taken.values()
-            self._taken.clear()
+        return placed
 
     def answered(self, request_id: int) -> None:
         """Its area may be written again."""

@@ -114,7 +114,7 @@ class ActStream:
         shared_memory: SharedMemory | None = None,
     ) -> None:
         self.session_id = session_id
-        self._shared = shared_memory
+        self._shared = shared_memory if shared_memory is not None and shared_memory.take() else None
         self._request_ids = request_ids
         self._on_reply = on_reply
         self._on_broken = on_broken
@@ -261,9 +261,12 @@ class ActStream:
                     return
                 request, self._unsent = self._unsent, None
             assert request is not None
-            if self._shared is not None:
-                self._shared.place(request)
-            yield request
+            yield self._placed(request)
+
+    def _placed(self, request: inference_pb2.ActRequest) -> inference_pb2.ActRequest:
+        """As it travels."""
+        shared = self._shared
+        return request if shared is None else shared.place(request)
 
     def _read(self) -> None:
         error: errors.ManyhandsError
@@ -286,9 +289,16 @@ class ActStream:
                 self._error = error
             self._closing = True  # Ends _requests().
             self._changed.notify()
+        self._let_go()
         self._replies.put(None)
         if not expected and self._on_broken is not None:
             self._on_broken(error)
+
+    def _let_go(self) -> None:
+        """Of the memory. Apart from _read(), whose frame lives on in the traceback of what ended the stream."""
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.give_back()
 
     def _deliver(self, response: inference_pb2.ActResponse) -> None:
         reply = decode_reply(response)

@@ -68,7 +68,8 @@ class InferenceClient(channel.Client):
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._request_ids: dict[str, Iterator[int]] = {}
         self._may_share = is_loopback(address)
-        self._shared: dict[str, SharedMemory] = {}
+        # By robot, its session and that one's memory: sessions come and go while robots act.
+        self._shared: dict[str, tuple[str, SharedMemory]] = {}
 
     def open_session(
         self,
@@ -100,10 +101,10 @@ class InferenceClient(channel.Client):
         with channel.translated_errors():
             answer = self._stub.OpenSession(request, timeout=timeout_s)
         self._request_ids[answer.session_id] = itertools.count(1)
-        if answer.HasField("shared_memory"):
-            memory = SharedMemory.find(answer.shared_memory)
-            if memory is not None:
-                self._shared[answer.session_id] = memory
+        self._shared.pop(robot_id, None)
+        memory = SharedMemory.find(answer.shared_memory) if answer.HasField("shared_memory") else None
+        if memory is not None:
+            self._shared[robot_id] = answer.session_id, memory
         return Session(
             session_id=answer.session_id,
             robot_id=robot_id,
@@ -132,15 +133,14 @@ class InferenceClient(channel.Client):
     ) -> ActStream:
         """The session's stream; a second one takes over from the first. Request ids go on growing over streams."""
         ids = self._request_ids.setdefault(session_id, itertools.count(1))
-        memory = self._shared.get(session_id)
-        if memory is not None:
-            memory.restart()
+        memory = next((memory for session, memory in self._shared.values() if session == session_id), None)
         return ActStream(self._stub, session_id, ids, on_reply=on_reply, on_broken=on_broken, shared_memory=memory)
 
     def close_session(self, session_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Frees the robot_id. Closing twice is fine."""
         self._request_ids.pop(session_id, None)
-        self._shared.pop(session_id, None)
+        for robot_id in [robot_id for robot_id, (session, _) in self._shared.items() if session == session_id]:
+            del self._shared[robot_id]
         with channel.translated_errors():
             self._stub.CloseSession(inference_pb2.CloseSessionRequest(session_id=session_id), timeout=timeout_s)
 

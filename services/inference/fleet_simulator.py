@@ -313,6 +313,7 @@ class _Simulation:
             arrived_s=self._now_s + fleet.network_s,
             deadline_s=self._now_s + fleet.ask_deadline_s,
             payload=has_draft and self._random.random() < fleet.draft_hit_share,
+            asked_by=robot.name,
         )
         self._at(self._now_s + self._way_s(), lambda: self._scheduler.ask(text))
 

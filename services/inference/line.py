@@ -37,8 +37,8 @@ class Line(Generic[WaitsT]):
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def waits(self, owner: str) -> bool:
-        return owner in self._waiting
+    def waiting_of(self, owner: str) -> WaitsT | None:
+        return self._waiting.get(owner)
 
     def add(self, work: WaitsT) -> None:
         """The owner must have nothing waiting: replace() first."""

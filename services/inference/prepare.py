@@ -210,10 +210,16 @@ def _lying(request: inference_pb2.ActRequest, shared: SharedPictures | None) -> 
             "the server's machine",
             field="shared_pictures",
         )
+    if len(request.shared_pictures) > len(request.observation.values):
+        raise InvalidInput(
+            f"are {len(request.shared_pictures)}, the observation has {len(request.observation.values)} values",
+            field="shared_pictures",
+        )
     sent = {value.name for value in request.observation.values}
     for picture in request.shared_pictures:
         if picture.name not in sent:
-            raise InvalidInput("lies in shared memory and is no value of the observation", field=picture.name)
+            raise InvalidInput("lies in shared memory twice, or is no value of the observation", field=picture.name)
+        sent.discard(picture.name)
     return {
         picture.name: functools.partial(shared.picture, offset=picture.offset, field=picture.name)
         for picture in request.shared_pictures

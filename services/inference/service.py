@@ -24,7 +24,7 @@ from .operator_notes import OperatorNotes
 from .prepare import MAX_TASK_CHARACTERS
 from .service_status import ModelUse, status
 from .sessions import AdaptationKind, Session, Sessions, fit
-from .shared_pictures import SharedPictures
+from .shared_pictures import MAX_BYTES_IN_ALL, SharedPictures
 from .stats import ServiceStats
 from .stream import RobotStream
 from .text_watch import watching_text
@@ -148,7 +148,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if older is not None:
             self._end(older, "the same client opened a new session")
         if request.wants_shared_memory and is_same_machine(context.peer()):
-            session.pictures = SharedPictures.of(robot_fit.required)
+            used = sum(other.pictures.num_bytes for other in self.sessions if other.pictures is not None)
+            session.pictures = SharedPictures.of(robot_fit.required, MAX_BYTES_IN_ALL - used)
         how = ", pictures may lie in shared memory" if session.pictures is not None else ""
         logger.info("session %s: %s on %s%s", session.session_id[:8], session.robot_id, served.name, how)
         return inference_pb2.OpenSessionResponse(

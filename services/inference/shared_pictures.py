@@ -8,6 +8,7 @@ pictures.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import secrets
@@ -19,41 +20,59 @@ import numpy.typing as npt
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput, NotOffered
 from manyhands.inference.v1 import inference_pb2
-from manyhands.shared_memory import HEADER_BYTES, NAME
+from manyhands.shared_memory import HEADER_BYTES, MOST_BYTES, NAME, TOKEN_BYTES
 from manyhands.spec import Feature, FeatureKind
 
 from .shared_ring import grow_and_seal, make_memory
 
+logger = logging.getLogger(__name__)
+
 # One in flight, one that is being decoded, and one that is being written.
 NUM_AREAS = 3
-# Three of four 4K cameras would be more; such a robot sends them encoded.
-MAX_BYTES = 64 * 1024 * 1024
+# Of all sessions. A page that was written, or read, is the server's.
+MAX_BYTES_IN_ALL = 512 * 1024 * 1024
 _PAGE = 4096
 
 
 class SharedPictures:
     """Args:
-    area_bytes: Of one observation's pictures.
+        area_bytes: Of one observation's pictures.
+
+    Attributes:
+        num_bytes: Of all of it.
+
+    Raises:
+        NotOffered, OSError: There is no such memory here, or no room for it.
     """
 
     def __init__(self, area_bytes: int) -> None:
         self._area_bytes = area_bytes
-        self._num_bytes = _num_bytes(area_bytes)
-        self._token = secrets.token_bytes(16)
-        self._memory_fd: int | None = make_memory(NAME)
-        self._memory = grow_and_seal(self._memory_fd, self._num_bytes)
+        self.num_bytes = _num_bytes(area_bytes)
+        self._token = secrets.token_bytes(TOKEN_BYTES)
+        memory_fd = make_memory(NAME)
+        try:
+            self._memory = grow_and_seal(memory_fd, self.num_bytes)
+        except OSError:
+            os.close(memory_fd)
+            raise
+        self._memory_fd: int | None = memory_fd
         self._memory[: len(self._token)] = self._token
         self._bytes: npt.NDArray[np.uint8] | None = np.frombuffer(self._memory, dtype=np.uint8)
 
     @classmethod
-    def of(cls, required: Sequence[Feature]) -> SharedPictures | None:
-        """For an observation of these features; None where there are no pictures, too many, or no such memory here."""
+    def of(cls, required: Sequence[Feature], left_bytes: int = MAX_BYTES_IN_ALL) -> SharedPictures | None:
+        """For an observation of these features; None where there are no pictures, or no room for them.
+
+        Args:
+            left_bytes: Of MAX_BYTES_IN_ALL.
+        """
         area_bytes = sum(math.prod(feature.shape) for feature in required if feature.kind is FeatureKind.IMAGE)
-        if not area_bytes or _num_bytes(area_bytes) > MAX_BYTES:
+        if not area_bytes or _num_bytes(area_bytes) > min(MOST_BYTES, left_bytes):
             return None
         try:
             return cls(area_bytes)
-        except NotOffered:
+        except (NotOffered, OSError) as error:  # Pictures come in messages then.
+            logger.warning("no shared memory for a robot's pictures: %s", error)
             return None
 
     def told(self) -> inference_pb2.SharedMemory:
@@ -63,7 +82,7 @@ class SharedPictures:
         return inference_pb2.SharedMemory(
             process_id=os.getpid(),
             descriptor=self._memory_fd,
-            num_bytes=self._num_bytes,
+            num_bytes=self.num_bytes,
             token=self._token,
             area_bytes=self._area_bytes,
             areas=[HEADER_BYTES + number * stride for number in range(NUM_AREAS)],
@@ -75,10 +94,10 @@ class SharedPictures:
             raise InvalidInput("lies in shared memory and must be RAW_RGB8 without data", field=field)
         height, width = image.height, image.width
         size = height * width * 3
-        if height <= 0 or width <= 0 or offset < HEADER_BYTES or offset + size > self._num_bytes:
+        if height <= 0 or width <= 0 or offset < HEADER_BYTES or offset + size > self.num_bytes:
             raise InvalidInput(
                 f"{height}x{width} pixels at {offset} are not within the session's shared memory, which has pictures from "
-                f"{HEADER_BYTES} to {self._num_bytes}",
+                f"{HEADER_BYTES} to {self.num_bytes}",
                 field=field,
             )
         pixels = self._bytes

@@ -1,8 +1,9 @@
 """Which text goes on when text may run. Pure.
 
 Of the units that could run, the one whose text has waited longest since its last one: so new questions and tokens of running
-ones take turns, and neither starves. Texts in decoding step together, all that may. A question waits only while max_texts
-are in progress; among those that wait, robots with fewer texts in progress come first, then earlier deadlines.
+ones take turns, and neither starves. Texts in decoding step together, all that may. A question waits while max_texts are
+in progress, max_prefixes amid their prefix, or the chunk that it was asked beside is in line; among those that wait, robots
+with fewer texts in progress come first, then earlier deadlines.
 """
 
 from __future__ import annotations

@@ -348,8 +348,9 @@ class UnitScheduler(Generic[ChunkT, TextT]):
             return None
 
         def may_begin(work: TextWork[TextT]) -> bool:
-            """Not before the chunk that it was asked beside; but text is not starved."""
-            return not self._line.waits(work.asked_by) or now_s - work.arrived_s > MAX_TEXT_WAIT_S
+            """Not before the chunk that it was asked beside; what came later it does not wait for."""
+            chunk = self._line.waiting_of(work.asked_by)
+            return chunk is None or chunk.arrived_s > work.arrived_s or now_s - work.arrived_s > MAX_TEXT_WAIT_S
 
         return self._texts.next_unit(self._hold_ups.used(), may_begin=may_begin)
 

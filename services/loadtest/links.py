@@ -107,7 +107,10 @@ class ServiceLink:
         if plan.shared_memory:
             self._memory = SharedMemory.find(session.shared_memory)
             if self._memory is None:
-                raise errors.NotOffered("the server is on another machine, or in another container: no shared memory")
+                raise errors.NotOffered(
+                    "the server has no shared memory for these pictures: it is on another machine or in another container, "
+                    "its model has no cameras, or they are too large"
+                )
         self._bodies = self._encoded(Spec.from_proto(spec))
         self._newest = self._bodies[0]
         self._request_id = 0
@@ -168,8 +171,7 @@ class ServiceLink:
             return self._newest
         request = inference_pb2.ActRequest.FromString(self._newest)
         request.request_id = self._request_id
-        self._memory.place(request)
-        return request.SerializeToString()
+        return self._memory.place(request).SerializeToString()
 
     def generate(self, tokens: int, previous_text: str) -> Any:
         """The call, an asynchronous iterator of GenerateResponse. About what it acts on, as an actor's subtask is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -84,9 +85,9 @@ def shared(stream: ActStream) -> list[inference_pb2.ActRequest]:
     assert isinstance(memory, SharedMemory)
     place = memory.place
 
-    def noted(request: inference_pb2.ActRequest) -> None:
-        place(request)
-        sent.append(inference_pb2.ActRequest.FromString(request.SerializeToString()))
+    def noted(request: inference_pb2.ActRequest) -> inference_pb2.ActRequest:
+        sent.append(place(request))
+        return sent[-1]
 
     memory.place = noted  # type: ignore[method-assign]
     return sent
@@ -146,11 +147,19 @@ def test_a_place_outside_is_refused_and_the_next_request_answered(client: Infere
 def test_names_that_are_none_and_sessions_without_memory_are_refused(client: InferenceClient) -> None:
     session = open_session(client, "other")
     with client.act_stream(session.session_id) as stream:
+        stream._shared = None  # What is sent is what is written here.
         request = good_request()
         request.shared_pictures.add(name="observation.images.back", offset=4096)
         stream.send_message(request)
         refusal = next_refusal(stream)
         assert (refusal.reason, refusal.field) == ("invalid", "observation.images.back")
+        for names, field in (([CAMERAS[0]] * 2, CAMERAS[0]), ([""] * 100, "shared_pictures")):
+            request = good_request()
+            for name in names:
+                request.shared_pictures.add(name=name, offset=4096)
+            stream.send_message(request)
+            refusal = next_refusal(stream)
+            assert (refusal.reason, refusal.field) == ("invalid", field), refusal.message
     client.close_session(session.session_id)
     client._may_share = False
     session = open_session(client, "far")
@@ -162,6 +171,26 @@ def test_names_that_are_none_and_sessions_without_memory_are_refused(client: Inf
         assert (refusal.reason, refusal.field) == ("invalid", "shared_pictures")
         assert "wants_shared_memory" in refusal.message
     client.close_session(session.session_id)
+
+
+def test_a_robot_that_comes_back_again_and_again_has_one_piece_of_memory(client: InferenceClient) -> None:
+    def mapped() -> int:
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count(NAME)
+
+    open_session(client, "returning", client_id="one")
+    before = mapped()
+    for _ in range(5):
+        session = open_session(client, "returning", client_id="one")
+    assert mapped() == before
+    with client.act_stream(session.session_id) as first:
+        memory = first._shared
+        assert memory is not None
+        with client.act_stream(session.session_id) as second:
+            assert second._shared is None, "the other stream may still have requests there"
+    del memory
+    client.close_session(session.session_id)
+    assert mapped() == before - 1
 
 
 def test_memory_of_a_client_that_is_killed_is_given_back(service: Service) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ import pytest
 
 from manyhands import codec
 from manyhands.common.v1 import common_pb2
-from manyhands.errors import InvalidInput
+from manyhands.errors import InvalidInput, NotOffered
 from manyhands.inference.v1 import inference_pb2
 from manyhands.security import is_same_machine
-from manyhands.shared_memory import HEADER_BYTES, NAME, SharedMemory
+from manyhands.shared_memory import HEADER_BYTES, MOST_BYTES, NAME, SharedMemory
 from manyhands.spec import Feature, FeatureKind
-from services.inference.shared_pictures import MAX_BYTES, NUM_AREAS, SharedPictures
+from services.inference import shared_pictures
+from services.inference.shared_pictures import NUM_AREAS, SharedPictures
 
 RAW, JPEG = common_pb2.IMAGE_ENCODING_RAW_RGB8, common_pb2.IMAGE_ENCODING_JPEG
 SIZES = {"front": (6, 8), "wrist": (4, 4)}
@@ -63,11 +65,13 @@ def read(server: SharedPictures, sent: inference_pb2.ActRequest) -> dict[str, np
 
 
 def test_pictures_that_are_left_there_are_read(server: SharedPictures, client: SharedMemory) -> None:
-    sent = [request(number) for number in (1, 2)]
-    for one in sent:
-        whole = one.ByteSize()
-        client.place(one)
-        assert one.ByteSize() < whole / 2, "pixels do not travel"
+    sent = []
+    for number in (1, 2):
+        given = request(number)
+        one = client.place(given)
+        sent.append(one)
+        assert given == request(number), "who gave it may send it elsewhere"
+        assert one.ByteSize() < given.ByteSize() / 2, "pixels do not travel"
         assert codec.decode_tensor(one.observation.values[-1].tensor).shape == (3,)
     for number, one in enumerate(sent, 1):
         found = read(server, one)
@@ -77,44 +81,40 @@ def test_pictures_that_are_left_there_are_read(server: SharedPictures, client: S
 
 
 def test_what_was_read_is_a_copy(server: SharedPictures, client: SharedMemory) -> None:
-    first, second = request(1), request(2)
-    client.place(first)
-    found = read(server, first)
+    found = read(server, client.place(request(1)))
     client.answered(1)
     for number in range(2, 2 + NUM_AREAS):
-        client.place(request(number))
-    client.place(second)
+        assert client.place(request(number)).shared_pictures
     np.testing.assert_array_equal(found["front"], pictures(1)["front"])
 
 
 def test_an_area_is_written_again_only_when_its_request_was_answered(client: SharedMemory) -> None:
     for number in range(1, NUM_AREAS + 1):
-        client.place(request(number))
-    late = request(9)
-    client.place(late)
-    assert late == request(9), "it goes as it is"
+        assert client.place(request(number)).shared_pictures
+    assert client.place(request(9)) == request(9), "it goes as it is"
     client.answered(7)  # Nobody's.
-    client.place(late)
-    assert late == request(9)
+    assert client.place(request(9)) == request(9)
     client.answered(2)
-    client.place(late)
-    assert len(late.shared_pictures) == len(SIZES)
-    client.restart()  # A new stream: what was sent on another is not waited for.
-    again = [request(number) for number in range(20, 21 + NUM_AREAS)]
-    for one in again:
-        client.place(one)
+    assert client.place(request(1)) == request(1), "an id that is in flight"
+    assert len(client.place(request(9)).shared_pictures) == len(SIZES)
+
+
+def test_one_stream_at_a_time_has_it_and_the_next_one_all_of_it(client: SharedMemory) -> None:
+    assert client.take()
+    for number in range(1, NUM_AREAS + 1):
+        client.place(request(number))
+    assert not client.take()
+    client.give_back()
+    assert client.take()
+    again = [client.place(request(number)) for number in range(20, 21 + NUM_AREAS)]
     assert [len(one.shared_pictures) for one in again] == [len(SIZES)] * NUM_AREAS + [0]
 
 
 def test_what_is_encoded_or_too_large_stays_in_the_message(client: SharedMemory) -> None:
-    encoded = request(1, JPEG)
-    client.place(encoded)
-    assert encoded == request(1, JPEG)
+    assert client.place(request(1, JPEG)) == request(1, JPEG)
     values = codec.encode_values({"front": np.zeros((60, 80, 3), np.uint8)}, image_encoding=RAW)
     large = inference_pb2.ActRequest(request_id=2, observation=common_pb2.Observation(values=values))
-    client.place(large)
-    assert not large.shared_pictures
-    assert large.observation.values[0].image.data
+    assert client.place(large) == large
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,7 @@ def test_a_client_cannot_shrink_it_under_the_server(server: SharedPictures) -> N
     [
         {"token": b"another machine!"},
         {"token": b""},
+        {"token": None},
         {"num_bytes": 1 << 15},
         {"process_id": 1 << 30},
         {"descriptor": 1 << 20},
@@ -175,19 +176,68 @@ def test_memory_that_is_not_the_servers_is_not_taken(server: SharedPictures, cha
     told = server.told()
     assert SharedMemory.find(told) is not None
     for name, value in changed.items():
+        value = told.token[:1] if value is None else value  # Soon guessed.
         told.ClearField(name)
         told.MergeFrom(inference_pb2.SharedMemory(**{name: value}))
     assert SharedMemory.find(told) is None
 
 
 def test_a_file_of_another_kind_is_not_even_opened(server: SharedPictures, tmp_path: Path) -> None:
-    told = server.told()
-    os.mkfifo(tmp_path / "pipe")  # Who opens one waits for the other end.
-    with (tmp_path / "file").open("w+b") as file:
-        file.write(told.token.ljust(told.num_bytes, b"\0"))
-        file.flush()
-        told.descriptor = file.fileno()
+    os.mkfifo(tmp_path / "pipe")
+    told, pipe = server.told(), os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    opened: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", lambda path, flags: opened.append(path))
+        told.descriptor = pipe
         assert SharedMemory.find(told) is None
+    os.close(pipe)
+    assert opened == [], "who opens one may wait for its other end"
+
+
+def test_memory_that_could_be_shrunk_under_the_client_is_not_taken(server: SharedPictures) -> None:
+    told = server.told()
+    unsealed = os.memfd_create(NAME)
+    os.write(unsealed, told.token)
+    os.ftruncate(unsealed, told.num_bytes)
+    told.descriptor = unsealed
+    assert SharedMemory.find(told) is None
+    os.close(unsealed)
+
+
+def test_memory_larger_than_any_server_makes_is_not_taken() -> None:
+    huge = os.memfd_create(NAME, os.MFD_ALLOW_SEALING)
+    token = b"sixteen bytes of"
+    os.write(huge, token)
+    os.ftruncate(huge, MOST_BYTES + 4096)
+    fcntl.fcntl(huge, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    told = inference_pb2.SharedMemory(
+        process_id=os.getpid(),
+        descriptor=huge,
+        num_bytes=MOST_BYTES + 4096,
+        token=token,
+        area_bytes=100,
+        areas=[HEADER_BYTES],
+    )
+    assert SharedMemory.find(told) is None
+    told.num_bytes = MOST_BYTES
+    os.close(huge)
+
+
+def test_a_server_without_room_serves_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    full, nowhere = OSError(24, "too many open files"), NotOffered("not on this system")
+    for part, broken in (("grow_and_seal", full), ("make_memory", full), ("make_memory", nowhere)):
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_pictures, part, _raiser(broken))
+            assert SharedPictures.of(CAMERAS) is None
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def _raiser(error: Exception) -> Callable[..., object]:
+    def fail(*_: object) -> object:
+        raise error
+
+    return fail
 
 
 def test_its_end_leaves_nothing_behind() -> None:
@@ -201,10 +251,10 @@ def test_its_end_leaves_nothing_behind() -> None:
     before = open_files(), mapped()
     server = SharedPictures.of(CAMERAS)
     assert server is not None
-    told, sent = server.told(), request(1)
+    told = server.told()
     client = SharedMemory.find(told)
     assert client is not None
-    client.place(sent)
+    sent = client.place(request(1))
     server.close()
     server.close()
     assert SharedMemory.find(told) is None
@@ -218,7 +268,8 @@ def test_its_end_leaves_nothing_behind() -> None:
 def test_memory_is_made_only_where_it_is_of_use() -> None:
     state = Feature(name="state", kind=FeatureKind.STATE, dtype="float32", shape=(3,))
     assert SharedPictures.of([state]) is None
-    assert SharedPictures.of([camera("huge", 4096, MAX_BYTES // 4096 // 3)]) is None
+    assert SharedPictures.of([camera("huge", 4096, MOST_BYTES // 4096 // 3)]) is None
+    assert SharedPictures.of(CAMERAS, left_bytes=HEADER_BYTES) is None
 
 
 @pytest.mark.parametrize(

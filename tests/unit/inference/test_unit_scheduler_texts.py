@@ -75,11 +75,16 @@ def test_a_question_begins_behind_the_prefix_of_its_robots_chunk_but_does_not_wa
         scheduler.finished(unit, 0.001, 0.0)
     assert order[0] == (UnitKind.TEXT_PREFIX, "other"), "there is time for text before the chunk"
     assert order.index((UnitKind.PREFIX, "robot")) < order.index((UnitKind.TEXT_PREFIX, "robot"))
-    # One whose robot always has something in line is answered all the same.
-    waiting = chunk("robot", at=0.0, within=5.0)
-    scheduler.submit(waiting, 0.0)
-    scheduler.ask(question("late", at=0.0, num_prefix_slices=1, max_tokens=1, asked_by="robot"))
-    unit = scheduler.next_unit(MAX_TEXT_WAIT_S + 0.001).unit
+    # What came later than the question is not waited for.
+    scheduler.submit(chunk("robot", at=0.02, within=5.0), 0.02)
+    scheduler.ask(question("early", at=0.01, num_prefix_slices=1, max_tokens=1, asked_by="robot"))
+    unit = scheduler.next_unit(0.02).unit
+    assert unit is not None
+    assert unit.texts[0].work.text_id == "early"
+    scheduler.finished(unit, 0.001, 0.02)
+    # Nor is anything for ever.
+    scheduler.ask(question("late", at=0.02, num_prefix_slices=1, max_tokens=1, asked_by="robot"))
+    unit = scheduler.next_unit(0.02 + MAX_TEXT_WAIT_S + 0.001).unit
     assert unit is not None
     assert unit.texts[0].work.text_id == "late"
 
