@@ -48,7 +48,7 @@ class Settings(config.Settings):
     spool: Path = Field(description="folder for episodes that the store does not have yet; one actor each")
     spool_limit_gb: float = Field(20.0, gt=0, description="most that the spool may hold; a run stops before it is full")
     resume_run: bool = Field(False, description="go on with a run that a crash or a restart of this actor cut short")
-    image_encoding: Literal["jpeg", "png", "raw"] = Field("jpeg", description="of recorded pictures; jpeg has quality 95")
+    image_encoding: Literal["jpeg", "png", "raw"] = Field("jpeg", description="of pictures, recorded and sent; jpeg has 95")
     simulation_speed: float = Field(1.0, gt=0, description="factor on the control rate, for simulated robots only")
     max_action_age_s: float = Field(
         3.0, gt=0, description="an action whose observation is older is never executed; the robot holds instead"
