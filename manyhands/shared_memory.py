@@ -39,7 +39,7 @@ class SharedMemory:
         """None where it is not to be found, or cannot be trusted: another machine or container, somebody else's process."""
         areas_end = max(told.areas, default=0) + told.area_bytes
         is_sane = told.area_bytes > 0 and min(told.areas, default=0) >= HEADER_BYTES and areas_end <= told.num_bytes
-        if not is_sane or told.num_bytes > MOST_BYTES or len(told.token) != TOKEN_BYTES:
+        if not is_sane or told.num_bytes > MOST_BYTES:
             return None
         path = Path(f"/proc/{told.process_id}/fd/{told.descriptor}")
         try:

@@ -21,10 +21,12 @@ from manyhands.common.v1 import common_pb2
 from manyhands.inference.v1 import inference_pb2
 from manyhands.shared_memory import NAME, SharedMemory
 from policies import checkpoint
-from services.inference.shared_pictures import NUM_AREAS
+from services.inference import service as service_module
+from services.inference.shared_pictures import NUM_AREAS, SharedPictures
 from tests.support.inference_lab import (
     CAMERAS,
     ENVIRONMENT,
+    InProcessService,
     ask,
     good_request,
     local_chunk,
@@ -155,6 +157,9 @@ def test_names_that_are_none_and_sessions_without_memory_are_refused(client: Inf
         assert (refusal.reason, refusal.field) == ("invalid", "observation.images.back")
         for names, field in (([CAMERAS[0]] * 2, CAMERAS[0]), ([""] * 100, "shared_pictures")):
             request = good_request()
+            for value in request.observation.values:
+                if value.name == CAMERAS[0]:
+                    value.image.data = b""
             for name in names:
                 request.shared_pictures.add(name=name, offset=4096)
             stream.send_message(request)
@@ -191,6 +196,26 @@ def test_a_robot_that_comes_back_again_and_again_has_one_piece_of_memory(client:
     del memory
     client.close_session(session.session_id)
     assert mapped() == before - 1
+    open_session(client, "returning", client_id="one")
+    client._may_share = False
+    open_session(client, "returning", client_id="one")
+    assert mapped() == before - 1
+
+
+def test_when_all_memory_is_given_robots_send_their_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = SharedPictures.of(POLICY.spec.images)
+    assert one is not None
+    one.close()
+    monkeypatch.setattr(service_module, "MAX_BYTES_IN_ALL", 2 * one.num_bytes)
+    with InProcessService(POLICY) as service, InferenceClient(service.address) as client:
+        sessions = [open_session(client, name) for name in ("left", "middle", "right")]
+        client.close_session(sessions[0].session_id)
+        sessions.append(open_session(client, "again"))
+        for session, has_memory in zip(sessions[1:], (True, False, True), strict=True):
+            with client.act_stream(session.session_id) as stream:
+                assert (stream._shared is not None) is has_memory
+                ask(stream, 5)
+                np.testing.assert_array_equal(next_chunk(stream).actions, local_chunk(POLICY, make_observation(5), 5))
 
 
 def test_memory_of_a_client_that_is_killed_is_given_back(service: Service) -> None:
