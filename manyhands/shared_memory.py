@@ -88,8 +88,8 @@ class SharedMemory:
         placed = inference_pb2.ActRequest()
         placed.CopyFrom(request)
         for value in filter(_is_raw, placed.observation.values):
-            data = value.image.data
-            if begin + len(data) > end:
+            data = value.image.data  # Each read copies it: once.
+            if not data or begin + len(data) > end:
                 continue
             self._memory[begin : begin + len(data)] = data
             placed.shared_pictures.add(name=value.name, offset=begin)
@@ -106,4 +106,4 @@ class SharedMemory:
 
 
 def _is_raw(value: common_pb2.NamedValue) -> bool:
-    return value.HasField("image") and value.image.encoding == common_pb2.IMAGE_ENCODING_RAW_RGB8 and bool(value.image.data)
+    return value.HasField("image") and value.image.encoding == common_pb2.IMAGE_ENCODING_RAW_RGB8

@@ -139,8 +139,7 @@ class InferenceClient(channel.Client):
     def close_session(self, session_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Frees the robot_id. Closing twice is fine."""
         self._request_ids.pop(session_id, None)
-        for robot_id in [robot_id for robot_id, (session, _) in self._shared.items() if session == session_id]:
-            del self._shared[robot_id]
+        self._shared = {robot: shared for robot, shared in self._shared.items() if shared[0] != session_id}
         with channel.translated_errors():
             self._stub.CloseSession(inference_pb2.CloseSessionRequest(session_id=session_id), timeout=timeout_s)
 

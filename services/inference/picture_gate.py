@@ -27,7 +27,7 @@ def gate_bytes(models: Iterable[Model]) -> int:
 
 
 def whole_pages(num_bytes: int) -> int:
-    """A driver pins pages: a gate begins with one and ends with one."""
+    """As many as have room for num_bytes. A driver pins pages: a gate begins with one and ends with one."""
     return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 

@@ -23,6 +23,7 @@ from manyhands.inference.v1 import inference_pb2
 from manyhands.shared_memory import HEADER_BYTES, MOST_BYTES, NAME, TOKEN_BYTES
 from manyhands.spec import Feature, FeatureKind
 
+from .picture_gate import whole_pages
 from .shared_ring import grow_and_seal, make_memory
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 NUM_AREAS = 3
 # Of all sessions. A page that was written, or read, is the server's.
 MAX_BYTES_IN_ALL = 512 * 1024 * 1024
-_PAGE = 4096
 
 
 class SharedPictures:
@@ -78,7 +78,7 @@ class SharedPictures:
     def told(self) -> inference_pb2.SharedMemory:
         """What the client needs to find it."""
         assert self._memory_fd is not None
-        stride = _stride(self._area_bytes)
+        stride = whole_pages(self._area_bytes)
         return inference_pb2.SharedMemory(
             process_id=os.getpid(),
             descriptor=self._memory_fd,
@@ -116,9 +116,5 @@ class SharedPictures:
             self._memory.close()
 
 
-def _stride(area_bytes: int) -> int:
-    return -(-area_bytes // _PAGE) * _PAGE
-
-
 def _num_bytes(area_bytes: int) -> int:
-    return HEADER_BYTES + NUM_AREAS * _stride(area_bytes)
+    return HEADER_BYTES + NUM_AREAS * whole_pages(area_bytes)
