@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import triton_attention
+from . import gluon_attention, triton_attention
 from .slots import Rows, Slots
 
 MULTIPROCESSORS = 132
 # Queries whose pieces one program puts together where there are many; else one.
 COMBINED_TOGETHER, MANY_QUERIES = 4, 256
-# The most of one row that is no prefix.
-FEW_QUERIES = 1024
+# From so many queries of all rows on, three rows of a chunk, two warpgroups share keys. They take so many queries each, and
+# so many keys at a time.
+SHARING_FROM, SHARING_QUERIES, SHARING_KEYS = 1200, 64, 64
 
 
 @dataclass(frozen=True)
@@ -46,28 +49,38 @@ def attend(q: torch.Tensor, rows: Rows, slots: Slots, layer: int, launch: Mappin
     """(B, T, H, E) queries, tokens possibly apart, to (B, T, H * E). launch: How kernels are started."""
     num_rows, num_tokens, heads, size = q.shape
     queries = num_tokens * heads
-    tile = tile_of(num_rows, queries)
+    shares = num_rows * queries >= SHARING_FROM and not rows.causal
+    tile = AttendTile(2 * SHARING_QUERIES, SHARING_KEYS, 4, 2, MULTIPROCESSORS) if shares else tile_of(num_rows, queries)
     tiles = triton.cdiv(queries, tile.m)
+    # Many tokens that do not see keys of their own are a prefix, which looks back at itself.
+    most = slots.sizes.text_capacity if rows.sees_own or not shares else num_tokens
+    piece, pieces = cut_keys(most, tiles * num_rows, tile.n, tile.programs)
     mixed = torch.empty(num_rows, num_tokens, heads * size, dtype=q.dtype, device=q.device)
-    keys, values = (
-        TensorDescriptor.from_tensor(pool[layer].view(-1, size), [tile.n, size]) for pool in (slots.keys, slots.values)
-    )
-    sizes = (num_tokens, q.stride(1), slots.keys.shape[2], slots.valid.stride(0), size**-0.5 * math.log2(math.e))
-    cut = {"HEADS": heads, "E": size, "M": tile.m, "N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
-    if queries > FEW_QUERIES and not rows.sees_own:
-        triton_attention.attend_back_kernel[(tiles, num_rows)](
-            q, keys, values, slots.valid, mixed, rows.slots, rows.seen, *sizes, **cut, **launch
-        )
-        return mixed
-    piece, pieces = cut_keys(slots.sizes.text_capacity, tiles * num_rows, tile.n, tile.programs)
-    part, lse = mixed, mixed
+    part, lse = mixed.view(num_rows, queries, size), mixed
     if pieces > 1:
-        part = torch.empty(num_rows, queries, pieces, size, dtype=q.dtype, device=q.device)
+        part = torch.empty(num_rows, queries, pieces * size, dtype=q.dtype, device=q.device)
         lse = torch.empty(num_rows, queries, pieces, dtype=torch.float32, device=q.device)
-    triton_attention.attend_kernel[(tiles, pieces, num_rows)](
-        q, keys, values, slots.valid, part, lse, rows.slots, rows.seen, rows.own, *sizes,
-        PIECE=piece, PIECES=pieces, SEES_OWN=rows.sees_own, CAUSAL=rows.causal, **cut, **launch,
-    )  # fmt: skip
+    cut = {"HEADS": heads, "E": size, "N": tile.n, "PIECE": piece, "PIECES": pieces, "SEES_OWN": rows.sees_own}
+    sizes = (num_tokens, slots.keys.shape[2], slots.valid.stride(0), size**-0.5 * math.log2(math.e))
+    pools = [pool[layer].view(-1, size) for pool in (slots.keys, slots.values)]
+    if shares:
+        of_q, of_keys, of_values, of_part = (
+            GluonDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout(128, 8 * q.element_size(), len(block)))
+            for tensor, block in (
+                (q, [1, SHARING_QUERIES // heads, heads, size]), *((pool, [tile.n, size]) for pool in pools),
+                (part, [1, SHARING_QUERIES, size]),
+            )
+        )  # fmt: skip
+        gluon_attention.attend_many_kernel[(tiles, pieces, num_rows)](
+            of_q, of_keys, of_values, of_part, lse, slots.valid, rows.slots, rows.seen, rows.own, *sizes,
+            M=SHARING_QUERIES, num_warps=tile.warps, **cut, **launch,
+        )  # fmt: skip
+    else:
+        keys, values = (TensorDescriptor.from_tensor(pool, [tile.n, size]) for pool in pools)
+        triton_attention.attend_kernel[(tiles, pieces, num_rows)](
+            q, keys, values, slots.valid, part, lse, rows.slots, rows.seen, rows.own, q.stride(1), *sizes,
+            M=tile.m, CAUSAL=rows.causal, num_warps=tile.warps, num_stages=tile.stages, **cut, **launch,
+        )  # fmt: skip
     if pieces > 1:
         together = 1 if num_rows * queries < MANY_QUERIES else COMBINED_TOGETHER
         triton_attention.combine_kernel[(triton.cdiv(num_rows * queries, together),)](
@@ -78,8 +91,6 @@ def attend(q: torch.Tensor, rows: Rows, slots: Slots, layer: int, launch: Mappin
 
 def tile_of(num_rows: int, queries: int) -> AttendTile:
     """For so many rows with so many queries each."""
-    if queries > FEW_QUERIES:  # A prefix.
-        return AttendTile(64, 64, 4, 2) if num_rows == 1 else AttendTile(128, 64, 8, 2)
     if queries <= 16:  # Text.
         few = AttendTile(16, 32, 4, 2, 2 * MULTIPROCESSORS)
         return few if num_rows <= 8 else AttendTile(16, 64, 4, 3, MULTIPROCESSORS)

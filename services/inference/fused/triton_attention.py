@@ -1,13 +1,12 @@
-"""Attention of many query heads over one key head, whose keys lie in slots.
+"""Attention of few queries over one key head, whose keys lie in slots: text, and Euler steps of one or two rows.
 
 Heads fold into the tokens: a tile takes M of the T * H queries of a row, which all look at the same keys, so that keys are
-read once for all heads. With few queries the keys are divided over programs ("pieces"), and a second kernel puts the pieces
-together. Pieces lie at fixed keys, so that a row's result does not depend on how long its neighbours are.
+read once for all heads. Keys are divided over programs ("pieces"), and a second kernel puts the pieces together. Pieces lie
+at fixed keys, so that a row's result does not depend on how long its neighbours are.
 
-Keys and values come through tensor descriptors, so the copy engine brings whole blocks of them while the tensor cores work:
-42 us became 28 for a prefix of 968 tokens on an H200. Values go from shared memory straight into the product: a prefix masks
-those of its last, partial block alone, few queries mask scores and no values. So what lies in a slot behind its last key,
-another row's or an older one's, must be finite (Slots.wipe()).
+Keys and values come through tensor descriptors, so the copy engine brings whole blocks of them while the tensor cores work.
+Values go from shared memory straight into the product: scores are masked, and no values. So what lies in a slot behind its
+last key, another row's or an older one's, must be finite (Slots.wipe()).
 
 Shapes: M queries of a tile, N keys read at a time, E head size.
 """
@@ -50,51 +49,9 @@ def _allowed(valid_at, n, first, limit, is_own):
 
 
 @triton.jit
-def attend_back_kernel(
-    q_ptr, keys, values, valid_ptr, out_ptr, slots_ptr, seen_ptr, num_tokens, q_stride, capacity, valid_stride, scale,
-    HEADS: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Of many queries over the keys that their row looks back at. Arguments as of attend_kernel; out is (B, T, H, E)."""
-    row = tl.program_id(1)
-    query = tl.program_id(0) * M + tl.arange(0, M)
-    token = query // HEADS
-    there = token < num_tokens
-    e = tl.arange(0, E)
-    n = tl.arange(0, N)
-    slot = tl.load(slots_ptr + row)
-    seen = tl.load(seen_ptr + row)
-    base = slot * capacity
-    valid_at = valid_ptr + slot.to(tl.int64) * valid_stride + n
-    q_at = q_ptr + (row * num_tokens + token)[:, None].to(tl.int64) * q_stride + (query % HEADS)[:, None] * E + e[None, :]
-    whole = seen // N * N
-    acc = tl.zeros((M, E), tl.float32)
-    largest = tl.full((M,), -1e30, tl.float32)
-    weight = tl.zeros((M,), tl.float32)
-    if PDL:
-        gdc_wait()
-    q = tl.load(q_at, mask=there[:, None], other=0.0)
-    for first in tl.range(0, whole, N):
-        allowed = tl.load(valid_at + first) != 0
-        k = keys.load([base + first, 0])
-        v = values.load([base + first, 0])
-        acc, largest, weight = _look(q, k, v, allowed[None, :], scale, acc, largest, weight)
-    if whole < seen:
-        inside = whole + n < seen
-        allowed = inside & (tl.load(valid_at + whole, mask=inside, other=0) != 0)
-        k = keys.load([base + whole, 0])
-        v = tl.where(inside[:, None], values.load([base + whole, 0]), 0.0)
-        acc, largest, weight = _look(q, k, v, allowed[None, :], scale, acc, largest, weight)
-    if PDL:
-        gdc_launch_dependents()
-    result = acc / tl.maximum(weight, 1e-30)[:, None]
-    out = out_ptr + (row * num_tokens * HEADS + query)[:, None].to(tl.int64) * E + e[None, :]
-    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=there[:, None])
-
-
-@triton.jit
 def attend_kernel(
     q_ptr, keys, values, valid_ptr, out_ptr, lse_ptr, slots_ptr, seen_ptr, own_ptr,
-    num_tokens, q_stride, capacity, valid_stride, scale,
+    q_stride, num_tokens, capacity, valid_stride, scale,
     HEADS: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
     SEES_OWN: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
