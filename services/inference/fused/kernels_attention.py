@@ -36,12 +36,11 @@ class AttendTile:
     programs: int = 0
 
 
-# By the most queries of all rows, after those of text and of a prefix; found by trying on one H200.
+# By the most queries of all rows, after those of text; found by trying on one H200.
 ATTEND_TILES = {
     400: AttendTile(32, 128, 4, 2, MULTIPROCESSORS),
     800: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
     1600: AttendTile(64, 32, 4, 2, 2 * MULTIPROCESSORS),
-    3200: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
 }
 
 
@@ -49,7 +48,7 @@ def attend(q: torch.Tensor, rows: Rows, slots: Slots, layer: int, launch: Mappin
     """(B, T, H, E) queries, tokens possibly apart, to (B, T, H * E). launch: How kernels are started."""
     num_rows, num_tokens, heads, size = q.shape
     queries = num_tokens * heads
-    shares = num_rows * queries >= SHARING_FROM and not rows.causal
+    shares = _shares(q, rows)
     tile = AttendTile(2 * SHARING_QUERIES, SHARING_KEYS, 4, 2, MULTIPROCESSORS) if shares else tile_of(num_rows, queries)
     tiles = triton.cdiv(queries, tile.m)
     # Many tokens that do not see keys of their own are a prefix, which looks back at itself.
@@ -87,6 +86,14 @@ def attend(q: torch.Tensor, rows: Rows, slots: Slots, layer: int, launch: Mappin
             part, lse, mixed, num_rows * queries, E=size, PIECES=pieces, QUERIES=together, num_warps=4, **launch
         )
     return mixed
+
+
+def _shares(q: torch.Tensor, rows: Rows) -> bool:
+    """Whether attend_many_kernel takes them: many, of a kind that it is made for, on Hopper, whose instructions it has."""
+    num_rows, num_tokens, heads, size = q.shape
+    are_many = num_rows * num_tokens * heads >= SHARING_FROM and not rows.causal
+    fit = q.dtype == torch.bfloat16 and size in (64, 128, 256) and SHARING_QUERIES % heads == 0
+    return are_many and fit and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def tile_of(num_rows: int, queries: int) -> AttendTile:
