@@ -17,7 +17,7 @@ import torch
 
 from manyhands.common.v1 import common_pb2
 from manyhands.errors import InvalidInput, Refused
-from policies import images, samples
+from policies import samples
 from policies.pi052.config import ChunkMode
 from policies.pi052.policy import Pi052Policy
 from policies.policy import Sample, TextKind, TextRequest
@@ -29,12 +29,11 @@ from .device_gate import DeviceGate
 from .engine import canary_row
 from .engine_port import Observed, Row
 from .fused import trial
-from .fused.kept_vision import KeptVision
 from .fused.network import FusedPi052
-from .fused.settings import FusedSettings, Pictures, PrefixRow
+from .fused.settings import FusedSettings, PrefixRow
 from .fused.slots import Slots
 from .fused.starts import ChunkStart
-from .fused.vision_ahead import VisionAhead
+from .fused_pictures import FusedPictures, pictures_fit
 from .fused_texts import FusedTexts, nothing
 from .models import AnyPolicy, ServedModel
 from .rows_ahead import RowsAhead, inputs_of
@@ -51,8 +50,6 @@ MAX_TEXTS = 32
 MAX_DRAFT_TOKENS = 32
 # Rows prepared before their pictures are there: one a robot, while those are decoded.
 MAX_ROWS_AHEAD = 64
-# Observations whose pictures are kept as they were seen, of full size 3 MB each on the device: two of each of 32 robots.
-MAX_KEPT = 64
 
 
 class FusedModel(ServedModel):
@@ -98,7 +95,7 @@ class FusedModel(ServedModel):
             max_guidance_weight=config.max_guidance_weight,
             trained_max_delay=config.trained_prefix_max_delay if config.chunk_mode is ChunkMode.TRAINED else 0,
             schedule=config.prefix_schedule,
-            pictures_fit=_pictures_fit(policy),
+            pictures_fit=pictures_fit(policy),
             whole_chunk=False,
             fp8=fp8,
         )
@@ -108,11 +105,8 @@ class FusedModel(ServedModel):
         self.fused = FusedPi052(config.network, settings, device, dtype=dtype, kernels=kernels)
         self.fused.weights.refill(policy.network.state_dict())
         self._texts = FusedTexts(self.fused)
-        tokens_shape = (settings.num_cameras * config.network.num_patches, config.network.language.width)
-        num_kept = MAX_KEPT if policy.has_text_head else 0
-        self._kept = KeptVision(num_kept, tokens_shape, dtype=dtype, device=device)
+        self._pictures = FusedPictures(self.fused, policy, keeps=policy.has_text_head)
         self._ahead: RowsAhead[ChunkRow] = RowsAhead(MAX_ROWS_AHEAD)
-        self._vision_ahead: VisionAhead | None = None
         # When the device began with the unit that is being launched, where that was before.
         self._began: torch.cuda.Event | None = None
 
@@ -125,7 +119,7 @@ class FusedModel(ServedModel):
     def use_gate(self, gate: DeviceGate) -> None:
         """Makes see_ahead() do something, where it can."""
         if self.waits_at_gate:
-            self._vision_ahead = self.fused.vision_ahead(gate)
+            self._pictures.use_gate(gate)
 
     @property
     def slots(self) -> Slots:
@@ -163,7 +157,7 @@ class FusedModel(ServedModel):
             made = self._without_pictures(row)
         else:
             samples.check([sample], self.policy.spec)  # Of its pictures nothing was known.
-        made.asked, made.pictures, made.gate, made.owner = row, self._pictures(sample), gate, owner
+        made.asked, made.pictures, made.gate, made.owner = row, self._pictures.of(sample), gate, owner
         return made
 
     def expect(self, row: Row) -> None:
@@ -206,7 +200,7 @@ class FusedModel(ServedModel):
         assert policy.prompter is not None
         return TextRowInWork(
             read=policy.question(sample, request),
-            pictures=self._pictures(sample),
+            pictures=self._pictures.of(sample),
             rules=rules,
             pieces=Pieces(policy.prompter),
             generator=torch.Generator().manual_seed(request.seed),
@@ -222,13 +216,6 @@ class FusedModel(ServedModel):
         assert policy.prompter is not None
         tokens = policy.prompter.answer(request.previous_text)
         return tokens[: self.fused.settings.draft_length]
-
-    def _pictures(self, sample: Sample) -> list[npt.NDArray[np.uint8] | None]:
-        found: list[npt.NDArray[np.uint8] | None] = []
-        for name in self.policy.cameras:
-            picture = sample.observation.get(name)
-            found.append(None if picture is None else images.check(picture, field=name))
-        return found
 
     # -- units: the engine's thread ------------------------------------------------------------------------------------
 
@@ -248,9 +235,8 @@ class FusedModel(ServedModel):
         return launches.timed(self.device, began)
 
     def see_ahead(self, gate: int) -> None:
-        """Has the device wait at that gate for the pictures of the row that is told ahead, and see them."""
-        if self._vision_ahead is not None:
-            self._vision_ahead.launch(gate)
+        """See FusedPictures."""
+        self._pictures.see_ahead(gate)
 
     def run_prefix(self, rows: Sequence[ChunkRow]) -> None:
         """Takes a slot for each row. One that was read with an older version's statistics is read again."""
@@ -259,15 +245,14 @@ class FusedModel(ServedModel):
                 again = self._without_pictures(row.asked)
                 row.read, row.start, row.version = again.read, again.start, again.version
             row.slot = self._take_slot()
-        tokens = self._seen_of(rows)
+        tokens, self._began = self._pictures.see(rows)
         kept = self.fused.prefix([
             PrefixRow(slot=slot_of(row), picture_tokens=seen, picture_valid=valid_of(row), tokens=row.read.prompt.tokens)
             for row, seen in zip(rows, tokens.view(len(rows), -1, tokens.shape[-1]), strict=True)
         ])  # fmt: skip
         self.fused.begin_chunks([(slot_of(row), row.start) for row in rows])
         # Last: the device is at the prefix, and nobody waits for this.
-        for row, seen in zip(rows, kept, strict=True):
-            self._kept.keep(row.owner, row.pictures, seen)
+        self._pictures.keep(rows, kept)
 
     def rehearse_prefix(self, row: ChunkRow) -> None:
         """What run_prefix() does on the host when pictures are seen already, and none of the device's long work; see
@@ -288,9 +273,9 @@ class FusedModel(ServedModel):
         if row.num_slices == 0:
             row.slot = self._take_slot() if row.slot is None else row.slot
             valid, tokens = valid_of(row), row.read.prompt.tokens
-            seen = self._kept.find(row.owner, row.pictures)
+            seen = self._pictures.find(row.owner, row.pictures)
             if seen is None:
-                self.fused.begin_question(row.slot, self._fitting(row.pictures), valid, tokens)
+                self.fused.begin_question(row.slot, self._pictures.fitting(row.pictures), valid, tokens)
             else:
                 self.fused.begin_seen_question(row.slot, seen, valid, tokens)
                 row.num_slices = self.fused.num_vision_slices
@@ -362,7 +347,7 @@ class FusedModel(ServedModel):
         asked = canary_row(policy)
         read, start = self._read_by(policy, asked)
         with self.fused.weights.aside():
-            pictures = torch.stack([self._on_device(picture) for picture in self._pictures(sample_of(asked.sample))])
+            pictures = self._pictures.on_device(self._pictures.of(sample_of(asked.sample)))
         tokens, steps = read.prompt.tokens, self._canary_steps
         made = trial.staged_chunk(self.fused.units, pictures, tokens, start, steps, length=self._padded(len(tokens)))
         if not all(np.isfinite(part).all() for part in policy.finished(made.numpy()[None], read.state.numpy())):
@@ -371,9 +356,7 @@ class FusedModel(ServedModel):
     def replace(self, policy: AnyPolicy, version: common_pb2.PolicyVersion, digests: Mapping[str, bytes]) -> AnyPolicy:
         """As ServedModel's, of what was staged last."""
         self.fused.weights.commit()
-        self._kept.forget()
-        if self._vision_ahead is not None:
-            self._vision_ahead.forget()
+        self._pictures.forget()
         self.wait()
         previous = super().replace(policy, version, digests)
         self._ahead.clear()  # Made with the statistics of before.
@@ -409,34 +392,6 @@ class FusedModel(ServedModel):
         assert slot is not None, "the scheduler keeps no more rows in work than there are slots"
         return slot
 
-    def _seen_of(self, rows: Sequence[ChunkRow]) -> torch.Tensor:
-        if len(rows) == 1 and self._vision_ahead is not None:
-            seen = self._vision_ahead.take(rows[0].gate)
-            if seen is not None:
-                self._began = seen.began
-                return seen.tokens
-        return self._seen([picture for row in rows for picture in row.pictures])
-
-    def _seen(self, pictures: Pictures) -> torch.Tensor:
-        fitting = self._fitting(pictures)
-        return self.fused.vision(fitting) if isinstance(fitting, torch.Tensor) else self.fused.vision_of_bytes(fitting)
-
-    def _fitting(self, pictures: Pictures) -> torch.Tensor | Pictures:
-        """As the network takes them: bytes of its size, or numbers on the device."""
-        if self.fused.settings.pictures_fit:
-            return pictures
-        return torch.stack([self._on_device(picture) for picture in pictures])
-
-    def _on_device(self, picture: npt.NDArray[np.uint8] | None) -> torch.Tensor:
-        """(3, height, width) float32 in [-1, 1]; bytes travel, numbers are made where they are needed."""
-        network = self.policy.config.network
-        size = (network.image_height, network.image_width)
-        if picture is None:
-            return torch.full((3, *size), images.MISSING_VALUE, device=self.device)
-        there = torch.from_numpy(np.ascontiguousarray(picture)).to(self.device, non_blocking=True)
-        floats = there.permute(2, 0, 1)[None].float() / 255.0
-        return images.resize_with_padding(floats, *size, images.Padding.CENTRED)[0] * 2.0 - 1.0
-
 
 def sample_of(observed: Observed) -> Sample:
     return Sample(observation=observed.observation, task=observed.task)
@@ -454,10 +409,3 @@ def _anchored(policy: Pi052Policy, row: Row, read: Read) -> torch.Tensor | None:
         return None
     # A copy: what comes through a slot is writable, what comes from a client's message is not, and torch warns of that.
     return policy.anchored_actions(torch.from_numpy(np.array(row.prefix))[None], read.state)[0]
-
-
-def _pictures_fit(policy: Pi052Policy) -> bool:
-    """Whether every camera has the network's size."""
-    network = policy.config.network
-    sizes = {feature.shape[:2] for feature in policy.spec.images}
-    return sizes == {(network.image_height, network.image_width)}

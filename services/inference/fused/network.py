@@ -23,23 +23,22 @@ Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from manyhands.errors import InvalidInput
 from policies.pi052.config import NetworkConfig
 
-from .graphs import GraphPool, Recorded, Uploads
+from .graphs import GraphPool, Recorded
+from .inputs import Inputs
 from .ops import EulerTables, ReferenceOps
 from .prefix_slices import PrefixSlices
 from .settings import FusedSettings, Pictures, PrefixRow, TextRow, Tokens
 from .slots import Slots, SlotSizes
-from .starts import ChunkStart, num_numbers
+from .starts import ChunkStart
 from .units import Units, forbidden_tokens
 from .vision_ahead import Gate, VisionAhead
 from .weights import FusedWeights
@@ -70,10 +69,9 @@ class FusedPi052:
         self.settings = settings
         self.device = device
         self.weights = FusedWeights(config, num_steps=settings.num_steps, device=device, dtype=dtype, fp8=settings.fp8)
-        self._patches = config.num_patches * settings.num_cameras
         sizes = SlotSizes(
             num_slots=settings.num_slots,
-            max_prefix=self._patches + max(settings.prompt_lengths),
+            max_prefix=config.num_patches * settings.num_cameras + max(settings.prompt_lengths),
             max_text=settings.max_text,
             horizon=settings.horizon,
         )
@@ -89,16 +87,9 @@ class FusedPi052:
             forbidden=forbidden_tokens(config.vocabulary, settings.decoding, device),
             trained=settings.trained_max_delay > 0,
         )
-        widest = max(*settings.prefix_rows, *settings.expert_rows, *settings.text_rows)
-        of_prompts = max(settings.prefix_rows) * (1 + settings.num_cameras + 2 * max(settings.prompt_lengths))
-        self._uploads = Uploads(device, max(2 * widest, of_prompts, settings.draft_length))
-        most = max(settings.prefix_rows)
-        each = num_numbers(settings.horizon, config.action_size)
-        self._starts = Uploads(device, most * each, torch.float32, num_places=8)
-        self._picture_shape = (config.image_height, config.image_width, 3)
-        each = math.prod(self._picture_shape)
-        self._picture_bytes = Uploads(device, most * settings.num_cameras * each, torch.uint8, num_places=4)
-        self._question_bytes = torch.zeros(settings.num_cameras, *self._picture_shape, dtype=torch.uint8, device=device)
+        self._inputs = Inputs(config, settings, scratch=self.slots.scratch, dtype=self.weights.dtype, device=device)
+        picture_shape = self._inputs.picture_shape
+        self._question_bytes = torch.zeros(settings.num_cameras, *picture_shape, dtype=torch.uint8, device=device)
         self._pool = GraphPool(device)
         # By slot, the questions amid their prefix; places that are free.
         self._questions: dict[int, PrefixSlices] = {}
@@ -106,7 +97,7 @@ class FusedPi052:
             PrefixSlices(
                 self.units,
                 self._pool,
-                lambda length: self._inputs("prefix_slices", 1, length),
+                lambda length: self._inputs.of("prefix_slices", 1, length),
                 num_cameras=settings.num_cameras,
                 longest_prompt=max(settings.prompt_lengths),
                 num_slices=settings.prefix_slices,
@@ -153,52 +144,9 @@ class FusedPi052:
         if key not in self._recorded:
             unit = self._all_steps if name == "all_steps" else getattr(self.units, name)
             with torch.inference_mode(False):
-                inputs = self._inputs(name, rows, length)
+                inputs = self._inputs.of(name, rows, length)
             self._recorded[key] = Recorded(unit, inputs, self._pool)
         return self._recorded[key]
-
-    def _inputs(self, name: str, rows: int, length: int) -> dict[str, torch.Tensor]:
-        config, cameras, device = self.config, self.settings.num_cameras, self.device
-        slots = torch.full((rows,), self.slots.scratch, dtype=torch.int32, device=device)
-        flags = torch.zeros(rows, dtype=torch.int32, device=device)
-        picture_shape = (rows * cameras, 3, config.image_height, config.image_width)
-        if name == "vision":
-            return {"pictures": torch.zeros(picture_shape, device=device)}
-        if name == "vision_of_bytes":
-            return {"pictures": torch.zeros(rows * cameras, *self._picture_shape, dtype=torch.uint8, device=device)}
-        if name == "begin":
-            numbers = torch.zeros(rows, num_numbers(self.settings.horizon, config.action_size), device=device)
-            return {**self._slots_and("num_clean", rows), "numbers": numbers}
-        if name == "all_steps":
-            return {"slots": slots}
-        if name == "expert_step":
-            return self._slots_and("steps", rows)
-        if name in ("first_text", "text_step"):
-            return self._slots_and("flags", rows)
-        if name == "check_draft":
-            draft = torch.zeros(rows, self.settings.draft_length, dtype=torch.int32, device=device)
-            return {"slots": slots, "flags": flags, "draft": draft}
-        each = 1 + cameras + 2 * length
-        flat = torch.zeros(rows * each, dtype=torch.int32, device=device)
-        sizes = [rows, rows * cameras, rows * length, rows * length]
-        slots, picture_valid, tokens, token_valid = torch.split(flat, sizes)
-        slots.fill_(self.slots.scratch)
-        prompt = {
-            "slots": slots,
-            "picture_valid": picture_valid.view(rows, cameras).fill_(1),
-            "tokens": tokens.view(rows, length),
-            "token_valid": token_valid.view(rows, length),
-        }
-        if name == "prefix_slices":
-            return {"pictures": torch.zeros(picture_shape, device=device), **prompt}
-        picture_tokens = torch.zeros(rows, self._patches, config.language.width, dtype=self.weights.dtype, device=device)
-        return {"picture_tokens": picture_tokens, **prompt}
-
-    def _slots_and(self, second: str, rows: int) -> dict[str, torch.Tensor]:
-        """One piece, so that one copy brings both."""
-        both = torch.zeros(2 * rows, dtype=torch.int32, device=self.device)
-        both[:rows] = self.slots.scratch
-        return {"slots": both[:rows], second: both[rows:]}
 
     def _all_steps(self, slots: torch.Tensor) -> None:
         rows = self.units.expert_rows(slots, slots)
@@ -225,7 +173,7 @@ class FusedPi052:
         """
         rows = self._fit("vision", -(-len(pictures) // self.settings.num_cameras), self.settings.prefix_rows)
         recorded = self._bucket("vision_of_bytes", rows, 0)
-        self._send_pictures(pictures, recorded.inputs["pictures"][: len(pictures)])
+        self._inputs.send_pictures(pictures, recorded.inputs["pictures"][: len(pictures)])
         found: torch.Tensor = recorded.run()
         return found[: len(pictures)]
 
@@ -238,10 +186,7 @@ class FusedPi052:
         """Noise and what is committed of chunks, each in its slot."""
         rows = self._fit("begin", len(starts), self.settings.prefix_rows)
         numbers = self._bucket("begin", rows, 0).inputs["numbers"][: len(starts)]
-        place = self._starts.place()[: numbers.numel()].reshape(numbers.shape)
-        for into, (_, start) in zip(place, starts, strict=True):
-            into[...] = start.numbers
-        self._starts.send_place(numbers)
+        self._inputs.send_starts([start for _, start in starts], numbers)
         self._run_small(
             "begin", [slot for slot, _ in starts], [start.num_clean for _, start in starts], self.settings.prefix_rows
         )
@@ -259,7 +204,7 @@ class FusedPi052:
         inputs = recorded.inputs
         for index, row in enumerate(rows):
             inputs["picture_tokens"][index].copy_(row.picture_tokens.reshape(-1, self.config.language.width))
-        self._send_prompts(inputs, [(row.slot, row.picture_valid, row.tokens) for row in rows])
+        self._inputs.send_prompts([(row.slot, row.picture_valid, row.tokens) for row in rows], inputs)
         recorded.run()
         return inputs["picture_tokens"][: len(rows)]
 
@@ -267,7 +212,7 @@ class FusedPi052:
     def rehearse_prefix(self, picture_valid: Sequence[bool], tokens: Tokens, start: ChunkStart) -> None:
         """Brings a row's prompt where that of the next one will be written over it, and begins a chunk in no slot."""
         length = self._fit("prompt", len(tokens), self.settings.prompt_lengths)
-        self._send_prompts(self._bucket("prefix", 1, length).inputs, [(self.slots.scratch, picture_valid, tokens)])
+        self._inputs.send_prompts([(self.slots.scratch, picture_valid, tokens)], self._bucket("prefix", 1, length).inputs)
         self.begin_chunks([(self.slots.scratch, start)])
 
     @torch.inference_mode()
@@ -282,16 +227,16 @@ class FusedPi052:
         if isinstance(pictures, torch.Tensor):
             inputs["pictures"].copy_(pictures, non_blocking=True)
         else:
-            self._send_pictures(pictures, self._question_bytes)
+            self._inputs.send_pictures(pictures, self._question_bytes)
             inputs["pictures"].copy_(self.units.numbers_of(self._question_bytes))
-        self._send_prompts(inputs, [(slot, picture_valid, tokens)])
+        self._inputs.send_prompts([(slot, picture_valid, tokens)], inputs)
 
     @torch.inference_mode()
     def begin_seen_question(self, slot: int, seen: torch.Tensor, picture_valid: Sequence[bool], tokens: Tokens) -> None:
         """begin_question() of pictures that vision() has seen, (I * P, D): its slice number num_vision_slices comes next."""
         place = self._question_at(slot)
         inputs = place.begin(self._fit("prompt", len(tokens), self.settings.prompt_lengths))
-        self._send_prompts(inputs, [(slot, picture_valid, tokens)])
+        self._inputs.send_prompts([(slot, picture_valid, tokens)], inputs)
         place.leave_out_vision(seen)
 
     def _question_at(self, slot: int) -> PrefixSlices:
@@ -338,10 +283,10 @@ class FusedPi052:
         num_rows = self._fit("draft", len(rows), self.settings.prefix_rows)
         recorded = self._bucket("check_draft", num_rows, 0)
         length = self.settings.draft_length
-        self._fill(recorded.inputs["slots"], [row.slot for row in rows], self.slots.scratch)
-        self._fill(recorded.inputs["flags"], [row.flags for row in rows], 0)
+        self._inputs.send_slots([row.slot for row in rows], recorded.inputs["slots"])
+        self._inputs.fill([row.flags for row in rows], recorded.inputs["flags"], beyond=0)
         for index, draft in enumerate(drafts):
-            self._fill(recorded.inputs["draft"][index], [int(token) for token in draft[:length]], -1)
+            self._inputs.fill([int(token) for token in draft[:length]], recorded.inputs["draft"][index], beyond=-1)
         tokens, counts = recorded.run()
         return tokens[: len(rows)], counts[: len(rows)]
 
@@ -367,7 +312,7 @@ class FusedPi052:
         self.prefix([PrefixRow(slot=slot, picture_tokens=seen, picture_valid=picture_valid, tokens=tokens)])
         self.begin_chunks([(slot, start)])
         steps = self._bucket("all_steps", 1, 0)
-        self._uploads.send([slot], steps.inputs["slots"])
+        self._inputs.send_slots([slot], steps.inputs["slots"])
         steps.run()
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -380,42 +325,8 @@ class FusedPi052:
     def _run_small(self, name: str, slots: list[int], seconds: list[int], buckets: Sequence[int]) -> Any:
         num_rows = self._fit(name, len(slots), buckets)
         recorded = self._bucket(name, num_rows, 0)
-        spare = num_rows - len(slots)
-        both = recorded.inputs["slots"]
-        values = [*slots, *[self.slots.scratch] * spare, *seconds, *[0] * spare]
-        self._uploads.send(values, both.as_strided((2 * num_rows,), (1,)))
+        self._inputs.send_slots(slots, recorded.inputs["slots"], seconds)
         return recorded.run()
-
-    def _send_pictures(self, pictures: Pictures, into: torch.Tensor) -> None:
-        """into: (N, height, width, 3) uint8."""
-        places = self._picture_bytes.place()[: into.numel()].reshape(into.shape)
-        for place, picture in zip(places, pictures, strict=True):
-            place[...] = 0 if picture is None else picture
-        self._picture_bytes.send_place(into)
-
-    def _send_prompts(self, inputs: Mapping[str, torch.Tensor], rows: Sequence[tuple[int, Sequence[bool], Tokens]]) -> None:
-        """Slots, valid cameras, tokens and valid tokens: they lie one behind the other, so one copy brings all."""
-        num_rows, length = inputs["tokens"].shape
-        cameras = self.settings.num_cameras
-        total = num_rows * (1 + cameras + 2 * length)
-        place = self._uploads.place()[:total]
-        slots, picture_valid, tokens, token_valid = np.split(
-            place, np.cumsum([num_rows, num_rows * cameras, num_rows * length])
-        )
-        slots[:] = self.slots.scratch
-        picture_valid[:] = 1
-        tokens[:] = 0
-        token_valid[:] = 0
-        for index, (slot, valid, prompt) in enumerate(rows):
-            slots[index] = slot
-            picture_valid[index * cameras : (index + 1) * cameras] = valid
-            tokens[index * length :][: len(prompt)] = prompt
-            token_valid[index * length :][: len(prompt)] = 1
-        self._uploads.send_place(inputs["slots"].as_strided((total,), (1,)))
-
-    def _fill(self, into: torch.Tensor, values: Sequence[int], beyond: int) -> None:
-        """What is beyond values takes one value."""
-        self._uploads.send([*values, *[beyond] * (into.shape[0] - len(values))], into)
 
     def _fit(self, what: str, size: int, buckets: Sequence[int]) -> int:
         fitting = [bucket for bucket in buckets if bucket >= size]

@@ -123,9 +123,9 @@ def test_what_is_kept_of_chunks_that_are_seen_together_is_each_robots_own(policy
     rows = [model.chunk_row(row(seed), owner=f"robot {seed}") for seed in range(3)]
     model.run_prefix(rows[:1])
     model.run_prefix(rows[1:])
-    found = [model._kept.find(one.owner, one.pictures) for one in rows]
+    found = [model._pictures.find(one.owner, one.pictures) for one in rows]
     for one, seen in zip(rows, found, strict=True):
-        assert torch.allclose(seen, model._seen(one.pictures).flatten(0, 1), atol=1e-6)
+        assert torch.allclose(seen, model._pictures.see([one])[0].flatten(0, 1), atol=1e-6)
     assert not torch.allclose(found[1], found[2], atol=1e-3)
 
 
