@@ -38,7 +38,7 @@ class DurationsTable(BaseModel):
 
     prefix: dict[int, float] = Field(default={1: 8.34, 2: 15.4, 4: 30.4}, min_length=1)
     expert_step: dict[int, float] = Field(
-        default={1: 0.68, 2: 0.75, 3: 0.93, 4: 0.96, 5: 0.97, 6: 1.13, 8: 1.27, 10: 1.5, 12: 1.72, 16: 1.99}, min_length=1
+        default={1: 0.68, 2: 0.76, 3: 0.87, 4: 0.89, 5: 0.93, 6: 1.12, 8: 1.22, 10: 1.26, 12: 1.51, 16: 1.89}, min_length=1
     )
     text_prefix: float = Field(default=8.4, gt=0)
     draft_check: float = Field(default=2.0, gt=0)

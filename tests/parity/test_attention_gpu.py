@@ -43,6 +43,8 @@ def make_rows(num_rows: int, num_tokens: int, *, sees_own: bool) -> Rows:
     """Of a prefix, or of Euler steps behind prefixes and texts of different lengths."""
     index = torch.arange(num_rows, dtype=torch.int32, device=CUDA)
     seen = PREFIX + TEXT - 61 * index if sees_own else torch.full_like(index, num_tokens)
+    if sees_own:
+        seen[1:2] = 0  # Its own keys are all that it sees.
     return Rows(
         slots=index,
         positions=torch.zeros(num_rows, num_tokens, dtype=torch.int32, device=CUDA),
@@ -64,24 +66,30 @@ def attended(q: torch.Tensor, rows: Rows, slots: Slots, *, pdl: bool = True) -> 
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_tokens", "sees_own", "heads", "size"),
+    ("num_rows", "num_tokens", "sees_own", "heads", "size", "shares"),
     [
-        *[(num_rows, num_tokens, False, 8, 256) for num_rows in (1, 2, 4) for num_tokens in (PREFIX, 816, 257)],
-        *[(num_rows, HORIZON, True, 8, 256) for num_rows in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)],
-        (4, 7, True, 8, 256),
-        (2, PREFIX, False, 4, 64),
-        (8, HORIZON, True, 16, 128),
-        (2, PREFIX, False, 4, 16),  # Too small for warpgroups.
+        *[(num_rows, num_tokens, False, 8, 256, True) for num_rows in (1, 2, 4) for num_tokens in (PREFIX, 816, 257)],
+        *[(num_rows, HORIZON, True, 8, 256, num_rows > 2) for num_rows in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)],
+        (4, 7, True, 8, 256, False),
+        (18, 9, True, 8, 256, False),
+        (2, PREFIX, False, 4, 64, True),
+        (8, HORIZON, True, 16, 128, True),
+        (2, PREFIX, False, 4, 16, False),
+        (4, HORIZON, True, 12, 128, False),
     ],
 )
 def test_attention_is_that_of_plain_torch_whoever_is_in_the_pass(
-    num_rows: int, num_tokens: int, sees_own: bool, heads: int, size: int
+    num_rows: int, num_tokens: int, sees_own: bool, heads: int, size: int, shares: bool
 ) -> None:
+    from services.inference.fused.kernels_attention import _shares
+
     slots, rows = make_slots(heads, size), make_rows(num_rows, num_tokens, sees_own=sees_own)
     generator = torch.Generator(CUDA).manual_seed(num_rows)
     qkv = torch.randn(num_rows, num_tokens, heads + 2, size, device=CUDA, generator=generator).bfloat16()
     q = qkv[:, :, :heads] if num_tokens > HORIZON else qkv[:, :, :heads].contiguous()
     expected = ReferenceOps(torch.float32).attend(q.float(), rows, in_float32(slots), LAYER)
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert _shares(q, rows) is shares
     found = attended(q, rows, slots)
     assert torch.equal(attended(q, rows, slots, pdl=False), found)
     for row in range(num_rows):
@@ -90,5 +98,6 @@ def test_attention_is_that_of_plain_torch_whoever_is_in_the_pass(
         q[:-1] *= 50.0
         slots.values[:, : num_rows - 1] *= -3.0
         others = replace(rows, seen=rows.seen.clone())
-        others.seen[:-1] = 65 if sees_own else num_tokens
+        slots.valid[: num_rows - 1, 100:200] = 0
+        others.seen[:-1] = 165 if sees_own else num_tokens
         assert torch.equal(attended(q, others, slots)[-1], found[-1])

@@ -2,8 +2,10 @@
 
 What triton_attention.py does with few queries, in Gluon, which says who waits for what: two warpgroups take 64 queries each
 and share the keys that the copy engine brings. They run apart by themselves: while one weighs its scores, the tensor cores
-multiply for the other (the idea of FlashAttention-3, arXiv:2407.08608). For four prefixes of 968 tokens this takes 60 us a
+multiply for the other (the idea of FlashAttention-3, arXiv:2407.08608). For four prefixes of 968 tokens this takes 61 us a
 layer on an H200, and took 79 us with the same tiles in Triton.
+
+Gluon is experimental and changes with Triton's versions: run with 3.6 (torch 2.11), compiled with 3.7, 3.8 and 3.9 as well.
 
 Heads fold into the tokens: a tile takes M / HEADS tokens with all their heads, so that keys are read once for all. Keys can
 be divided over programs ("pieces") at fixed keys, so that a row's result does not depend on how long its neighbours are;
@@ -14,6 +16,9 @@ Shapes: M queries of a warpgroup, N keys read at a time, E head size.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# By the names of Triton 3.9, and of those before it.
+_async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 # Blocks of keys, and of values, that there is room for: one to multiply with and one to come.
 STAGES = gl.constexpr(2)
@@ -66,7 +76,7 @@ def _bring(number, there, pool, into, full, keys_of, SEES_OWN: gl.constexpr):
     first, _, _ = _block(number, keys_of, pool.block_shape[0], SEES_OWN)
     stage = number % STAGES
     mbarrier.expect(full.index(stage), pool.block_type.nbytes, pred=there)
-    tma.async_copy_global_to_shared(pool, [keys_of[0] + first, 0], full.index(stage), into.index(stage), pred=there)
+    _async_load(pool, [keys_of[0] + first, 0], full.index(stage), into.index(stage), pred=there)
 
 
 @gluon.jit
@@ -104,7 +114,7 @@ def _look(
     if PDL:
         _wait_for_kernel_before()
     mbarrier.expect(q_full.index(WHICH), q.block_type.nbytes)
-    tma.async_copy_global_to_shared(q, [row, begin_query // HEADS, 0, 0], q_full.index(WHICH), q_place.index(WHICH))
+    _async_load(q, [row, begin_query // HEADS, 0, 0], q_full.index(WHICH), q_place.index(WHICH))
     if WHICH == 0:
         for number in gl.static_range(STAGES):
             _bring(number, (number >= early) & (number < num), keys, k_place, k_full, keys_of, SEES_OWN)
@@ -153,8 +163,7 @@ def _look(
     # Nobody needs the queries any more: their place is where the result leaves from.
     mine.store((sums / gl.convert_layout(gl.maximum(weight, 1e-30), gl.SliceLayout(1, of_sums))[:, None]).to(gl.bfloat16))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(out, [row, begin_query, piece * E], mine.reshape([1, M, E]))
+    _async_store(out, [row, begin_query, piece * E], mine.reshape([1, M, E]))
     if PIECES > 1:
         query = begin_query + gl.arange(0, M, gl.SliceLayout(1, of_scores))
         lse = gl.where(largest > 0.1 * LOWEST, largest * scale + gl.log2(gl.maximum(weight, 1e-30)), LOWEST)
@@ -166,9 +175,10 @@ def _look(
 
 @gluon.jit
 def attend_many_kernel(
-    q, keys, values, out, lse_ptr, valid_ptr, slots_ptr, seen_ptr, own_ptr, num_tokens, capacity, valid_stride, scale,
-    HEADS: gl.constexpr, E: gl.constexpr, M: gl.constexpr, N: gl.constexpr, PIECE: gl.constexpr, PIECES: gl.constexpr,
-    SEES_OWN: gl.constexpr, PDL: gl.constexpr,
+    q, keys, values, out, lse_ptr, valid_ptr, slots_ptr, seen_ptr, own_ptr,
+    keys_of_piece, num_tokens, capacity, valid_stride, scale,
+    HEADS: gl.constexpr, E: gl.constexpr, M: gl.constexpr, N: gl.constexpr, PIECES: gl.constexpr, SEES_OWN: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """The last piece has the row's own keys too.
 
@@ -183,8 +193,8 @@ def attend_many_kernel(
     seen = gl.load(seen_ptr + row)
     own = gl.load(own_ptr + row)
     valid_at = valid_ptr + slot.to(gl.int64) * valid_stride
-    begin = piece * PIECE
-    end = gl.minimum(seen, begin + PIECE)
+    begin = piece * keys_of_piece
+    end = gl.minimum(seen, begin + keys_of_piece)
     blocks = gl.cdiv(gl.maximum(end - begin, 0), N)
     num = blocks
     if SEES_OWN:
@@ -217,3 +227,8 @@ def attend_many_kernel(
         [4],
         [240],
     )
+
+
+def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
+    """Of a tensor that the copy engine brings, or takes, in such blocks."""
+    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout(128, 8 * tensor.element_size(), len(block)))

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 import triton
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import gluon_attention, triton_attention
+from . import triton_attention
 from .slots import Rows, Slots
 
 MULTIPROCESSORS = 132
@@ -41,6 +39,7 @@ ATTEND_TILES = {
     400: AttendTile(32, 128, 4, 2, MULTIPROCESSORS),
     800: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
     1600: AttendTile(64, 32, 4, 2, 2 * MULTIPROCESSORS),
+    3200: AttendTile(64, 64, 4, 3, MULTIPROCESSORS),
 }
 
 
@@ -48,37 +47,39 @@ def attend(q: torch.Tensor, rows: Rows, slots: Slots, layer: int, launch: Mappin
     """(B, T, H, E) queries, tokens possibly apart, to (B, T, H * E). launch: How kernels are started."""
     num_rows, num_tokens, heads, size = q.shape
     queries = num_tokens * heads
-    shares = _shares(q, rows)
-    tile = AttendTile(2 * SHARING_QUERIES, SHARING_KEYS, 4, 2, MULTIPROCESSORS) if shares else tile_of(num_rows, queries)
-    tiles = triton.cdiv(queries, tile.m)
+    shares, tile = _shares(q, rows), tile_of(num_rows, queries)
+    m, n, programs = (2 * SHARING_QUERIES, SHARING_KEYS, MULTIPROCESSORS) if shares else (tile.m, tile.n, tile.programs)
+    tiles = triton.cdiv(queries, m)
     # Many tokens that do not see keys of their own are a prefix, which looks back at itself.
     most = slots.sizes.text_capacity if rows.sees_own or not shares else num_tokens
-    piece, pieces = cut_keys(most, tiles * num_rows, tile.n, tile.programs)
+    piece, pieces = cut_keys(most, tiles * num_rows, n, programs)
     mixed = torch.empty(num_rows, num_tokens, heads * size, dtype=q.dtype, device=q.device)
     part, lse = mixed.view(num_rows, queries, size), mixed
     if pieces > 1:
         part = torch.empty(num_rows, queries, pieces * size, dtype=q.dtype, device=q.device)
         lse = torch.empty(num_rows, queries, pieces, dtype=torch.float32, device=q.device)
-    cut = {"HEADS": heads, "E": size, "N": tile.n, "PIECE": piece, "PIECES": pieces, "SEES_OWN": rows.sees_own}
+    cut = {"HEADS": heads, "E": size, "N": n, "PIECES": pieces, "SEES_OWN": rows.sees_own}
     sizes = (num_tokens, slots.keys.shape[2], slots.valid.stride(0), size**-0.5 * math.log2(math.e))
     pools = [pool[layer].view(-1, size) for pool in (slots.keys, slots.values)]
     if shares:
+        from . import gluon_attention  # Experimental in Triton: nobody else shall depend on it.
+
         of_q, of_keys, of_values, of_part = (
-            GluonDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout(128, 8 * q.element_size(), len(block)))
+            gluon_attention.descriptor(tensor, block)
             for tensor, block in (
-                (q, [1, SHARING_QUERIES // heads, heads, size]), *((pool, [tile.n, size]) for pool in pools),
+                (q, [1, SHARING_QUERIES // heads, heads, size]), *((pool, [n, size]) for pool in pools),
                 (part, [1, SHARING_QUERIES, size]),
             )
         )  # fmt: skip
         gluon_attention.attend_many_kernel[(tiles, pieces, num_rows)](
-            of_q, of_keys, of_values, of_part, lse, slots.valid, rows.slots, rows.seen, rows.own, *sizes,
-            M=SHARING_QUERIES, num_warps=tile.warps, **cut, **launch,
+            of_q, of_keys, of_values, of_part, lse, slots.valid, rows.slots, rows.seen, rows.own, piece, *sizes,
+            M=SHARING_QUERIES, num_warps=4, **cut, **launch,
         )  # fmt: skip
     else:
-        keys, values = (TensorDescriptor.from_tensor(pool, [tile.n, size]) for pool in pools)
+        keys, values = (TensorDescriptor.from_tensor(pool, [n, size]) for pool in pools)
         triton_attention.attend_kernel[(tiles, pieces, num_rows)](
             q, keys, values, slots.valid, part, lse, rows.slots, rows.seen, rows.own, q.stride(1), *sizes,
-            M=tile.m, CAUSAL=rows.causal, num_warps=tile.warps, num_stages=tile.stages, **cut, **launch,
+            M=m, PIECE=piece, CAUSAL=rows.causal, num_warps=tile.warps, num_stages=tile.stages, **cut, **launch,
         )  # fmt: skip
     if pieces > 1:
         together = 1 if num_rows * queries < MANY_QUERIES else COMBINED_TOGETHER
@@ -89,9 +90,11 @@ def attend(q: torch.Tensor, rows: Rows, slots: Slots, layer: int, launch: Mappin
 
 
 def _shares(q: torch.Tensor, rows: Rows) -> bool:
-    """Whether attend_many_kernel takes them: many, of a kind that it is made for, on Hopper, whose instructions it has."""
+    """Whether attend_many_kernel takes them: many of each row, of a kind that it is made for, on Hopper, whose instructions
+    it has."""
     num_rows, num_tokens, heads, size = q.shape
-    are_many = num_rows * num_tokens * heads >= SHARING_FROM and not rows.causal
+    queries = num_tokens * heads
+    are_many = num_rows * queries >= SHARING_FROM and queries >= 2 * SHARING_QUERIES and not rows.causal
     fit = q.dtype == torch.bfloat16 and size in (64, 128, 256) and SHARING_QUERIES % heads == 0
     return are_many and fit and torch.cuda.get_device_capability(q.device)[0] == 9
 
@@ -102,7 +105,7 @@ def tile_of(num_rows: int, queries: int) -> AttendTile:
         few = AttendTile(16, 32, 4, 2, 2 * MULTIPROCESSORS)
         return few if num_rows <= 8 else AttendTile(16, 64, 4, 3, MULTIPROCESSORS)
     fitting = [tile for most, tile in ATTEND_TILES.items() if num_rows * queries <= most]
-    return fitting[0] if fitting else AttendTile(64, 64, 4, 3)
+    return fitting[0] if fitting else AttendTile(64, 64, 4, 2)
 
 
 def cut_keys(most: int, tiles: int, n: int, programs: int) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""Attention of few queries over one key head, whose keys lie in slots: text, and Euler steps of one or two rows.
+"""Attention over one key head, whose keys lie in slots: of text, drafts and Euler steps of one or two rows, and of whatever
+gluon_attention.py does not take.
 
 Heads fold into the tokens: a tile takes M of the T * H queries of a row, which all look at the same keys, so that keys are
-read once for all heads. Keys are divided over programs ("pieces"), and a second kernel puts the pieces together. Pieces lie
-at fixed keys, so that a row's result does not depend on how long its neighbours are.
+read once for all heads. Where queries are few, keys are divided over programs ("pieces"), and a second kernel puts the
+pieces together. Pieces lie at fixed keys, so that a row's result does not depend on how long its neighbours are.
 
 Keys and values come through tensor descriptors, so the copy engine brings whole blocks of them while the tensor cores work.
 Values go from shared memory straight into the product: scores are masked, and no values. So what lies in a slot behind its

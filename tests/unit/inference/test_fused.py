@@ -77,7 +77,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model: torch.nn.Module) -> None
 def test_a_slot_is_as_new_when_it_is_taken_again(model: torch.nn.Module) -> None:
     fused, asked = fused_of(model), mixed_requests()
     for left_behind in (fused.slots.keys, fused.slots.values, fused.slots.actions, fused.slots.committed, fused.slots.pull):
-        left_behind.fill_(torch.nan)  # The reference masks it; kernels of few queries count on its being wiped.
+        left_behind.fill_(torch.nan)  # The reference masks it; kernels count on its being wiped.
     for one in (asked[1], asked[3], asked[2], asked[0]):  # Long prompts before short ones, text in between.
         [slot] = lab.begin(fused, [one])
         lab.fused_ids(fused, [slot], 0, 5)
