@@ -171,8 +171,8 @@ class TextLine(Generic[ChunkT, TextT]):
         waiting = [work for work in self._waiting.values() if may_begin(work)]
         if not waiting:
             return None
-        num_texts = Counter(text.work.owner for text in self._texts.values())
-        work = min(waiting, key=lambda work: (num_texts[work.owner], work.deadline_s, work.arrived_s))
+        num_texts = Counter(text.work.robot for text in self._texts.values())
+        work = min(waiting, key=lambda work: (num_texts[work.robot], work.deadline_s, work.arrived_s))
         return TextInProgress(work=work, is_checked=work.num_draft_tokens == 0, touched_s=work.arrived_s)
 
     def _forget(self, works: list[TextWork[TextT]]) -> None:

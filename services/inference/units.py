@@ -82,6 +82,11 @@ class TextWork(Generic[TextT]):
     is_drawn: bool = False
     asked_by: str = ""
 
+    @property
+    def robot(self) -> str:
+        """Among whose questions it counts: an owner may be one question's alone."""
+        return self.asked_by or self.owner
+
 
 @dataclass(kw_only=True, eq=False)
 class Row(Generic[ChunkT]):

@@ -111,9 +111,9 @@ KINDS = {
 }
 
 
-def ask(engine, request, *, seed=1, deadline_s=30.0, owner=""):
-    """How to stop it, and what is heard."""
-    given, heard = sample(seed), queue.Queue()
+def ask(engine, request, *, seed=1, deadline_s=30.0, owner="", heard=None):
+    """How to stop it, and what is heard; heard: A queue that hears it, or a new one."""
+    given, heard = sample(seed), heard or queue.Queue()
     question = Question(
         model="tiny",
         owner=owner,

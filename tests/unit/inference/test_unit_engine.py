@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import queue
 import threading
 import time
 
@@ -202,6 +203,26 @@ def test_texts_of_several_robots_beside_chunks(engine, policy):
         assert near(answer_of(outcomes).actions, plain(policy, row(n))[0])
     for n, (_, heard) in enumerate(asked):
         assert whole_text(heard) == "".join(policy.generate([sample(n)], requests[n], CPU))
+
+
+def test_a_robot_with_many_questions_does_not_keep_another_from_asking(engine):
+    """Four texts may be in progress: the other robot's comes behind those, although ten were asked before it."""
+    ended = []
+
+    class Heard(queue.Queue):
+        def put(self, piece, **how):
+            super().put(piece, **how)
+            if not isinstance(piece, str):
+                ended.append(self)
+
+    gate, holding = hold(engine)
+    many = [ask(engine, SUBTASK, seed=seed, owner="asks much", heard=Heard())[1] for seed in range(10)]
+    _, one = ask(engine, SUBTASK, seed=11, owner="asks once", heard=Heard())
+    gate.set()
+    holding.join()
+    for heard in [*many, one]:
+        whole_text(heard)
+    assert ended.index(one) <= 7
 
 
 def test_all_slots_come_back(engine):
