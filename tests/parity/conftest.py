@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
+from policies.pi052.config import Precision
+from policies.pi052.model import Pi052Network
 from policies.pi052.policy import Pi052Policy
 from policies.smolvla2.policy import SmolVLA2Policy
+from tests.support import fused_lab
 
-from . import pi, smol
+from . import fused_gpu, pi, smol
 from .golden import Golden
 
 
@@ -61,3 +65,12 @@ def smolvla(smolvla_golden: Golden) -> SmolVLA2Policy:
 @pytest.fixture(scope="session")
 def smolvla2(smolvla2_golden: Golden) -> SmolVLA2Policy:
     return smol.build(smolvla2_golden)
+
+
+@pytest.fixture(scope="session")
+def networks() -> tuple[Pi052Network, Pi052Network]:
+    """On a GPU, the same weights in bfloat16, which the fused path takes, and float32."""
+    served = fused_lab.network(fused_gpu.SIZES, device=fused_gpu.CUDA)
+    plain = fused_lab.network(replace(fused_gpu.SIZES, precision=Precision.FLOAT32), device=fused_gpu.CUDA)
+    plain.load_state_dict({name: value.float() for name, value in served.state_dict().items()})
+    return served, plain

@@ -39,18 +39,20 @@ def make_slots(heads: int, size: int) -> Slots:
     return slots
 
 
-def make_rows(num_rows: int, num_tokens: int, *, sees_own: bool) -> Rows:
-    """Of a prefix, or of Euler steps behind prefixes and texts of different lengths."""
+def make_rows(num_rows: int, num_tokens: int, *, sees_own: bool, causal: bool = False) -> Rows:
+    """Of a prefix, or of Euler steps behind prefixes and texts of different lengths, or of drafts behind a prefix."""
     index = torch.arange(num_rows, dtype=torch.int32, device=CUDA)
-    seen = PREFIX + TEXT - 61 * index if sees_own else torch.full_like(index, num_tokens)
-    if sees_own:
+    seen = PREFIX + (0 if causal else TEXT) - 61 * index if sees_own else torch.full_like(index, num_tokens)
+    if sees_own and not causal:
         seen[1:2] = 0  # Its own keys are all that it sees.
     return Rows(
         slots=index,
         positions=torch.zeros(num_rows, num_tokens, dtype=torch.int32, device=CUDA),
         seen=seen,
-        own=torch.full_like(index, PREFIX + TEXT),
+        # A draft's keys come straight behind what it looks back at.
+        own=seen.clone() if causal else torch.full_like(index, PREFIX + TEXT),
         sees_own=sees_own,
+        causal=causal,
     )
 
 
@@ -101,3 +103,16 @@ def test_attention_is_that_of_plain_torch_whoever_is_in_the_pass(
         slots.valid[: num_rows - 1, 100:200] = 0
         others.seen[:-1] = 165 if sees_own else num_tokens
         assert torch.equal(attended(q, others, slots)[-1], found[-1])
+
+
+@pytest.mark.parametrize("num_tokens", [2, 21, 33])
+@pytest.mark.parametrize("num_rows", [1, 2, 4])
+def test_a_token_of_a_draft_sees_those_before_it_and_none_behind(num_rows: int, num_tokens: int) -> None:
+    slots, rows = make_slots(8, 256), make_rows(num_rows, num_tokens, sees_own=True, causal=True)
+    generator = torch.Generator(CUDA).manual_seed(num_tokens)
+    q = torch.randn(num_rows, num_tokens, 8, 256, device=CUDA, generator=generator).bfloat16()
+    expected = ReferenceOps(torch.float32).attend(q.float(), rows, in_float32(slots), LAYER)
+    found = attended(q, rows, slots)
+    assert torch.equal(attended(q, rows, slots, pdl=False), found)
+    for row in range(num_rows):
+        assert lab.relative(found[row], expected[row]) < TOLERANCE

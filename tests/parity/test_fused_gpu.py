@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from policies import text
-from policies.pi052.config import NetworkConfig, Precision, TowerSize, VisionSize
+from policies.pi052.config import Precision
 from policies.pi052.model import Pi052Network
 from services.inference.device_gate import DeviceGate
 from services.inference.fused import FusedPi052, fp8
@@ -28,77 +27,15 @@ from services.inference.picture_gate import PictureGate
 from services.inference.units import EXPERT_SIZES
 from tests.support import fused_lab as lab
 
+from .fused_gpu import CUDA, HORIZON, SIZES, TOLERANCE, fused_of, mixed_requests, staggered
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: kernels and graphs of the fused path"),
 ]
 
-CUDA = torch.device("cuda")
-TOLERANCE = 1e-2
 # Where the MLPs of a prefix are multiplied in FP8.
 FP8_TOLERANCE = 5e-2
-HORIZON = 50
-SIZES = NetworkConfig(
-    vision=VisionSize(width=144, depth=2, mlp=304, heads=2, patch=14),
-    language=TowerSize(width=256, depth=3, mlp=512),
-    expert=TowerSize(width=128, depth=3, mlp=256),
-    vocabulary=257_152,
-    image_height=112,
-    image_width=112,
-    action_size=32,
-    precision=Precision.BFLOAT16,
-)
-
-
-@pytest.fixture(scope="module")
-def networks() -> tuple[Pi052Network, Pi052Network]:
-    """The same weights in bfloat16, which the fused path takes, and float32."""
-    served = lab.network(SIZES, device=CUDA)
-    plain = lab.network(replace(SIZES, precision=Precision.FLOAT32), device=CUDA)
-    plain.load_state_dict({name: value.float() for name, value in served.state_dict().items()})
-    return served, plain
-
-
-def fused_of(model: Pi052Network, **changes: object) -> FusedPi052:
-    asked: dict[str, object] = {"horizon": HORIZON, "num_slots": 20, "prompt_lengths": (48, 200), "max_text": 128}
-    asked |= {"prefix_rows": (1, 2, 4), "expert_rows": EXPERT_SIZES, "text_rows": (1, 4, 32)}
-    dtype = changes.pop("dtype", torch.bfloat16)
-    assert isinstance(dtype, torch.dtype)
-    kernels = changes.pop("kernels", None)
-    assert kernels is None or isinstance(kernels, bool)
-    made = FusedPi052(SIZES, lab.settings(**(asked | changes)), CUDA, dtype=dtype, kernels=kernels)
-    made.weights.refill(model.state_dict())
-    return made
-
-
-def mixed_requests(num: int, longest: int = 200) -> list[lab.Request]:
-    """Prompts of different lengths, missing cameras, committed prefixes with different delays and horizons."""
-    lengths = [5, longest, 31, longest // 2]
-    return [
-        lab.request(
-            SIZES,
-            seed,
-            lengths[seed % 4],
-            horizon=HORIZON,
-            lacks=1 if seed % 3 == 2 else None,
-            committed=(0, 20, 50, 3)[seed % 4],
-            delay_steps=seed % 7,
-            execution_horizon=10 + seed,
-        )
-        for seed in range(num)
-    ]
-
-
-def staggered(fused: FusedPi052, slots: Sequence[int], most: int) -> None:
-    """All chunks, up to most rows in a pass, rows at different steps."""
-    steps = dict.fromkeys(slots, 0)
-    tick = 0
-    while waiting := [slot for slot in slots if steps[slot] < lab.NUM_STEPS]:
-        chosen = [slot for n, slot in enumerate(waiting) if n <= tick][:most]
-        fused.expert_step([(slot, steps[slot]) for slot in chosen])
-        for slot in chosen:
-            steps[slot] += 1
-        tick += 1
 
 
 @pytest.mark.parametrize("trained_max_delay", [0, 4])
