@@ -23,12 +23,16 @@ TEXT_WITHIN_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """One robot: control rate in Hz, steps between replans that it asked for, steps that pass before a chunk arrives."""
+    """One robot: control rate in Hz, steps between replans that it asked for, steps that pass before a chunk arrives.
+
+    cost: Of a chunk of its model, in chunks of the model whose capacity is meant: models share the device.
+    """
 
     rate_hz: float
     interval_steps: int
     horizon: int
     delay_steps: int = 0
+    cost: float = 1.0
 
     @property
     def longest_interval_steps(self) -> int:
@@ -85,8 +89,8 @@ def stretch(demands: Sequence[Demand], chunks_per_s: float | None, text_share: f
 
 
 def asked_per_s(demands: Sequence[Demand]) -> float:
-    """Chunks a second that robots ask for, at the intervals they want."""
-    return sum((demand.rate_hz / demand.interval_steps for demand in demands), 0.0)
+    """Chunks a second that robots ask for, at the intervals they want, in those of the model that is meant."""
+    return sum((demand.cost * demand.rate_hz / demand.interval_steps for demand in demands), 0.0)
 
 
 def interval_steps(demand: Demand, factor: float) -> int:
@@ -99,7 +103,7 @@ def fits(demands: Sequence[Demand], chunks_per_s: float | None, text_share: floa
     """Whether all of them can be served at all, each executing whole chunks."""
     if not chunks_per_s:
         return True
-    least_per_s = sum(demand.rate_hz / demand.longest_interval_steps for demand in demands)
+    least_per_s = sum(demand.cost * demand.rate_hz / demand.longest_interval_steps for demand in demands)
     return least_per_s <= usable_per_s(chunks_per_s, text_share)
 
 

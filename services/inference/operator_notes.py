@@ -1,12 +1,14 @@
-"""What is written down of a chunk's request when it is over: counters, metrics, the log of refusals, a trace."""
+"""What is written down of a request when it is over: counters, metrics, the log of refusals, a trace."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 
+from manyhands.errors import ManyhandsError
 from manyhands.inference.v1 import inference_pb2
 
+from . import responses
 from .engine_port import Answer
 from .operator_metrics import reason_word
 from .sessions import Session
@@ -61,16 +63,35 @@ class OperatorNotes:
         # Being superseded is how a busy server works: counted, and no more.
         if refusal.reason == inference_pb2.REFUSAL_REASON_SUPERSEDED:
             return
-        num_logged = session.refusals.add(
-            reason=refusal.reason,
-            field=refusal.field,
-            message=refusal.message,
-            request_id=request.request_id,
-            now_s=now_s,
-        )
-        if num_logged:
-            more = f" ({num_logged} such since the last line)" if num_logged > 1 else ""
-            logger.info("request %d of %s is refused: %s%s", request.request_id, session.robot_id, refusal.message, more)
+        _log(session, refusal, f"request {request.request_id}", request.request_id, now_s)
+
+    def question_refused(self, session: Session, why: ManyhandsError, now_s: float) -> None:
+        """A question by Generate; of chunks nothing is counted."""
+        refusal = responses.refusal(why)
+        refusal.message = f"a question: {refusal.message}"
+        _log(session, refusal, "a question", 0, now_s, of_question=True)
+
+
+def _log(
+    session: Session,
+    refusal: inference_pb2.Refusal,
+    what: str,
+    request_id: int,
+    now_s: float,
+    *,
+    of_question: bool = False,
+) -> None:
+    num_logged = session.refusals.add(
+        reason=refusal.reason,
+        field=refusal.field,
+        message=refusal.message,
+        request_id=request_id,
+        now_s=now_s,
+        of_question=of_question,
+    )
+    if num_logged:
+        more = f" ({num_logged} such since the last line)" if num_logged > 1 else ""
+        logger.info("%s of %s is refused: %s%s", what, session.robot_id, refusal.message, more)
 
 
 def _trace(

@@ -24,6 +24,7 @@ class Burst:
     Attributes:
         reason: A number of the contract's RefusalReason.
         field, message: Of the last one.
+        of_question: Of questions to the text head, not of observations.
     """
 
     reason: int
@@ -33,6 +34,7 @@ class Burst:
     last_s: float
     last_request_id: int
     logged_s: float
+    of_question: bool
     count: int = 1
     logged_count: int = 1
 
@@ -50,10 +52,11 @@ class RefusalLog:
     def __len__(self) -> int:
         return len(self._bursts)
 
-    def add(self, *, reason: int, field: str, message: str, request_id: int, now_s: float) -> int:
+    def add(self, *, reason: int, field: str, message: str, request_id: int, now_s: float, of_question: bool = False) -> int:
         """How many refusals a line in the log now speaks for; 0 means that none is due."""
         message, field = message[:MAX_MESSAGE_CHARACTERS], field[:MAX_MESSAGE_CHARACTERS]
-        burst = next((b for b in self._bursts if b.reason == reason and now_s - b.last_s <= QUIET_S), None)
+        bursts = (b for b in self._bursts if (b.reason, b.of_question) == (reason, of_question))
+        burst = next((b for b in bursts if now_s - b.last_s <= QUIET_S), None)
         if burst is None:
             burst = Burst(
                 reason=reason,
@@ -63,6 +66,7 @@ class RefusalLog:
                 last_s=now_s,
                 last_request_id=request_id,
                 logged_s=now_s,
+                of_question=of_question,
             )
             self._bursts.append(burst)
             return 1

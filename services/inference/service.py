@@ -7,13 +7,13 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from manyhands import stamps
 from manyhands.clients.act_stream import SESSION_KEY
-from manyhands.errors import InvalidInput, NotFound, Unreachable
+from manyhands.errors import InvalidInput, ManyhandsError, NotFound, Unreachable
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.security import is_same_machine
 from manyhands.spec import FeatureKind, Spec
@@ -196,20 +196,30 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise _goes_away()
         session = self.sessions.get(request.session_id)
         self.sessions.touch(session, self._clock())
-        if request.ByteSize() > self.max_request_bytes(session):
-            raise InvalidInput(
-                f"has {request.ByteSize()} bytes, this session's limit is {self.max_request_bytes(session)}",
-                field="observation",
-            )
-        with watching_text(request, session, self.notes.traces) as watch:
-            model = self._served(session.model)
-            answers = text.generate(
-                request, model, session, self.engine, self._questions, self.decoders, self._clock
-            )  # fmt: skip
-            async for response in answers:
-                self.sessions.touch(session, self._clock())
-                watch.heard(response)
-                yield response
+        with self._logged(session):
+            if request.ByteSize() > self.max_request_bytes(session):
+                raise InvalidInput(
+                    f"has {request.ByteSize()} bytes, this session's limit is {self.max_request_bytes(session)}",
+                    field="observation",
+                )
+            with watching_text(request, session, self.notes.traces) as watch:
+                model = self._served(session.model)
+                answers = text.generate(
+                    request, model, session, self.engine, self._questions, self.decoders, self._clock
+                )  # fmt: skip
+                async for response in answers:
+                    self.sessions.touch(session, self._clock())
+                    watch.heard(response)
+                    yield response
+
+    @contextlib.contextmanager
+    def _logged(self, session: Session) -> Iterator[None]:
+        """Where a question is refused, its session's log says why."""
+        try:
+            yield
+        except ManyhandsError as error:
+            self.notes.question_refused(session, error, self._clock())
+            raise
 
     async def CloseSession(  # noqa: N802
         self, request: inference_pb2.CloseSessionRequest, context: Any
@@ -262,30 +272,45 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return values + prefix + tasks + MESSAGE_OVERHEAD_BYTES
 
     def replan_interval_steps(self, session: Session) -> int:
-        """What the session asked for, longer while the model cannot keep up with everybody."""
-        demands = [self._demand(other) for other in self.sessions if other.model == session.model]
+        """What the session asked for, longer while the device cannot keep up with everybody."""
         device = self.engine.capacity(session.model)
-        share = self._text_shares.get(session.model, 0.0)
+        share = min(capacity.MAX_TEXT_SHARE, sum(self._text_shares.values()))
+        demands = self._demands(self.sessions, session.model)
         factor = capacity.stretch(demands, device.chunks_per_s if device else None, share)
         return capacity.interval_steps(self._demand(session), factor)
 
-    def _demand(self, session: Session) -> capacity.Demand:
+    def _demand(self, session: Session, cost: float = 1.0) -> capacity.Demand:
         return capacity.Demand(
             rate_hz=session.control_rate_hz,
             interval_steps=session.asked_interval_steps,
             horizon=self.models[session.model].horizon,
+            cost=cost,
         )
 
+    def _demands(self, sessions: Iterable[Session], model: str) -> list[capacity.Demand]:
+        """In chunks of that model; sessions of another one, whose share of the device is not known, do not count."""
+        meant = self.engine.capacity(model)
+        found = []
+        for session in sessions:
+            theirs = self.engine.capacity(session.model)
+            if session.model == model:
+                found.append(self._demand(session))
+            elif meant is not None and theirs is not None:
+                found.append(self._demand(session, meant.chunks_per_s / theirs.chunks_per_s))
+        return found
+
     def _check_capacity(self, request: inference_pb2.OpenSessionRequest, rate_hz: float, horizon: int) -> None:
-        others = [
-            session for session in self.sessions if session.model == request.model and session.robot_id != request.robot_id
-        ]
+        others = [session for session in self.sessions if session.robot_id != request.robot_id]
         device = self.engine.capacity(request.model)
+        shares = (
+            self._text_share([session for session in others if session.model == name], self.engine.capacity(name))
+            for name in self.models
+        )
         capacity.admit(
-            [self._demand(session) for session in others],
+            self._demands(others, request.model),
             capacity.Demand(rate_hz=rate_hz, interval_steps=horizon, horizon=horizon),
             chunks_per_s=device.chunks_per_s if device else None,
-            text_share=self._text_share(others, device),
+            text_share=min(capacity.MAX_TEXT_SHARE, sum(shares)),
             retry_after_s=self.sessions.idle_timeout_s,
         )
 

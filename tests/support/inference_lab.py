@@ -182,9 +182,11 @@ def local_chunk(
 class InProcessService:
     """The service on a loop in a thread of this process, on a real socket."""
 
-    def __init__(self, policy: FlowPolicy, *, max_batch: int = 4, **servicer_options: Any) -> None:
+    def __init__(
+        self, policy: FlowPolicy, *, max_batch: int = 4, names: Sequence[str] = ("tiny",), **servicer_options: Any
+    ) -> None:
         self.policy = policy
-        self.engine = LocalEngine({"tiny": ServedModel("tiny", policy)}, max_batch=max_batch)
+        self.engine = LocalEngine({name: ServedModel(name, policy) for name in names}, max_batch=max_batch)
         self.engine.start()
         self._options = servicer_options
         self._loop = asyncio.new_event_loop()
@@ -233,11 +235,13 @@ def serve(
     return topology.start(name, ["serve", "--model", f"tiny={folder}", "--address", address, *flags])
 
 
-def open_session(client: InferenceClient, robot_id: str, *, client_id: str = "", spec: Spec = SPEC) -> Session:
+def open_session(
+    client: InferenceClient, robot_id: str, *, client_id: str = "", model: str = "tiny", spec: Spec = SPEC
+) -> Session:
     return client.open_session(
         robot_id=robot_id,
         client_id=client_id or uuid.uuid4().hex,
-        model="tiny",
+        model=model,
         spec=spec,
         replan_interval_steps=4,
     )

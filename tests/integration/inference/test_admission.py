@@ -151,3 +151,28 @@ def test_without_figures_of_text_its_share_is_not_counted(
     assert load(client).text_share == 0.0
     assert load(client).usable_chunks_per_s == pytest.approx(10.0)
     assert open_session(client, "right").replan_interval_steps == ASKED_STEPS
+
+
+def test_models_share_the_device(clock: Clock) -> None:
+    """A chunk of the slow model costs two and a half of the fast one: 5 and 12.5 a second, four fifths promised."""
+    capacities = {"fast": DEVICE, "slow": DeviceCapacity(chunks_per_s=5.0, question_s=0.6, text_step_s=0.02, max_texts=4)}
+    policy = make_policy(policy_class=TalkingPolicy)
+    with (
+        InProcessService(policy, names=("fast", "slow"), clock=clock) as service,
+        InferenceClient(service.address) as client,
+    ):
+        service.engine.capacity = lambda model: capacities[model]  # type: ignore[method-assign]
+        slow = open_session(client, "slow", model="slow")
+        # 12.5 and 5 chunks of the fast model are asked for, where 10 are promised.
+        fast = open_session(client, "fast", model="fast")
+        assert fast.replan_interval_steps == 7
+        # With nothing but whole chunks executed it is 6.25, 2.5 and 2.5: alone with one of its own kind it would fit.
+        with pytest.raises(Overloaded, match=r"2 robots use"):
+            open_session(client, "fast too", model="fast")
+        # What one model's text takes, the other one lacks.
+        with client.act_stream(fast.session_id) as stream:
+            before = interval_steps(stream)
+            for _ in range(8):
+                generate(client, slow, stream)
+            client.status()
+            wait_until(lambda: interval_steps(stream) > before, 5, "a longer interval")

@@ -62,3 +62,12 @@ def test_text_comes_token_by_token() -> None:
                 )
             )
         assert refused.value.field == "observation.state"
+        with pytest.raises(InvalidInput):
+            list(
+                client.generate(
+                    session.session_id, kind=inference_pb2.TEXT_KIND_SUBTASK, observation=spoiled, task="make coffee"
+                )
+            )
+        [record] = client.status().sessions[0].refusals
+        assert (record.reason, record.count, record.field) == (inference_pb2.REFUSAL_REASON_INVALID, 2, "observation.state")
+        assert record.message.startswith("a question: ")

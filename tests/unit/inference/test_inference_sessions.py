@@ -242,6 +242,13 @@ def test_steps_are_shared_while_there_are_enough_left_of_them() -> None:
     assert not pays(3)  # 2.1 + 7 - 7.5 is less than a third of a prefix.
 
 
+def test_a_chunk_of_another_model_counts_by_what_it_costs() -> None:
+    demand, costly = (Demand(rate_hz=20.0, interval_steps=4, horizon=16, cost=cost) for cost in (1.0, 2.5))
+    assert capacity.stretch([demand] * 2 + [costly] * 2, 25.0) == pytest.approx(35 / 20)
+    assert capacity.fits([demand] * 6 + [costly] * 4, 25.0)
+    assert not capacity.fits([demand] * 7 + [costly] * 4, 25.0)
+
+
 def test_admission_lengthens_intervals_first_and_refuses_with_a_reason_and_a_time() -> None:
     demand = Demand(rate_hz=20.0, interval_steps=4, horizon=16)
     rate = sharing.chunks_per_s(prefix_s=0.030, step_s=lambda rows: 0.001 * rows, num_steps=10, max_rows=8)

@@ -30,6 +30,14 @@ def test_reasons_are_kept_apart_also_when_they_take_turns() -> None:
     assert log.last_message == "is inf"
 
 
+def test_questions_are_kept_apart_from_observations() -> None:
+    log = RefusalLog()
+    add(log, 0.0)
+    log.add(reason=INVALID, field="kind", message="is 9", request_id=0, now_s=0.1, of_question=True)
+    add(log, 0.2)
+    assert [(one.of_question, one.count) for one in log] == [(True, 1), (False, 2)]
+
+
 def test_a_burst_that_goes_on_gets_a_line_a_minute_that_speaks_for_the_rest() -> None:
     log = RefusalLog()
     lines = [number for step in range(round(LOGGED_AGAIN_AFTER_S) * 2 + 1) if (number := add(log, float(step)))]
