@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from manyhands import config, metrics, ports, stamps
 from manyhands.engine.v1 import engine_pb2
+from manyhands.errors import InvalidInput
 from manyhands.inference.v1 import inference_pb2_grpc
 from manyhands.security import SecuritySettings
 from manyhands.server import GrpcServer
@@ -65,6 +67,11 @@ class Settings(config.Settings):
         description="multiply the MLPs of a prefix in FP8: faster, and less exact by what docs/design/0015-fused-engine.md "
         "says; for pi052 and pi05 on the fused path, on a GPU of compute capability 8.9 or newer",
     )
+    kernel_cache: Path | None = Field(
+        default=None,
+        description="folder that compiled kernels are kept in, so that the next start is fast; keep it with the host where "
+        "homes are thrown away (default: TRITON_CACHE_DIR, or .triton in the home)",
+    )
     max_batch: int = Field(default=4, ge=1, le=64, description="robots in one pass of the model")
     torch_threads: int = Field(default=1, ge=0, description="threads of the matrix kernels; 0 leaves torch's choice")
     max_sessions: int = Field(default=64, ge=1, description="robots served at once")
@@ -91,9 +98,25 @@ def main(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, or until the engine is given up."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     cv2.setNumThreads(1)  # Pictures are decoded side by side on threads of our own.
+    if settings.kernel_cache is not None:
+        _keep_kernels(settings.kernel_cache)
     metrics.serve_metrics(settings.metrics_port)
     uvloop.run(_serve(settings))
     return 0
+
+
+def _keep_kernels(folder: Path) -> None:
+    """Triton's cache of what it compiled, for the engine process, which inherits the environment."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(
+            f"is {folder}, which cannot be made ({error.strerror}); name a folder that this process may write",
+            field="kernel_cache",
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInput(f"is {folder}, which this process may not write; name another one", field="kernel_cache")
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
 
 
 async def _serve(settings: Settings) -> None:
