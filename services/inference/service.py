@@ -284,6 +284,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             rate_hz=session.control_rate_hz,
             interval_steps=session.asked_interval_steps,
             horizon=self.models[session.model].horizon,
+            delay_steps=session.delay_steps,
             cost=cost,
         )
 

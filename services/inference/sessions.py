@@ -174,6 +174,8 @@ class Session:
     """One robot that is served. Counters are for people; nothing a chunk depends on is in here (rule 4).
 
     Attributes:
+        delay_steps: Actions that it executes while it waits for a chunk, as it said with the last it sent a prefix for; 0
+            until then.
         pictures: Where it may leave them; None where they come in requests.
     """
 
@@ -184,6 +186,7 @@ class Session:
     fit: Fit
     asked_interval_steps: int
     control_rate_hz: float
+    delay_steps: int = 0
     last_request_id: int = 0
     num_questions: int = 0
     stream: object | None = None

@@ -228,6 +228,8 @@ class RobotStream:
         started_s, session = self._clock(), asked.session
         try:
             sent = self._checked(asked)
+            if sent.prefix is not None:
+                session.delay_steps = sent.delay_steps
             # First: what the engine makes of it takes longer than the pictures.
             if sent.sample.pictures:
                 with_gate = self._is_trusted and sent.sample.is_quick

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from manyhands.clients.act_stream import ActStream, Chunk, SubtaskAnswer
@@ -176,3 +177,27 @@ def test_models_share_the_device(clock: Clock) -> None:
                 generate(client, slow, stream)
             client.status()
             wait_until(lambda: interval_steps(stream) > before, 5, "a longer interval")
+
+
+def test_a_robot_that_waits_for_its_chunks_executes_less_of_them(
+    service: InProcessService, client: InferenceClient, session: Session, stream: ActStream
+) -> None:
+    """Nobody is asked for an interval that outlasts the chunk, and what cannot be stretched so far is not promised."""
+    service.engine.capacity = lambda model: DeviceCapacity(chunks_per_s=6.25)  # type: ignore[method-assign]
+    right = open_session(client, "right")
+    # 10 chunks a second are asked for, 5 promised.
+    assert right.replan_interval_steps == interval_steps(stream) == HORIZON
+    client.close_session(right.session_id)
+    prefix = next_model_actions(stream)
+    ask(stream, 4, committed_prefix=prefix, delay_steps=3, execution_horizon=HORIZON)
+    next_chunk(stream)
+    # Of 8 actions 5 are left: 4 chunks a second of this robot, and 2.5 of another one.
+    with pytest.raises(Overloaded, match="1 robots use"):
+        open_session(client, "right")
+    service.engine.capacity = lambda model: DeviceCapacity(chunks_per_s=1.0)  # type: ignore[method-assign]
+    assert interval_steps(stream) == HORIZON - 3
+
+
+def next_model_actions(stream: ActStream) -> np.ndarray:
+    ask(stream, 3)
+    return next_chunk(stream).model_actions
