@@ -107,6 +107,7 @@ def near(found, expected):
 KINDS = {
     TextKind.SUBTASK: inference_pb2.TEXT_KIND_SUBTASK,
     TextKind.MEMORY: inference_pb2.TEXT_KIND_MEMORY,
+    TextKind.INTERJECTION: inference_pb2.TEXT_KIND_INTERJECTION,
     TextKind.VISUAL_QUESTION: inference_pb2.TEXT_KIND_VISUAL_QUESTION,
 }
 

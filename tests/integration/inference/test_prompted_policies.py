@@ -89,22 +89,33 @@ def test_robots_share_prepared_units_and_each_gets_its_own_chunk(fused_address, 
         assert np.linalg.norm(chunk - expected) <= FUSED_TOLERANCE * np.linalg.norm(expected)
 
 
-def test_text_of_the_fused_path_is_the_local_one(fused_address):
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        (inference_pb2.TEXT_KIND_SUBTASK, TextRequest(kind=TextKind.SUBTASK, previous_text="grasp the cup")),
+        (inference_pb2.TEXT_KIND_MEMORY, TextRequest(kind=TextKind.MEMORY, previous_text="grasped the cup")),
+        (inference_pb2.TEXT_KIND_INTERJECTION, TextRequest(kind=TextKind.INTERJECTION, user_text="not that one")),
+        (inference_pb2.TEXT_KIND_VISUAL_QUESTION, TextRequest(kind=TextKind.VISUAL_QUESTION, user_text="what is there")),
+    ],
+)
+def test_text_of_the_fused_path_is_the_local_one(fused_address, kind, asked):
     policy = prompted_lab.policy("pi052", max_new_tokens=8).eval()
     given = sample(subtask="")
     with InferenceClient(fused_address) as client:
-        session = client.open_session(robot_id="asks", client_id="test", model="pi052", spec=SPEC, replan_interval_steps=2)
+        session = client.open_session(
+            robot_id=f"asks-{kind}", client_id="test", model="pi052", spec=SPEC, replan_interval_steps=2
+        )
         answers = list(
             client.generate(
                 session.session_id,
-                kind=inference_pb2.TEXT_KIND_SUBTASK,
+                kind=kind,
                 observation=given.observation,
                 task=given.task,
-                previous_text="grasp the cup",
+                user_text=asked.user_text,
+                previous_text=asked.previous_text,
             )
         )
-    request = TextRequest(kind=TextKind.SUBTASK, previous_text="grasp the cup")
-    assert answers[-1].full_text == "".join(policy.generate([given], request, CPU))
+    assert answers[-1].full_text == "".join(policy.generate([given], asked, CPU))
     assert answers[-1].version.model == "pi052"
 
 
@@ -119,6 +130,8 @@ def test_a_model_without_a_fused_path_is_refused_at_the_start(checkpoints, tmp_p
     ("kind", "local"),
     [
         (inference_pb2.TEXT_KIND_SUBTASK, TextKind.SUBTASK),
+        (inference_pb2.TEXT_KIND_MEMORY, TextKind.MEMORY),
+        (inference_pb2.TEXT_KIND_INTERJECTION, TextKind.INTERJECTION),
         (inference_pb2.TEXT_KIND_VISUAL_QUESTION, TextKind.VISUAL_QUESTION),
     ],
 )
