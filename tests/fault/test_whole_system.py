@@ -13,6 +13,7 @@ from manyhands.actor.v1 import actor_pb2
 from manyhands.clients.robot import RobotClient, RobotMode
 from manyhands.dataset.v1 import dataset_pb2
 from manyhands.errors import AlreadyExists, InvalidInput, ManyhandsError, Refused
+from tests.support.fault_lab import kill_engine
 from tests.support.proxy import CuttableLink
 from tests.support.system import ArmSystem, policy_run, teleoperated_run
 from tests.support.waiting import wait_until
@@ -65,6 +66,32 @@ def test_killed_inference_service_makes_three_robots_hold_and_go_on(system: ArmS
         system.wait_for_mode(index, RobotMode.ACTIVE)
 
     for index in range(3):
+        frames = finished_frames(system, index)
+        wait_until_flushed(system, index)
+        assert list(frames.values()) == [600]
+        assert stored_frames(system, index) == frames
+    system.verify_dataset()
+
+
+def test_killed_engine_makes_robots_hold_and_go_on(system: ArmSystem) -> None:
+    """The front end stays, and so do sessions; robots are held until a new engine process serves."""
+    system.start(num_robots=2)
+    for index in range(2):
+        with system.actor(index) as actor:
+            actor.start_run(policy_run(episode_count=1, max_episode_steps=600))
+    for index in range(2):
+        system.wait_for_source(index, POLICY)
+
+    front_end = system.topology.services["inference"]
+    kill_engine(front_end)
+    for index in range(2):
+        system.wait_for_mode(index, RobotMode.HOLDING)
+    for index in range(2):
+        system.wait_for_source(index, POLICY)
+        system.wait_for_mode(index, RobotMode.ACTIVE)
+    assert front_end.process.poll() is None
+
+    for index in range(2):
         frames = finished_frames(system, index)
         wait_until_flushed(system, index)
         assert list(frames.values()) == [600]
