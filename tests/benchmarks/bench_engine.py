@@ -26,6 +26,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from policies.pi052 import sampling  # noqa: E402
 from policies.pi052.config import NetworkConfig, Precision  # noqa: E402
 from policies.pi052.model import Pi052Network  # noqa: E402
 from services.inference.fused import FusedPi052, FusedSettings, PrefixRow, TextRow  # noqa: E402
@@ -142,9 +143,24 @@ def whole(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
     }
 
 
-def plain(network: Pi052Network, asked: lab.Request, count: int) -> Times:
+def plain(network: Pi052Network, asked: list[lab.Request], count: int) -> Times:
+    """The module as it is, of one request and of eight in a batch; prompts of one length."""
+    device = network.action_in.weight.device
+    pictures, noise = (torch.stack([getattr(one, name) for one in asked[:8]]) for name in ("pictures", "noise"))
+    valid, tokens = (torch.tensor([getattr(one, name) for one in asked[:8]]) for name in ("picture_valid", "tokens"))
+
+    def eight_chunks() -> torch.Tensor:
+        seen = network.encode_pictures(pictures.to(device))
+        prompt = tokens.to(device)
+        prefix = network.embed_prefix(seen, valid.to(device), prompt, torch.ones_like(prompt, dtype=torch.bool))
+        velocity = sampling.velocity_of(network, network.run_prefix(prefix, hidden=False))
+        return sampling.guided_chunk(velocity, noise.to(device), NUM_STEPS, committed=None).cpu()
+
     with torch.inference_mode():
-        return {"whole chunk, 1 row": host_ms(lambda: lab.plain_chunk(network, asked, NUM_STEPS), count)}
+        return {
+            "whole chunk, 1 row": host_ms(lambda: lab.plain_chunk(network, asked[0], NUM_STEPS).cpu(), count),
+            "8 chunks together": host_ms(eight_chunks, count),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +313,7 @@ def main() -> int:
     found |= whole(fused, asked, arguments.count)
     found["weight commit"] = device_ms(fused.weights.commit, 10)
     gib = torch.cuda.max_memory_allocated() / 2**30
-    of_plain = plain(network, asked[0], 10)
+    of_plain = plain(network, asked, 10)
     exact = exact_answers(network, asked, NUM_EXACT_CHUNKS)
     notes = [
         f"Largest errors against the plain module in float32. Fused: {_told(errors(fused, asked, exact), len(asked))} "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Hashable
 from random import Random
@@ -248,3 +250,10 @@ def test_a_size_that_is_not_prepared_takes_what_the_next_bigger_one_takes() -> N
 
 def test_the_largest_number_of_rows_is_prepared_whatever_it_is() -> None:
     assert [expert_sizes(most)[-2:] for most in (2, 7, 16, 40)] == [(1, 2), (6, 7), (12, 16), (32, 40)]
+
+
+def test_it_is_pure_python() -> None:
+    """So that it runs in simulated time anywhere, and nothing it decides waits for a device or a socket."""
+    look = "import sys, services.inference.unit_scheduler; print({'torch', 'grpc', 'numpy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
