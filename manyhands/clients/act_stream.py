@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Metadata of Act: binds the stream to its session before the first observation, so a waiting robot keeps its session.
 SESSION_KEY = "manyhands-session-id"
+# Nanoseconds of this machine's clock: of two streams of a session the one that was opened later serves.
+OPENED_KEY = "manyhands-stream-opened"
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
@@ -123,7 +126,8 @@ class ActStream:
         self._closing = False
         self._error: errors.ManyhandsError | None = None
         self._replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
-        self._call = stub.Act(self._requests(), metadata=((SESSION_KEY, session_id),))
+        opened = str(time.time_ns())
+        self._call = stub.Act(self._requests(), metadata=((SESSION_KEY, session_id), (OPENED_KEY, opened)))
         self._reader = threading.Thread(target=self._read, name=f"act-{session_id[:8]}", daemon=True)
         self._reader.start()
 

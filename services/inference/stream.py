@@ -81,8 +81,12 @@ class RobotStream:
             says it.
     """
 
-    def __init__(self, desk: Desk, session_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, desk: Desk, session_id: str, clock: Callable[[], float] = time.monotonic, *, opened_ns: int = 0
+    ) -> None:
+        """opened_ns: When its client opened it, by the client's clock; 0: it does not say."""
         self._desk = desk
+        self._opened_ns = opened_ns
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._session: Session | None = None
@@ -106,7 +110,7 @@ class RobotStream:
         if session_id:
             try:
                 self._attach(desk.sessions.get(session_id))
-            except NotFound:
+            except (NotFound, Conflict):
                 pass  # The first request is answered with it, by its id.
 
     @property
@@ -216,6 +220,11 @@ class RobotStream:
         return asked
 
     def _attach(self, session: Session) -> None:
+        """Takes over from the session's stream, unless that was opened later: one that its robot has left may be heard of
+        after the next one."""
+        serving = session.stream
+        if isinstance(serving, RobotStream) and serving is not self and 0 < self._opened_ns < serving._opened_ns:
+            raise Conflict("another stream of this session took over", field="session_id")
         self._session = session
         older = self._desk.sessions.attach(session, self)
         if isinstance(older, RobotStream):

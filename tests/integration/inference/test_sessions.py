@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from manyhands import channel
+from manyhands.clients import act_stream
 from manyhands.clients.act_stream import ActStream
 from manyhands.clients.inference import InferenceClient
 from manyhands.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Overloaded
@@ -140,6 +141,25 @@ def test_a_second_stream_takes_over_from_the_first(client: InferenceClient) -> N
             next_reply(old)
         ask(new, 3)
         next_chunk(new)
+
+
+def test_a_stream_that_was_left_and_is_heard_of_late_does_not_take_over(
+    client: InferenceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(client, "left")
+    opened_ns = time.time_ns()
+    with client.act_stream(session.session_id) as new:
+        ask(new, 1)
+        next_chunk(new)
+        with monkeypatch.context() as patched:
+            patched.setattr(act_stream.time, "time_ns", lambda: opened_ns)
+            left = client.act_stream(session.session_id)
+        ask(left, 2)
+        refusal = next_refusal(left)
+        assert "took over" in refusal.message
+        ask(new, 3)
+        next_chunk(new)
+        left.close()
 
 
 def test_a_stream_that_was_replaced_and_ends_late_takes_nothing_of_its_successor_with_it(
