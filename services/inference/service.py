@@ -293,15 +293,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def _demands(self, sessions: Iterable[Session], model: str) -> list[capacity.Demand]:
         """In chunks of that model; sessions of another one, whose share of the device is not known, do not count."""
+        costs = {model: 1.0}
         meant = self.engine.capacity(model)
-        found = []
-        for session in sessions:
-            theirs = self.engine.capacity(session.model)
-            if session.model == model:
-                found.append(self._demand(session))
-            elif meant is not None and theirs is not None:
-                found.append(self._demand(session, meant.chunks_per_s / theirs.chunks_per_s))
-        return found
+        for name in self.models.keys() - {model}:
+            theirs = self.engine.capacity(name)
+            if meant is not None and theirs is not None:
+                costs[name] = meant.chunks_per_s / theirs.chunks_per_s
+        return [self._demand(session, costs[session.model]) for session in sessions if session.model in costs]
 
     def _check_capacity(self, request: inference_pb2.OpenSessionRequest, rate_hz: float, horizon: int) -> None:
         others = [session for session in self.sessions if session.robot_id != request.robot_id]

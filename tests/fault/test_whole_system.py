@@ -48,6 +48,16 @@ def wait_until_flushed(system: ArmSystem, index: int) -> None:
     wait_until(flushed, 20, f"actor {index} has handed over its spool")
 
 
+def check_one_episode_each(system: ArmSystem, *, num_robots: int, num_frames: int) -> None:
+    """Finished, handed over, and stored as the actor counted it."""
+    for index in range(num_robots):
+        frames = finished_frames(system, index)
+        wait_until_flushed(system, index)
+        assert list(frames.values()) == [num_frames]
+        assert stored_frames(system, index) == frames
+    system.verify_dataset()
+
+
 def test_killed_inference_service_makes_three_robots_hold_and_go_on(system: ArmSystem) -> None:
     system.start(num_robots=3)
     run = policy_run(episode_count=1, max_episode_steps=600)
@@ -65,12 +75,7 @@ def test_killed_inference_service_makes_three_robots_hold_and_go_on(system: ArmS
         system.wait_for_source(index, POLICY)
         system.wait_for_mode(index, RobotMode.ACTIVE)
 
-    for index in range(3):
-        frames = finished_frames(system, index)
-        wait_until_flushed(system, index)
-        assert list(frames.values()) == [600]
-        assert stored_frames(system, index) == frames
-    system.verify_dataset()
+    check_one_episode_each(system, num_robots=3, num_frames=600)
 
 
 def test_killed_engine_makes_robots_hold_and_go_on(system: ArmSystem) -> None:
@@ -91,12 +96,7 @@ def test_killed_engine_makes_robots_hold_and_go_on(system: ArmSystem) -> None:
         system.wait_for_mode(index, RobotMode.ACTIVE)
     assert front_end.process.poll() is None
 
-    for index in range(2):
-        frames = finished_frames(system, index)
-        wait_until_flushed(system, index)
-        assert list(frames.values()) == [600]
-        assert stored_frames(system, index) == frames
-    system.verify_dataset()
+    check_one_episode_each(system, num_robots=2, num_frames=600)
 
 
 def test_killed_store_loses_no_frame_while_three_robots_record(system: ArmSystem) -> None:
