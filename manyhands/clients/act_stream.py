@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Metadata of Act: binds the stream to its session before the first observation, so a waiting robot keeps its session.
 SESSION_KEY = "manyhands-session-id"
-# Nanoseconds of this machine's clock: of two streams of a session the one that was opened later serves.
-OPENED_KEY = "manyhands-stream-opened"
+# Grows over the streams of a session: of two, the one with the higher number serves.
+NUMBER_KEY = "manyhands-stream-number"
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
@@ -126,8 +125,9 @@ class ActStream:
         self._closing = False
         self._error: errors.ManyhandsError | None = None
         self._replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
-        opened = str(time.time_ns())
-        self._call = stub.Act(self._requests(), metadata=((SESSION_KEY, session_id), (OPENED_KEY, opened)))
+        # Of the counter of its requests, which goes on over streams: no clock that somebody may set back.
+        number = str(next(request_ids))
+        self._call = stub.Act(self._requests(), metadata=((SESSION_KEY, session_id), (NUMBER_KEY, number)))
         self._reader = threading.Thread(target=self._read, name=f"act-{session_id[:8]}", daemon=True)
         self._reader.start()
 

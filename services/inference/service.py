@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from manyhands import stamps
-from manyhands.clients.act_stream import OPENED_KEY, SESSION_KEY
+from manyhands.clients.act_stream import NUMBER_KEY, SESSION_KEY
 from manyhands.errors import InvalidInput, ManyhandsError, NotFound, Unreachable
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.security import is_same_machine
@@ -39,8 +39,8 @@ DRAIN_S = 1.5
 RECONNECT_AFTER_S = 1.0
 # Room for names, stamps and protobuf around the arrays.
 MESSAGE_OVERHEAD_BYTES = 64 * 1024
-# Of nanoseconds since 1970, for some centuries.
-MAX_NS_DIGITS = 20
+# Of a stream's number, as of a request's id: 64 bits.
+MAX_NUMBER_DIGITS = 20
 
 _KINDS = {
     AdaptationKind.IGNORED: inference_pb2.ADAPTATION_KIND_IGNORED,
@@ -175,9 +175,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request_iterator: AsyncIterator[inference_pb2.ActRequest], context: Any
     ) -> AsyncIterator[inference_pb2.ActResponse]:
         metadata = dict(context.invocation_metadata() or ())
-        session_id, opened = (str(metadata.get(key, "")) for key in (SESSION_KEY, OPENED_KEY))
-        opened_ns = int(opened) if opened.isdecimal() and len(opened) <= MAX_NS_DIGITS else 0
-        stream = RobotStream(self, session_id, self._clock, opened_ns=opened_ns)
+        session_id, said = (str(metadata.get(key, "")) for key in (SESSION_KEY, NUMBER_KEY))
+        number = int(said) if said.isdecimal() and len(said) <= MAX_NUMBER_DIGITS else 0
+        stream = RobotStream(self, session_id, self._clock, number=number)
         self._streams.add(stream)
         self._no_stream.clear()
         if self._draining:

@@ -79,14 +79,12 @@ class RobotStream:
     Args:
         session_id: From the call's metadata, when the client said which session this stream is for; else the first request
             says it.
+        number: Its client's, which grows over the streams of a session; 0: it does not say.
     """
 
-    def __init__(
-        self, desk: Desk, session_id: str, clock: Callable[[], float] = time.monotonic, *, opened_ns: int = 0
-    ) -> None:
-        """opened_ns: When its client opened it, by the client's clock; 0: it does not say."""
+    def __init__(self, desk: Desk, session_id: str, clock: Callable[[], float] = time.monotonic, *, number: int = 0) -> None:
         self._desk = desk
-        self._opened_ns = opened_ns
+        self._number = number
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._session: Session | None = None
@@ -223,7 +221,7 @@ class RobotStream:
         """Takes over from the session's stream, unless that was opened later: one that its robot has left may be heard of
         after the next one."""
         serving = session.stream
-        if isinstance(serving, RobotStream) and serving is not self and 0 < self._opened_ns < serving._opened_ns:
+        if isinstance(serving, RobotStream) and serving is not self and 0 < self._number < serving._number:
             raise Conflict("another stream of this session took over", field="session_id")
         self._session = session
         older = self._desk.sessions.attach(session, self)

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from manyhands import channel
-from manyhands.clients import act_stream
-from manyhands.clients.act_stream import ActStream
+from manyhands.clients.act_stream import NUMBER_KEY, SESSION_KEY, ActStream, Refusal, decode_reply
 from manyhands.clients.inference import InferenceClient
 from manyhands.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Overloaded
-from manyhands.inference.v1 import inference_pb2
+from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import Spec
 from tests.support.inference_lab import (
     CAMERAS,
@@ -144,22 +143,22 @@ def test_a_second_stream_takes_over_from_the_first(client: InferenceClient) -> N
 
 
 def test_a_stream_that_was_left_and_is_heard_of_late_does_not_take_over(
-    client: InferenceClient, monkeypatch: pytest.MonkeyPatch
+    service: InProcessService, client: InferenceClient
 ) -> None:
     session = open_session(client, "left")
-    opened_ns = time.time_ns()
-    with client.act_stream(session.session_id) as new:
+    client.act_stream(session.session_id).close()
+    with client.act_stream(session.session_id) as new, channel.connect(service.address) as raw:
         ask(new, 1)
         next_chunk(new)
-        with monkeypatch.context() as patched:
-            patched.setattr(act_stream.time, "time_ns", lambda: opened_ns)
-            left = client.act_stream(session.session_id)
-        ask(left, 2)
-        refusal = next_refusal(left)
+        requests = [inference_pb2.ActRequest(session_id=session.session_id, request_id=100, task="reach")]
+        left = inference_pb2_grpc.InferenceServiceStub(raw).Act(
+            iter(requests), metadata=((SESSION_KEY, session.session_id), (NUMBER_KEY, "1")), timeout=60.0
+        )
+        (refusal,) = (decode_reply(answer).result for answer in left)
+        assert isinstance(refusal, Refusal)
         assert "took over" in refusal.message
         ask(new, 3)
         next_chunk(new)
-        left.close()
 
 
 def test_a_stream_that_was_replaced_and_ends_late_takes_nothing_of_its_successor_with_it(

@@ -51,18 +51,20 @@ def stream(stub: SlowStub) -> Iterator[ActStream]:
 
 
 def test_an_observation_that_was_not_sent_yet_is_replaced_and_answered(stub: SlowStub, stream: ActStream) -> None:
-    for tick in range(3):
-        request_id = stream.send(
+    ids = [
+        stream.send(
             observation={"observation.state": np.zeros(2, dtype=np.float32)},
             task="reach",
             noise_seed=0,
             deadline_s=1.0,
             tick=tick,
         )
-        assert request_id == tick + 1
+        for tick in range(3)
+    ]
     sent = next(stub.call.requests)
-    assert (sent.request_id, sent.observation.tick, sent.session_id) == (3, 2, "session")
-    for request_id in (1, 2):
+    assert (sent.request_id, sent.observation.tick, sent.session_id) == (ids[2], 2, "session")
+    assert ids == sorted(set(ids))
+    for request_id in ids[:2]:
         reply = stream.receive(1.0)
         assert reply is not None
         assert reply.request_id == request_id
