@@ -1,116 +1,28 @@
 """A fleet of robots against the real scheduler, in simulated time: what a device can carry before it is bought. Pure.
 
 Robots open sessions as the service admits them, observe every replan interval that the service asks of them, wait for the
-answer before they observe again, and ask questions. The device takes as long for a unit as a table says. Deterministic by
-seed.
+answer before they observe again, and ask questions about what they observed last. The device takes as long for a unit as a
+table says. Deterministic by seed.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from random import Random
 
 from manyhands.errors import Overloaded
 
 from . import capacity, sharing
 from .service_times import ServiceTimes
+from .simulated_fleet import Asked, Fleet, Outcome, Robot
 from .unit_durations import UnitDurations
 from .unit_scheduler import UnitScheduler
 from .units import PREFIX_SIZES, ChunkWork, TextWork, Unit, UnitKind, expert_sizes, group
 
 MODEL = "model"
 RETRY_AFTER_S = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fleet:
-    """What is simulated.
-
-    Attributes:
-        interval_steps: Of control that a robot executes of each chunk, unless the service asks for more.
-        deadline_s: That a robot gives from sending to receiving; the service hears of it less the way there.
-        keeps_rate: Robots replan at interval_steps whatever the service asks for, and begin evenly out of step, as those of
-            the load test do.
-        jitter: How far a robot's replanning strays from its interval, as a share of it, evenly.
-        network_s, network_jitter_s: One way: the shortest, and the mean of what comes on top.
-        ask_every_s: Between a robot's questions; 0 for none.
-        ramp_up_s: Robots come at random within it.
-        draft_hit_share: Of questions whose draft, the last answer, is still right; below 0 nothing is drafted.
-    """
-
-    num_robots: int
-    seconds: float
-    control_rate_hz: float
-    interval_steps: int
-    horizon: int
-    num_steps: int
-    deadline_s: float
-    keeps_rate: bool = False
-    jitter: float = 0.1
-    network_s: float = 0.001
-    network_jitter_s: float = 0.0005
-    ask_every_s: float = 0.0
-    ask_tokens: int = 20
-    ask_deadline_s: float = 10.0
-    ask_within_s: float = capacity.TEXT_WITHIN_S
-    draft_hit_share: float = -1.0
-    ramp_up_s: float = 5.0
-    max_rows: int = 8
-    max_texts: int = 32
-    max_prefixes: int = 6
-
-
-@dataclass(kw_only=True)
-class Robot:
-    """One robot's side, and what it saw."""
-
-    name: str
-    interval_steps: int
-    is_open: bool = False
-    next_due_s: float = 0.0
-    request_id: int = 0
-    in_flight: tuple[int, float] | None = None
-    actions_until_s: float = 0.0
-    num_texts: int = 0
-    next_question_s: float = 0.0
-    num_missed: int = 0
-    latencies_s: list[float] = field(default_factory=list)
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """What a fleet saw; times in seconds.
-
-    Attributes:
-        num_missed: Chunks received after their deadline, and refusals for being late.
-        num_starved: Times that a robot had no action left before its next chunk came.
-        busy_s: Of the device, by kind of unit.
-        stretch: By how much the service lengthened everyone's interval.
-    """
-
-    robots: list[Robot]
-    seconds: float = 0.0
-    num_requests: int = 0
-    num_missed: int = 0
-    num_starved: int = 0
-    refusals: Counter[str] = field(default_factory=Counter)
-    refused_robots: int = 0
-    stretch: float = 1.0
-    text_share: float = 0.0
-    chunks_per_s: float = 0.0
-    num_tokens: int = 0
-    num_texts: int = 0
-    first_token_s: list[float] = field(default_factory=list)
-    text_s: list[float] = field(default_factory=list)
-    busy_s: dict[str, float] = field(default_factory=dict)
-    sizes: dict[str, Counter[int]] = field(default_factory=dict)
-
-    @property
-    def latencies_s(self) -> list[float]:
-        return [latency_s for robot in self.robots for latency_s in robot.latencies_s]
 
 
 def simulate(
@@ -135,7 +47,7 @@ class _Simulation:
             Robot(name=f"robot{index:03}", interval_steps=fleet.interval_steps) for index in range(fleet.num_robots)
         ]
         self._by_name = {robot.name: robot for robot in self._robots}
-        self._scheduler: UnitScheduler[None, bool] = UnitScheduler(
+        self._scheduler: UnitScheduler[None, Asked] = UnitScheduler(
             max_rows=fleet.max_rows,
             max_texts=fleet.max_texts,
             max_prefixes=fleet.max_prefixes,
@@ -162,12 +74,15 @@ class _Simulation:
                 # A late robot's answer may have made an event; there always is one while robots run.
                 self._now_s = self._events[0][0] if self._events else self._fleet.seconds
             else:
+                begun = self._begun_slices(unit)
                 seconds = self._durations.of(unit.kind, unit.size)
+                if unit.kind is UnitKind.TEXT_PREFIX:
+                    seconds = self._durations.slice_s(begun[unit.texts[0].work.text_id])
                 seconds *= max(0.5, self._random.gauss(1.0, self._durations.jitter))
                 free_s = self._now_s + seconds
                 self._happen(free_s)
                 self._now_s = free_s
-                self._ran(unit, seconds)
+                self._ran(unit, seconds, begun)
             while self._on_progress is not None and self._now_s >= next_second:
                 self._on_progress(next_second)
                 next_second += 1.0
@@ -307,39 +222,57 @@ class _Simulation:
             text_id=(robot.name, robot.num_texts),
             model=MODEL,
             bucket=0,
-            num_prefix_slices=self._durations.num_text_slices,
+            num_prefix_slices=self._durations.num_question_slices,
             num_draft_tokens=fleet.ask_tokens if has_draft else 0,
             max_tokens=fleet.ask_tokens,
             arrived_s=self._now_s + fleet.network_s,
             deadline_s=self._now_s + fleet.ask_deadline_s,
-            payload=has_draft and self._random.random() < fleet.draft_hit_share,
+            payload=Asked(
+                request_id=robot.request_id,
+                is_draft_right=has_draft and self._random.random() < fleet.draft_hit_share,
+            ),
             asked_by=robot.name,
         )
         self._at(self._now_s + self._way_s(), lambda: self._scheduler.ask(text))
 
-    def _heard(self, work: TextWork[bool]) -> None:
+    def _heard(self, work: TextWork[Asked]) -> None:
         """A question was answered, or dropped."""
         robot = self._by_name[work.owner]
         self._at(max(self._now_s + self._way_s(), robot.next_question_s), lambda: self._ask(robot))
 
-    def _ran(self, unit: Unit[None, bool], seconds: float) -> None:
+    def _begun_slices(self, unit: Unit[None, Asked]) -> dict[Hashable, int]:
+        """By text_id, which slice of a question's prefix this one is: the first, behind those of pictures that were seen."""
+        begun = {}
+        for text in unit.texts if unit.kind is UnitKind.TEXT_PREFIX else ():
+            has_seen = text.work.payload.request_id == self._by_name[text.work.owner].seen_request_id
+            begun[text.work.text_id] = text.num_slices or (self._durations.num_picture_slices if has_seen else 0)
+        return begun
+
+    def _ran(self, unit: Unit[None, Asked], seconds: float, begun_slices: Mapping[Hashable, int]) -> None:
         outcome = self._outcome
+        for row in unit.rows if unit.kind is UnitKind.PREFIX else ():
+            self._by_name[row.work.owner].seen_request_id = row.work.request_id
         outcome.busy_s[unit.kind.value] = outcome.busy_s.get(unit.kind.value, 0.0) + seconds
         outcome.sizes.setdefault(unit.kind.value, Counter())[unit.size] += 1
         if unit.texts and self._durations.text_lag_s > 0:
-            self._at(self._now_s + self._durations.text_lag_s, lambda: self._taken_in(unit, seconds))
+            self._at(self._now_s + self._durations.text_lag_s, lambda: self._taken_in(unit, seconds, begun_slices))
         else:
-            self._taken_in(unit, seconds)
+            self._taken_in(unit, seconds, begun_slices)
 
-    def _taken_in(self, unit: Unit[None, bool], seconds: float) -> None:
+    def _taken_in(self, unit: Unit[None, Asked], seconds: float, begun_slices: Mapping[Hashable, int]) -> None:
         outcome = self._outcome
         before = {text.work.text_id: text.num_tokens for text in unit.texts}
         checked = {}
         if unit.kind is UnitKind.DRAFT_CHECK:
             drafted = unit.texts[0].work
-            right = drafted.num_draft_tokens if drafted.payload else self._random.randrange(drafted.num_draft_tokens)
+            right = (
+                drafted.num_draft_tokens
+                if drafted.payload.is_draft_right
+                else self._random.randrange(drafted.num_draft_tokens)
+            )
             checked[drafted.text_id] = min(right + 1, drafted.max_tokens)
-        finished = self._scheduler.finished(unit, seconds, self._now_s, num_new_tokens=checked)
+        slices = {text_id: begun + 1 for text_id, begun in begun_slices.items()}
+        finished = self._scheduler.finished(unit, seconds, self._now_s, num_new_tokens=checked, num_slices=slices)
         for text in unit.texts:
             outcome.num_tokens += text.num_tokens - before[text.work.text_id]
             if text.num_tokens and not before[text.work.text_id]:
@@ -365,7 +298,7 @@ def _capacity(fleet: Fleet, durations: UnitDurations) -> capacity.DeviceCapacity
             num_steps=fleet.num_steps,
             max_rows=fleet.max_rows,
         ),
-        question_s=durations.text_prefix_s + check_s,
+        question_s=durations.question_s + check_s,
         text_step_s=durations.of(UnitKind.TEXT, fleet.max_texts),
         max_texts=fleet.max_texts,
     )

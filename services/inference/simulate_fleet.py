@@ -3,11 +3,12 @@
 The scheduler is the one that serves; how long a unit of work takes comes from a table in milliseconds. Without --durations
 it is what the served engine takes for pi052 on an H200 with three cameras and 200 prompt tokens. A file has the same form:
 
-    {"prefix": {"1": 8.34, "2": 15.4, "4": 30.4}, "expert_step": {"1": 0.68, "8": 1.27},
-     "text_prefix": 8.4, "draft_check": 2.0, "text_step": {"1": 1.63, "32": 1.98}}
+    {"prefix": {"1": 8.2, "2": 15.4, "4": 31.5}, "expert_step": {"1": 0.68, "8": 1.23},
+     "text_pictures": 2.0, "text_prefix": 6.6, "draft_check": 2.0, "text_step": {"1": 1.63, "32": 1.98}}
 
-"text_prefix_slices" says how many units a question's prefix comes in, of equal length; without it, as many as make each no
-longer than a text step. "text_lag" is the time from the end of a text unit to the first decision that knows of it.
+A question's prefix is "text_pictures", which it is spared where the robot's last chunk saw the same pictures, and
+"text_prefix", each in slices about as long as a text step. "text_lag" is the time from the end of a text unit to the first
+decision that knows of it.
 """
 
 from __future__ import annotations
@@ -27,23 +28,27 @@ from manyhands import config
 from manyhands.errors import InvalidInput
 
 from .capacity import TEXT_WITHIN_S
-from .fleet_simulator import Fleet, Outcome, simulate
+from .fleet_simulator import simulate
+from .simulated_fleet import Fleet, Outcome
 from .unit_durations import UnitDurations
+
+# Of a text step.
+LONGEST_SLICE = 1.03
 
 
 class DurationsTable(BaseModel):
-    """Milliseconds of a unit by its size; the defaults are an H200's (2026-11-28, bf16, 3 cameras, 200 prompt tokens)."""
+    """Milliseconds of a unit by its size; the defaults are an H200's (2026-11-29, bf16, 3 cameras, 200 prompt tokens)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prefix: dict[int, float] = Field(default={1: 8.34, 2: 15.4, 4: 30.4}, min_length=1)
+    prefix: dict[int, float] = Field(default={1: 8.2, 2: 15.4, 4: 31.5}, min_length=1)
     expert_step: dict[int, float] = Field(
-        default={1: 0.68, 2: 0.76, 3: 0.87, 4: 0.89, 5: 0.93, 6: 1.12, 8: 1.22, 10: 1.26, 12: 1.51, 16: 1.89}, min_length=1
+        default={1: 0.68, 2: 0.82, 3: 0.87, 4: 0.89, 5: 0.93, 6: 1.12, 8: 1.23, 10: 1.26, 12: 1.51, 16: 1.89}, min_length=1
     )
-    text_prefix: float = Field(default=8.4, gt=0)
+    text_pictures: float = Field(default=2.0, ge=0)
+    text_prefix: float = Field(default=6.6, gt=0)
     draft_check: float = Field(default=2.0, gt=0)
-    text_step: dict[int, float] = Field(default={1: 1.63, 8: 1.73, 16: 1.79, 32: 1.98}, min_length=1)
-    text_prefix_slices: int | None = Field(default=None, ge=1)
+    text_step: dict[int, float] = Field(default={1: 1.63, 8: 1.73, 16: 1.78, 32: 1.98}, min_length=1)
     text_lag: float = Field(default=1.5, ge=0)
 
 
@@ -112,13 +117,20 @@ def read_durations(path: Path | None, jitter: float) -> UnitDurations:
     return UnitDurations(
         prefix_s=_seconds(values.prefix),
         expert_step_s=_seconds(values.expert_step),
+        text_pictures_s=values.text_pictures / 1e3,
+        num_picture_slices=_slices(values.text_pictures, values),
         text_prefix_s=values.text_prefix / 1e3,
         draft_check_s=values.draft_check / 1e3,
         text_step_s=_seconds(values.text_step),
-        num_text_slices=values.text_prefix_slices or math.ceil(values.text_prefix / values.text_step[min(values.text_step)]),
+        num_text_slices=_slices(values.text_prefix, values),
         text_lag_s=values.text_lag / 1e3,
         jitter=jitter,
     )
+
+
+def _slices(milliseconds: float, values: DurationsTable) -> int:
+    """As an engine would cut it: a slice may be a little longer than a text step, since cuts fall between layers only."""
+    return math.ceil(milliseconds / (LONGEST_SLICE * values.text_step[min(values.text_step)]))
 
 
 def make_fleet(settings: Settings) -> Fleet:
