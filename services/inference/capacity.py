@@ -17,6 +17,8 @@ from manyhands.errors import Overloaded
 USABLE_SHARE = 0.8
 # Text may not promise more of the device than this, or chunks would have nothing left to be admitted to.
 MAX_TEXT_SHARE = 0.9
+# Of it, for one robot: who asks again as soon as an answer is there gets what is left over, and keeps nobody out for it.
+MAX_ROBOT_TEXT_SHARE = 0.25
 # How soon an answer is wanted. Robots give longer deadlines, but a subtask that comes late is for a scene that has changed.
 TEXT_WITHIN_S = 1.0
 
@@ -72,13 +74,20 @@ def text_share(demands: Sequence[TextDemand], device: DeviceCapacity) -> float:
     asking = [demand for demand in demands if demand.questions_per_s > 0]
     if not asking:
         return 0.0
-    tokens_per_s = sum(demand.questions_per_s * demand.tokens for demand in asking)
+    counted_per_s = [_counted_per_s(demand, device) for demand in asking]
+    tokens_per_s = sum(rate * demand.tokens for rate, demand in zip(counted_per_s, asking, strict=True))
     # Texts decode together: what the most hurried one needs serves all, up to the batch; alone, a token is a step. A robot
     # asks one question at a time, so a step never has more texts than there are robots that ask.
     hurried_per_s = max(demand.tokens / demand.within_s for demand in asking)
     steps_per_s = max(min(tokens_per_s, hurried_per_s), tokens_per_s / min(device.max_texts, len(asking)))
-    prefixes = sum(demand.questions_per_s for demand in asking) * device.question_s
+    prefixes = sum(counted_per_s) * device.question_s
     return min(MAX_TEXT_SHARE, prefixes + steps_per_s * device.text_step_s)
+
+
+def _counted_per_s(demand: TextDemand, device: DeviceCapacity) -> float:
+    """Of a robot's questions a second, those that MAX_ROBOT_TEXT_SHARE would answer one after the other."""
+    alone_s = device.question_s + demand.tokens * device.text_step_s
+    return min(demand.questions_per_s, MAX_ROBOT_TEXT_SHARE / alone_s) if alone_s > 0 else demand.questions_per_s
 
 
 def stretch(demands: Sequence[Demand], chunks_per_s: float | None, text_share: float = 0.0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -95,21 +96,22 @@ def test_intervals_grow_with_questions_and_shrink_when_they_stop(
     question: Callable[[InferenceClient, Session, ActStream], None],
     num_tokens: int,
 ) -> None:
-    assert session.replan_interval_steps == interval_steps(stream) == ASKED_STEPS
-    assert load(client).text_share == 0.0
-    for _ in range(12):  # 1.2 a second, as the fading count has it.
-        question(client, session, stream)
-    busy = load(client)
-    # Their prefixes, and a step for every token: what one robot asks, one question after the other, shares none.
-    assert busy.text_share == pytest.approx(1.2 * (0.6 + num_tokens * 0.02))
-    assert busy.usable_chunks_per_s == pytest.approx(10.0 * (1 - busy.text_share))
-    # 5 chunks a second were asked for, and about 2 are left.
-    wait_until(lambda: interval_steps(stream) > ASKED_STEPS + 1, 5, "a longer interval")
-    clock.now_s += 15.0
-    assert load(client).text_share == pytest.approx(busy.text_share * 0.22, rel=0.05)
-    wait_until(lambda: interval_steps(stream) == ASKED_STEPS, 5, "the interval that was asked for")
-    clock.now_s += 60.0
-    assert load(client).text_share == 0.0
+    with client.act_stream(open_session(client, "right").session_id):
+        assert session.replan_interval_steps == interval_steps(stream) == ASKED_STEPS
+        assert load(client).text_share == 0.0
+        for _ in range(3):  # 0.3 a second, as the fading count has it.
+            question(client, session, stream)
+        busy = load(client)
+        # Their prefixes, and a step for every token: what one robot asks, one question after the other, shares none.
+        assert busy.text_share == pytest.approx(0.3 * (0.6 + num_tokens * 0.02))
+        assert busy.usable_chunks_per_s == pytest.approx(10.0 * (1 - busy.text_share))
+        # 10 chunks a second were asked for, and 8 are left.
+        wait_until(lambda: interval_steps(stream) > ASKED_STEPS, 5, "a longer interval")
+        clock.now_s += 15.0
+        assert load(client).text_share == pytest.approx(busy.text_share * 0.22, rel=0.05)
+        clock.now_s += 60.0
+        wait_until(lambda: interval_steps(stream) == ASKED_STEPS, 5, "the interval that was asked for")
+        assert load(client).text_share == 0.0
 
 
 def test_questions_that_the_engine_refuses_cost_nobody_anything(
@@ -131,16 +133,32 @@ def test_questions_that_the_engine_refuses_cost_nobody_anything(
 def test_a_robot_is_refused_with_a_reason_and_a_time_while_text_leaves_no_room(
     client: InferenceClient, session: Session, stream: ActStream, clock: Clock
 ) -> None:
-    for _ in range(13):
-        generate(client, session, stream)
-    with pytest.raises(Overloaded, match=r"1 robots use .* 12\.5 chunks/s of which text takes 88%.*ask fewer") as refused:
-        open_session(client, "right")
-    assert refused.value.field == "model"
-    assert refused.value.retry_after_s == pytest.approx(4.0)
+    with contextlib.ExitStack() as stack:
+        for robot in (session, open_session(client, "front"), open_session(client, "back")):
+            theirs = stream if robot is session else stack.enter_context(client.act_stream(robot.session_id))
+            for _ in range(4):
+                generate(client, robot, theirs)
+        with pytest.raises(
+            Overloaded, match=r"3 robots use .* 12\.5 chunks/s of which text takes 74%.*ask fewer"
+        ) as refused:
+            open_session(client, "right")
+        assert refused.value.field == "model"
+        assert refused.value.retry_after_s == pytest.approx(4.0)
     assert interval_steps(stream) <= HORIZON, "whoever is in is served on"
     clock.now_s += 60.0
-    # A newcomer's own questions are not known, and not held against it.
-    assert open_session(client, "right").replan_interval_steps == ASKED_STEPS
+    # A newcomer's own questions are not known, and not held against it. Four robots want twice what there is.
+    assert open_session(client, "right").replan_interval_steps == 2 * ASKED_STEPS
+
+
+def test_one_robot_that_asks_without_a_pause_keeps_no_other_out(
+    client: InferenceClient, session: Session, stream: ActStream
+) -> None:
+    for _ in range(13):
+        generate(client, session, stream)
+    assert load(client).text_share == pytest.approx(0.25)
+    with client.act_stream(open_session(client, "right").session_id):
+        # 10 chunks a second are asked for, three quarters of 10 are left.
+        wait_until(lambda: interval_steps(stream) == ASKED_STEPS + 2, 5, "a longer interval")
 
 
 def test_without_figures_of_text_its_share_is_not_counted(

@@ -205,6 +205,11 @@ def test_text_takes_its_share_of_the_capacity_and_delay_its_part_of_the_horizon(
     # Two robots that ask without a pause: a step has two texts at most, whatever there is room for.
     restless = capacity.TextDemand(questions_per_s=4.0, tokens=20, within_s=1.0)
     assert capacity.text_share([restless] * 2, device(0.0, 0.001, 32)) == pytest.approx(80 * 0.001)
+    # One that would take all of the device with its questions is counted for a quarter of it, and others beside it.
+    greedy = capacity.TextDemand(questions_per_s=100.0, tokens=20, within_s=1.0)
+    assert capacity.text_share([greedy], device(0.006, 0.001, 32)) == pytest.approx(0.25)
+    beside = capacity.text_share([greedy, asking], device(0.006, 0.0, 32))
+    assert beside == pytest.approx(0.25 + 0.5 * 0.006)
     # Its prefix runs before the first token is known.
     begun = capacity.TextDemand(questions_per_s=0.5, tokens=0.0)
     assert capacity.text_share([begun], device(0.006, 0.001, 4)) == pytest.approx(0.003)
