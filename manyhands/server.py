@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 # A chunk request with three raw 480x640 cameras is 2.8 MB; weights travel in pieces of at most 4 MiB.
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
+# In progress at once: a stream of each of a thousand robots, and what else they and people ask. More are refused before
+# anything is read of them.
+MAX_CALLS = 4096
+
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -55,19 +59,23 @@ class GrpcServer:
     Args:
         address: "host:port"; port 0 takes a free one. Loopback may be plain; any other host needs security (rule 8).
         security_settings: Certificates and tokens, or None.
+        max_calls: In progress at once; the next is told RESOURCE_EXHAUSTED.
 
     Raises:
         Refused: The port is taken, or the address needs TLS and has none.
         InvalidInput: A file of security_settings cannot be read.
     """
 
-    def __init__(self, address: str, *, security_settings: security.SecuritySettings | None = None) -> None:
+    def __init__(
+        self, address: str, *, security_settings: security.SecuritySettings | None = None, max_calls: int = MAX_CALLS
+    ) -> None:
         settings = security_settings or security.SecuritySettings()
         security.check_address(address, settings)
         credentials = security.server_credentials(settings)
         self.server = grpc.aio.server(
             interceptors=[metrics_interceptor(), error_interceptor(), *security.server_interceptors(settings)],
             options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=max_calls,
         )
         host = address.rpartition(":")[0]
         try:

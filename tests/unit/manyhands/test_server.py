@@ -14,9 +14,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from manyhands import channel
-from manyhands.errors import Refused
+from manyhands.errors import Overloaded, Refused
 from manyhands.server import GrpcServer
 from manyhands.weights.v1 import weights_pb2, weights_pb2_grpc
+from tests.support.waiting import wait_until
 
 SERVICE = "manyhands.weights.v1.WeightsService"
 PROGRAM = """
@@ -38,7 +39,7 @@ async def drain():
     print("DRAINED, permanent:", gc.get_freeze_count(), flush=True)
 
 async def main():
-    server = GrpcServer("127.0.0.1:0")
+    server = GrpcServer("127.0.0.1:0", max_calls=8)
     server.add(weights_pb2_grpc.add_WeightsServiceServicer_to_server, Weights(), "manyhands.weights.v1.WeightsService")
     await server.run_until_signalled(drain=drain)
 
@@ -60,6 +61,26 @@ def _address(process: subprocess.Popen[str]) -> str:
     word, address = process.stdout.readline().split()
     assert word == "READY"
     return address
+
+
+def test_calls_beyond_the_limit_are_refused_until_others_end(process: subprocess.Popen[str]) -> None:
+    with channel.connect(_address(process)) as link:
+        stub = weights_pb2_grpc.WeightsServiceStub(link)
+        watches = [stub.Watch(weights_pb2.WatchRequest()) for _ in range(8)]
+        for watch in watches:
+            next(watch)
+        with pytest.raises(Overloaded), channel.translated_errors():
+            stub.FindMissing(weights_pb2.FindMissingRequest(), timeout=10)
+        watches[0].cancel()
+
+        def is_answered() -> bool:
+            try:
+                with channel.translated_errors():
+                    return list(stub.FindMissing(weights_pb2.FindMissingRequest(), timeout=10).sha256) == [b"done"]
+            except Overloaded:
+                return False
+
+        wait_until(is_answered)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
