@@ -66,6 +66,7 @@ class Engine:
         self._scheduler: Scheduler[Job] = Scheduler(max_batch=max_batch)
         self._changed = threading.Condition()
         self._between: list[Callable[[], None]] = []
+        self._is_in_pass = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ready: Future[None] = Future()
@@ -87,7 +88,7 @@ class Engine:
         """Ends the thread after the pass that runs; what still waits is told."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def submit(self, *, owner: str, request_id: int, arrived_s: float, deadline_s: float, job: Job) -> None:
@@ -110,7 +111,7 @@ class Engine:
                 replaced, accepted = self._scheduler.submit(work, now_s)
                 estimate_s = self._scheduler.times.careful_s(group, 1, now_s)
                 stopping = False
-                self._changed.notify()
+                self._changed.notify_all()
         if replaced is not None:
             replaced.payload.done(Superseded())
         if stopping:
@@ -126,6 +127,11 @@ class Engine:
     def pending(self) -> int:
         with self._changed:
             return len(self._scheduler)
+
+    def wait_for_gap(self, timeout_s: float) -> None:
+        """Blocks while a row waits or runs, timeout_s at most: for who has other work for the device, a little at a time."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_in_pass and not len(self._scheduler), timeout_s)
 
     def capacity(self, model: str) -> DeviceCapacity | None:
         """As passes of the last seconds showed it, without text, which runs beside them; None when none ran."""
@@ -146,7 +152,7 @@ class Engine:
             if self._stopping:
                 raise Unreachable("the server is going away")
             self._between.append(timed)
-            self._changed.notify()
+            self._changed.notify_all()
         return timed.done.result()
 
     def _run(self) -> None:
@@ -166,6 +172,8 @@ class Engine:
                 now_s = self._clock()
                 decision = self._scheduler.next_batch(now_s)
                 estimates_s = [self._scheduler.times.careful_s(work.group, 1, now_s) for work in decision.late]
+                self._is_in_pass = bool(decision.batch)
+                self._changed.notify_all()  # Of what was withdrawn or is late, nothing waits any more.
             for change in between:
                 change()
             for work, estimate_s in zip(decision.late, estimates_s, strict=True):
@@ -182,6 +190,8 @@ class Engine:
         now_s = self._clock()
         with self._changed:
             self._scheduler.finished(batch, now_s - started_s, now_s)
+            self._is_in_pass = False
+            self._changed.notify_all()
         for work, outcome in zip(batch, outcomes, strict=True):
             work.payload.done(outcome)
 

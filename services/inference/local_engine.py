@@ -58,7 +58,7 @@ class LocalEngine:
         self._units = UnitEngine(fused, max_rows=max_batch, max_texts=MAX_TEXTS, on_fatal=on_fatal) if fused else None
         self._passes = Engine(plain, max_batch=max_batch, torch_threads=torch_threads, on_fatal=on_fatal) if plain else None
         self._engines: list[Engine | UnitEngine] = [engine for engine in (self._units, self._passes) if engine is not None]
-        self._writer = TextWriter(plain)
+        self._writer = TextWriter(plain, self._passes.wait_for_gap) if self._passes is not None else None
         self._follower: WeightsFollower | None = None
         self._on_swap = on_swap
         self._device = device
@@ -100,7 +100,8 @@ class LocalEngine:
         """After the pass that runs."""
         if self._follower is not None:
             self._follower.stop()
-        self._writer.stop()
+        if self._writer is not None:
+            self._writer.stop()
         for engine in self._engines:
             engine.stop()
 
@@ -176,7 +177,10 @@ class LocalEngine:
 
     def ask(self, question: Question, heard: Callable[[str | TextEnd], None]) -> Callable[[], None]:
         engine = self.engine_of(question.model)
-        return engine.ask(question, heard) if isinstance(engine, UnitEngine) else self._writer.ask(question, heard)
+        if isinstance(engine, UnitEngine):
+            return engine.ask(question, heard)
+        assert self._writer is not None
+        return self._writer.ask(question, heard)
 
     def swap(self, model: str, number: int) -> Future[SwapResult]:
         try:

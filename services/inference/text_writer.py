@@ -1,4 +1,4 @@
-"""Text from a policy's language head, on one thread beside the engine's."""
+"""Text from a policy's language head, on one thread beside the engine's: token by token, while no chunk needs the device."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from policies.policy import Sample, TextKind, TextRequest
 
 from .engine_port import Question, TextEnd
 from .models import ServedModel
+from .unit_scheduler import MAX_TEXT_WAIT_S
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,25 @@ _KINDS: Mapping[int, TextKind] = {
 
 
 class TextWriter:
-    """Answers questions one after the other."""
+    """Answers questions one after the other.
 
-    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+    A token is begun when no chunk waits or runs, or after max_wait_s. A chunk that comes meanwhile shares the device with
+    it, so it is held up by what is left of that one token at most. Before the first token comes the question's prefix.
+
+    Args:
+        wait_for_gap: Blocks while a chunk needs the device, for as many seconds at most.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        wait_for_gap: Callable[[float], None],
+        *,
+        max_wait_s: float = MAX_TEXT_WAIT_S,
+    ) -> None:
         self._models = models
+        self._wait_for_gap = wait_for_gap
+        self._max_wait_s = max_wait_s
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
 
     def ask(self, question: Question, heard: Heard) -> Callable[[], None]:
@@ -65,12 +81,14 @@ class TextWriter:
         sample = Sample(observation=question.sample.observation, task=question.sample.task)
         with self._models[question.model].borrow() as (policy, version), torch.inference_mode():
             device = next(policy.parameters()).device
+            self._wait_for_gap(self._max_wait_s)
             for piece in policy.generate([sample], request, device):
                 if nobody_listens.is_set():
                     return TextEnd(error=Cancelled("nobody listens any more"))
                 if time.monotonic() > question.until_s:
                     raise _too_late(question)
                 heard(piece)
+                self._wait_for_gap(self._max_wait_s)
         return TextEnd(version=version)
 
 
