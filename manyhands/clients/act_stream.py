@@ -103,6 +103,10 @@ class ActStream:
     Replies go to on_reply on the stream's own thread when one was given, else they wait for receive(). When the stream
     breaks, on_broken is called once with the error, and send() and receive() raise it: Unreachable when the server or the
     link is gone. Open a new stream with the same session then, or a new session when it answers "unknown_session".
+
+    Args:
+        request_ids: Of the session, which go on over its streams.
+        number: Of this stream in the session; grows.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class ActStream:
         session_id: str,
         request_ids: Iterator[int],
         *,
+        number: int,
         on_reply: Callable[[Reply], None] | None = None,
         on_broken: Callable[[errors.ManyhandsError], None] | None = None,
         shared_memory: SharedMemory | None = None,
@@ -125,9 +130,7 @@ class ActStream:
         self._closing = False
         self._error: errors.ManyhandsError | None = None
         self._replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
-        # Of the counter of its requests, which goes on over streams: no clock that somebody may set back.
-        number = str(next(request_ids))
-        self._call = stub.Act(self._requests(), metadata=((SESSION_KEY, session_id), (NUMBER_KEY, number)))
+        self._call = stub.Act(self._requests(), metadata=((SESSION_KEY, session_id), (NUMBER_KEY, str(number))))
         self._reader = threading.Thread(target=self._read, name=f"act-{session_id[:8]}", daemon=True)
         self._reader.start()
 

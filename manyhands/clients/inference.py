@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import channel, codec, errors, stamps
 from ..common.v1 import common_pb2
@@ -53,6 +53,14 @@ class Session:
     required_observations: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Counters:
+    """Of one session: they go on over its streams, and over no clock that somebody may set back."""
+
+    streams: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    requests: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+
 class InferenceClient(channel.Client):
     """Calls of one inference service.
 
@@ -66,7 +74,7 @@ class InferenceClient(channel.Client):
     def __init__(self, address: str, *, security_settings: SecuritySettings | None = None) -> None:
         super().__init__(address, security_settings=security_settings)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._request_ids: dict[str, Iterator[int]] = {}
+        self._counters: dict[str, _Counters] = {}
         self._may_share = is_loopback(address)
         # By robot, its session and that one's memory: sessions come and go while robots act.
         self._shared: dict[str, tuple[str, SharedMemory]] = {}
@@ -100,7 +108,7 @@ class InferenceClient(channel.Client):
         )
         with channel.translated_errors():
             answer = self._stub.OpenSession(request, timeout=timeout_s)
-        self._request_ids[answer.session_id] = itertools.count(1)
+        self._counters[answer.session_id] = _Counters()
         self._shared.pop(robot_id, None)
         memory = SharedMemory.find(answer.shared_memory) if answer.HasField("shared_memory") else None
         if memory is not None:
@@ -132,13 +140,21 @@ class InferenceClient(channel.Client):
         on_broken: Callable[[errors.ManyhandsError], None] | None = None,
     ) -> ActStream:
         """The session's stream; a second one takes over from the first. Request ids go on growing over streams."""
-        ids = self._request_ids.setdefault(session_id, itertools.count(1))
+        counters = self._counters.setdefault(session_id, _Counters())
         memory = next((memory for session, memory in self._shared.values() if session == session_id), None)
-        return ActStream(self._stub, session_id, ids, on_reply=on_reply, on_broken=on_broken, shared_memory=memory)
+        return ActStream(
+            self._stub,
+            session_id,
+            counters.requests,
+            number=next(counters.streams),
+            on_reply=on_reply,
+            on_broken=on_broken,
+            shared_memory=memory,
+        )
 
     def close_session(self, session_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Frees the robot_id. Closing twice is fine."""
-        self._request_ids.pop(session_id, None)
+        self._counters.pop(session_id, None)
         self._shared = {robot: shared for robot, shared in self._shared.items() if shared[0] != session_id}
         with channel.translated_errors():
             self._stub.CloseSession(inference_pb2.CloseSessionRequest(session_id=session_id), timeout=timeout_s)
