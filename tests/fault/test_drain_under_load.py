@@ -15,7 +15,7 @@ import pytest
 
 from deploy.local import Topology
 from manyhands.clients.act_stream import Chunk, Drain, Refusal
-from manyhands.clients.inference import InferenceClient
+from manyhands.clients.inference import InferenceClient, Session
 from manyhands.errors import ManyhandsError, Unreachable
 from tests.support import fault_lab
 from tests.support.fault_lab import NOT_SERVING, SERVING, HealthWatch, Lab, talk, text
@@ -89,20 +89,19 @@ class Stubborn:
 
 @dataclass
 class Questioner:
-    """Asks for one long text."""
+    """Asks for one long text, in a session that is open already."""
 
-    lab: Lab
     client: InferenceClient
+    session: Session
     seed: int
     num_pieces: int = 0
     full_text: str | None = None
     refusal: ManyhandsError | None = None
 
     def run(self) -> None:
-        session = self.lab.open_talk(self.client, f"asks{self.seed}")
-        with self.client.act_stream(session.session_id):
+        with self.client.act_stream(self.session.session_id):
             try:
-                for answer in talk(self.client, session, self.seed):
+                for answer in talk(self.client, self.session, self.seed):
                     self.num_pieces += 1
                     if answer.finished:
                         self.full_text = answer.full_text
@@ -115,11 +114,12 @@ def test_a_server_that_is_told_to_go_under_load_answers_or_refuses_all_it_was_as
         health = HealthWatch(lab.address)
         leavers = [Leaver(lab, client, f"leaver{index}") for index in range(NUM_ROBOTS)]
         stubborn = Stubborn(lab, client)
-        questioners = [Questioner(lab, client, index) for index in range(NUM_QUESTIONS)]
         threads = [threading.Thread(target=each.run) for each in (*leavers, stubborn)]
         for thread in threads:
             thread.start()
         wait_until(lambda: all(len(leaver.answered) > 3 or leaver.failures for leaver in leavers))
+        talks = [lab.open_talk(client, f"asks{index}") for index in range(NUM_QUESTIONS)]
+        questioners = [Questioner(client, session, index) for index, session in enumerate(talks)]
         asking = [threading.Thread(target=each.run) for each in questioners]
         for thread in asking:
             thread.start()

@@ -148,7 +148,7 @@ def test_an_older_version_that_an_operator_chose_stays_through_a_kill(topology: 
     with WeightsClient(weights) as learner, InferenceClient(service.address) as client:
         for number in (1, 2):
             publish(learner, make_policy(number), number)
-        wait_until(lambda: client.list_models()[0].version.number == 2)
+            wait_until(lambda number=number: client.list_models()[0].version.number == number)  # type: ignore[misc]
         client.swap_weights("tiny", 1)
         robot = Robot(client, "left")
         wait_until(lambda: robot.chunks_since(0) > 3)
@@ -249,5 +249,7 @@ def test_no_engine_outlives_its_front_end(topology: Topology, tmp_path: Path, po
     service.process.kill()
     killed_s = time.monotonic()
     service.process.wait()
-    wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout_s=2.0)
-    assert time.monotonic() - killed_s < 2.0
+    # One that loads looks for its parent when its own imports are done; later the kernel ends it.
+    within_s = 20.0 if moment == "loading" else 2.0
+    wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout_s=within_s)
+    assert time.monotonic() - killed_s < within_s

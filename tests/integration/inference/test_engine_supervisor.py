@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -54,8 +55,12 @@ async def running(*, log_level: str = "info", **options: Any) -> AsyncIterator[E
 
 def children() -> list[psutil.Process]:
     """Engine processes of the tests here."""
-    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in alive if "tests.support.fake_engine" in child.cmdline()]
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # It may end while it is looked at.
+            if child.status() != psutil.STATUS_ZOMBIE and "tests.support.fake_engine" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def row(seed: int) -> Row:

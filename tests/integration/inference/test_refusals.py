@@ -149,12 +149,15 @@ def test_a_bad_request_is_refused_by_name_and_harms_nobody(
         np.testing.assert_array_equal(next_chunk(stream).actions, local_chunk(policy, make_observation(1), 1))
 
 
-def test_what_cannot_be_in_time_is_refused(client: InferenceClient, stream: ActStream, policy: GatedPolicy) -> None:
+def test_what_cannot_be_in_time_is_refused(
+    service: InProcessService, client: InferenceClient, stream: ActStream, policy: GatedPolicy
+) -> None:
     with client.act_stream(open_session(client, "other").session_id) as other:
         shut_gate(policy, other)
         ask(stream, 1, deadline_s=0.3)
-        asked_s = time.monotonic()
-        wait_until(lambda: time.monotonic() > asked_s + 0.4)
+        wait_until(lambda: service.engine.pending() == 1)
+        came_s = time.monotonic()
+        wait_until(lambda: time.monotonic() > came_s + 0.4)
         policy.gate.set()
         refusal = next_refusal(stream)
         assert (refusal.reason, refusal.field) == ("deadline", "deadline")

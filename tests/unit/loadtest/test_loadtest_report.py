@@ -116,7 +116,9 @@ async def drive(link: FakeLink, **changed: object) -> Tally:
 
 async def test_a_robot_asks_at_its_rate_and_every_answer_is_counted() -> None:
     tally = await drive(FakeLink(lambda tick: Answer(stage_s={"queue": 0.001}, batch_size=2)))
-    assert 13 <= tally.requests <= 15
+    assert tally.requests <= 15
+    assert tally.requests + tally.skipped >= 13
+    assert tally.requests > 3
     assert tally.chunks == tally.requests
     assert tally.robots_served == 1
     assert tally.num_errors == 0
@@ -158,7 +160,7 @@ async def test_a_broken_connection_is_an_error_and_the_robot_comes_back(monkeypa
 
 
 async def test_a_server_that_drains_is_left_and_met_again_without_an_error() -> None:
-    link = FakeLink(lambda tick: Answer(batch_size=1, drained_s=0.05 if link.num_opened == 1 and tick == 4 else None))
+    link = FakeLink(lambda tick: Answer(batch_size=1, drained_s=0.05 if link.num_opened == 1 and tick >= 4 else None))
     tally = await drive(link)
     assert (link.num_opened, tally.drains, tally.num_errors) == (2, 1, 0)
     assert tally.chunks == tally.requests
@@ -176,6 +178,12 @@ async def test_robots_connect_before_their_first_request_so_that_it_goes_out_in_
     assert tally.lag_ms[0] < 100.0
 
 
+def assert_on_time(seen_s: list[float], planned_s: list[float]) -> None:
+    """Never early, and late by what a stall of the machine takes at most."""
+    late_s = [seen - planned for seen, planned in zip(seen_s, planned_s, strict=True)]
+    assert all(-0.005 <= late < 0.19 for late in late_s), late_s
+
+
 async def test_questions_come_at_their_own_rate_however_long_answers_take_and_robots_are_out_of_step() -> None:
     begins_s = time.monotonic() + 0.1
     plan = make_plan(fleet=2, begins_s=begins_s, seconds=1.5, ask_every_s=0.3)
@@ -185,17 +193,17 @@ async def test_questions_come_at_their_own_rate_however_long_answers_take_and_ro
     await asyncio.gather(*(robot.run() for robot in robots))
     for link, first_s in zip(links, (0.0, 0.15), strict=True):
         planned_s = [begins_s + first_s + 0.3 * number for number in range(5)]
-        assert link.asked_s[:5] == pytest.approx(planned_s, abs=0.1)
+        assert_on_time(link.asked_s[:5], planned_s)
     assert tally.text_tokens == [20] * tally.texts
     assert tally.texts >= 8
 
 
 async def test_after_an_answer_that_took_too_long_the_next_question_comes_at_once_and_none_is_made_up_for() -> None:
-    link = TalkingLink(0.7, 0.01)
+    link = TalkingLink(1.4, 0.01)
     begins_s = time.monotonic() + 0.1
-    plan = make_plan(begins_s=begins_s, seconds=1.5, ask_every_s=0.2)
+    plan = make_plan(begins_s=begins_s, seconds=3.0, ask_every_s=0.4)
     await worker.SimulatedRobot(plan, 0, link, Tally(), asyncio.Event()).run()
-    assert link.asked_s == pytest.approx([begins_s + at_s for at_s in (0.0, 0.7, 0.8, 1.0, 1.2, 1.4)], abs=0.08)
+    assert_on_time(link.asked_s, [begins_s + at_s for at_s in (0.0, 1.4, 1.6, 2.0, 2.4, 2.8)])
 
 
 async def test_what_the_server_asks_and_which_weights_served_is_counted_and_told_chunk_by_chunk_where_asked_for() -> None:
@@ -203,21 +211,25 @@ async def test_what_the_server_asks_and_which_weights_served_is_counted_and_told
         return Answer(batch_size=1, version=1 + tick // 8, replan_interval_steps=10 if tick < 4 else 13)
 
     before_s = time.time()
-    tally = await drive(FakeLink(answer), with_timeline=True)
-    assert tally.versions == {1: 8, 2: tally.chunks - 8}
-    assert tally.replan_steps == {10: 4, 13: tally.chunks - 4}
+    link = FakeLink(answer)
+    tally = await drive(link, with_timeline=True)
+    # A stall of the machine skips ticks.
+    num_first, num_at_once = sum(tick < 8 for tick in link.ticks), sum(tick < 4 for tick in link.ticks)
+    assert 0 < num_at_once < num_first < tally.chunks == len(link.ticks)
+    assert tally.versions == {1: num_first, 2: tally.chunks - num_first}
+    assert tally.replan_steps == {10: num_at_once, 13: tally.chunks - num_at_once}
     result = summarise(tally, seconds=0.3)
-    assert result["chunks_by_version"] == {1: 8, 2: tally.chunks - 8}
-    assert result["chunks_by_asked_interval_steps"] == {10: 4, 13: tally.chunks - 4}
+    assert result["chunks_by_version"] == tally.versions
+    assert result["chunks_by_asked_interval_steps"] == tally.replan_steps
     assert result["chunks_per_s"] == pytest.approx(tally.chunks / 0.3)
     times, latencies, versions = zip(*result["timeline"], strict=True)
     assert before_s - 0.01 <= times[0] <= times[-1] <= time.time() + 0.01
     assert list(latencies) == tally.latency_ms
-    assert versions == (1,) * 8 + (2,) * (tally.chunks - 8)
+    assert versions == (1,) * num_first + (2,) * (tally.chunks - num_first)
     printed = io.StringIO()
     Console(width=120, file=printed).print(report.table({"ours": result}, "test"))
     assert "10; 10 to 13" in printed.getvalue()
-    assert "8 of version 1" in printed.getvalue()
+    assert f"{num_first} of version 1" in printed.getvalue()
     assert (await drive(FakeLink(answer))).timeline == []
 
 
