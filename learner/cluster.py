@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -162,10 +162,12 @@ class RayCluster:
             logger.debug("warming up: %s", error)
 
 
-def _kill(processes: Iterable[psutil.Process]) -> None:
+def _kill(processes: list[psutil.Process]) -> None:
+    """Answers when they are gone, or after a second: one that is amid a system call may still leave a file."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(processes, timeout=1.0)
 
 
 def sweep_leftovers(temporary: Path) -> None:
