@@ -14,6 +14,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from manyhands.processes import end_with_parent
+
 # A process that holds tens of gigabytes takes a while to end even when killed.
 REAP_S = 10.0
 # Exit code of a process whose parent is gone.
@@ -32,7 +34,9 @@ class EngineProgram:
     """
 
     def __init__(self, module: str, files: Sequence[int]) -> None:
-        command = [sys.executable, "-P", "-m", module, "--parent", str(os.getpid()), "--files"]
+        # The kernel ends it from its first instruction on; where setpriv is missing, once its imports are done: begin().
+        words = [*end_with_parent(signal.SIGKILL), sys.executable, "-P", "-m", module]
+        command = [*words, "--parent", str(os.getpid()), "--files"]
         # Python makes this vfork and exec at once: nothing of this process, which has threads, is copied.
         self._process = subprocess.Popen(
             [*command, *map(str, files)],

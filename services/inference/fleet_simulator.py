@@ -19,7 +19,7 @@ from .service_times import ServiceTimes
 from .simulated_fleet import Asked, Fleet, Outcome, Robot
 from .unit_durations import UnitDurations
 from .unit_scheduler import UnitScheduler
-from .units import PREFIX_SIZES, ChunkWork, TextWork, Unit, UnitKind, expert_sizes, group
+from .units import PREFIX_SIZES, ChunkWork, Text, TextWork, Unit, UnitKind, expert_sizes, group
 
 MODEL = "model"
 RETRY_AFTER_S = 4.0
@@ -74,15 +74,16 @@ class _Simulation:
                 # A late robot's answer may have made an event; there always is one while robots run.
                 self._now_s = self._events[0][0] if self._events else self._fleet.seconds
             else:
-                begun = self._begun_slices(unit)
-                seconds = self._durations.of(unit.kind, unit.size)
+                seconds, num_slices = self._durations.of(unit.kind, unit.size), {}
                 if unit.kind is UnitKind.TEXT_PREFIX:
-                    seconds = self._durations.slice_s(begun[unit.texts[0].work.text_id])
+                    (text,) = unit.texts
+                    index = self._next_slice(text)
+                    seconds, num_slices = self._durations.slice_s(index), {text.work.text_id: index + 1}
                 seconds *= max(0.5, self._random.gauss(1.0, self._durations.jitter))
                 free_s = self._now_s + seconds
                 self._happen(free_s)
                 self._now_s = free_s
-                self._ran(unit, seconds, begun)
+                self._ran(unit, seconds, num_slices)
             while self._on_progress is not None and self._now_s >= next_second:
                 self._on_progress(next_second)
                 next_second += 1.0
@@ -240,26 +241,23 @@ class _Simulation:
         robot = self._by_name[work.owner]
         self._at(max(self._now_s + self._way_s(), robot.next_question_s), lambda: self._ask(robot))
 
-    def _begun_slices(self, unit: Unit[None, Asked]) -> dict[Hashable, int]:
-        """By text_id, which slice of a question's prefix this one is: the first, behind those of pictures that were seen."""
-        begun = {}
-        for text in unit.texts if unit.kind is UnitKind.TEXT_PREFIX else ():
-            has_seen = text.work.payload.request_id == self._by_name[text.work.owner].seen_request_id
-            begun[text.work.text_id] = text.num_slices or (self._durations.num_picture_slices if has_seen else 0)
-        return begun
+    def _next_slice(self, text: Text[Asked]) -> int:
+        """Of its prefix; the first is the one behind those of pictures, where these were seen."""
+        has_seen = text.work.payload.request_id == self._by_name[text.work.owner].seen_request_id
+        return text.num_slices or (self._durations.num_picture_slices if has_seen else 0)
 
-    def _ran(self, unit: Unit[None, Asked], seconds: float, begun_slices: Mapping[Hashable, int]) -> None:
+    def _ran(self, unit: Unit[None, Asked], seconds: float, num_slices: Mapping[Hashable, int]) -> None:
         outcome = self._outcome
         for row in unit.rows if unit.kind is UnitKind.PREFIX else ():
             self._by_name[row.work.owner].seen_request_id = row.work.request_id
         outcome.busy_s[unit.kind.value] = outcome.busy_s.get(unit.kind.value, 0.0) + seconds
         outcome.sizes.setdefault(unit.kind.value, Counter())[unit.size] += 1
         if unit.texts and self._durations.text_lag_s > 0:
-            self._at(self._now_s + self._durations.text_lag_s, lambda: self._taken_in(unit, seconds, begun_slices))
+            self._at(self._now_s + self._durations.text_lag_s, lambda: self._taken_in(unit, seconds, num_slices))
         else:
-            self._taken_in(unit, seconds, begun_slices)
+            self._taken_in(unit, seconds, num_slices)
 
-    def _taken_in(self, unit: Unit[None, Asked], seconds: float, begun_slices: Mapping[Hashable, int]) -> None:
+    def _taken_in(self, unit: Unit[None, Asked], seconds: float, num_slices: Mapping[Hashable, int]) -> None:
         outcome = self._outcome
         before = {text.work.text_id: text.num_tokens for text in unit.texts}
         checked = {}
@@ -271,8 +269,7 @@ class _Simulation:
                 else self._random.randrange(drafted.num_draft_tokens)
             )
             checked[drafted.text_id] = min(right + 1, drafted.max_tokens)
-        slices = {text_id: begun + 1 for text_id, begun in begun_slices.items()}
-        finished = self._scheduler.finished(unit, seconds, self._now_s, num_new_tokens=checked, num_slices=slices)
+        finished = self._scheduler.finished(unit, seconds, self._now_s, num_new_tokens=checked, num_slices=num_slices)
         for text in unit.texts:
             outcome.num_tokens += text.num_tokens - before[text.work.text_id]
             if text.num_tokens and not before[text.work.text_id]:

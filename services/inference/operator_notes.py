@@ -63,34 +63,27 @@ class OperatorNotes:
         # Being superseded is how a busy server works: counted, and no more.
         if refusal.reason == inference_pb2.REFUSAL_REASON_SUPERSEDED:
             return
-        _log(session, refusal, f"request {request.request_id}", request.request_id, now_s)
+        _log(session, refusal, request.request_id, now_s)
 
     def question_refused(self, session: Session, why: ManyhandsError, now_s: float) -> None:
         """A question by Generate; of chunks nothing is counted."""
-        refusal = responses.refusal(why)
-        refusal.message = f"a question: {refusal.message}"
-        _log(session, refusal, "a question", 0, now_s, of_question=True)
+        _log(session, responses.refusal(why), None, now_s)
 
 
-def _log(
-    session: Session,
-    refusal: inference_pb2.Refusal,
-    what: str,
-    request_id: int,
-    now_s: float,
-    *,
-    of_question: bool = False,
-) -> None:
+def _log(session: Session, refusal: inference_pb2.Refusal, request_id: int | None, now_s: float) -> None:
+    """request_id: None for a question, whose id is its client's own."""
+    of_question = request_id is None
     num_logged = session.refusals.add(
         reason=refusal.reason,
         field=refusal.field,
-        message=refusal.message,
-        request_id=request_id,
+        message=f"a question: {refusal.message}" if of_question else refusal.message,
+        request_id=request_id or 0,
         now_s=now_s,
         of_question=of_question,
     )
     if num_logged:
         more = f" ({num_logged} such since the last line)" if num_logged > 1 else ""
+        what = "a question" if of_question else f"request {request_id}"
         logger.info("%s of %s is refused: %s%s", what, session.robot_id, refusal.message, more)
 
 

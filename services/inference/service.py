@@ -278,7 +278,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """What the session asked for, longer while the device cannot keep up with everybody."""
         device = self.engine.capacity(session.model)
         share = min(capacity.MAX_TEXT_SHARE, sum(self._text_shares.values()))
-        demands = self._demands(self.sessions, session.model)
+        demands = self._demands(self.sessions, session.model, device)
         factor = capacity.stretch(demands, device.chunks_per_s if device else None, share)
         return capacity.interval_steps(self._demand(session), factor)
 
@@ -291,10 +291,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             cost=cost,
         )
 
-    def _demands(self, sessions: Iterable[Session], model: str) -> list[capacity.Demand]:
-        """In chunks of that model; sessions of another one, whose share of the device is not known, do not count."""
+    def _demands(
+        self, sessions: Iterable[Session], model: str, meant: capacity.DeviceCapacity | None
+    ) -> list[capacity.Demand]:
+        """In chunks of that model, whose capacity is meant; sessions of one whose capacity is not known do not count."""
         costs = {model: 1.0}
-        meant = self.engine.capacity(model)
         for name in self.models.keys() - {model}:
             theirs = self.engine.capacity(name)
             if meant is not None and theirs is not None:
@@ -309,7 +310,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             for name in self.models
         )
         capacity.admit(
-            self._demands(others, request.model),
+            self._demands(others, request.model, device),
             capacity.Demand(rate_hz=rate_hz, interval_steps=horizon, horizon=horizon),
             chunks_per_s=device.chunks_per_s if device else None,
             text_share=min(capacity.MAX_TEXT_SHARE, sum(shares)),

@@ -1,4 +1,4 @@
-"""Text from a policy's language head, on one thread beside the engine's: token by token, while no chunk needs the device."""
+"""Text from a policy's language head, on one thread beside the engine's: piece by piece, while no chunk needs the device."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ _KINDS: Mapping[int, TextKind] = {
 class TextWriter:
     """Answers questions one after the other.
 
-    A token is begun when no chunk waits or runs, or after max_wait_s. A chunk that comes meanwhile shares the device with
-    it, so it is held up by what is left of that one token at most. Before the first token comes the question's prefix.
+    A piece, which is a token, or those of one character, is begun when no chunk waits or runs, or after max_wait_s. A chunk
+    that comes meanwhile shares the device with it, so it is held up by what is left of that piece at most. The first comes
+    with the question's whole prefix.
 
     Args:
         wait_for_gap: Blocks while a chunk needs the device, for as many seconds at most.

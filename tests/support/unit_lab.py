@@ -13,11 +13,12 @@ import torch
 
 from manyhands.inference.v1 import inference_pb2
 from policies.policy import CommittedPrefix, Sample, TextKind, TextRequest
-from services.inference.engine_port import Answer, Job, Observed, Question, Row, TextEnd
+from services.inference.engine_port import Answer, Job, Observed, Row, TextEnd
 from services.inference.fused_model import FusedModel
 from services.inference.unit_engine import UnitEngine
 from tests.support import prompted_lab
 from tests.support.prompted_lab import CAMERA, CPU, HORIZON, STATE
+from tests.support.questions import question_about
 
 TOLERANCE = 1e-5
 SUBTASK = TextRequest(kind=TextKind.SUBTASK)
@@ -115,18 +116,16 @@ KINDS = {
 def ask(engine, request, *, seed=1, deadline_s=30.0, owner="", heard=None):
     """How to stop it, and what is heard; heard: A queue that hears it, or a new one."""
     given, heard = sample(seed), heard or queue.Queue()
-    question = Question(
-        model="tiny",
+    question = question_about(
+        Observed(observation=given.observation, task=given.task),
+        deadline_s=deadline_s,
         owner=owner,
-        sample=Observed(observation=given.observation, task=given.task),
         kind=KINDS[request.kind],
         user_text=request.user_text,
         previous_text=request.previous_text,
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
-        until_s=time.monotonic() + deadline_s,
-        allowed_s=deadline_s,
     )
     return engine.ask(question, heard.put), heard
 

@@ -26,6 +26,7 @@ from services.inference.engine_port import Answer, Job, Observed, Outcome, Quest
 from services.inference.engine_rows import ANSWER_SLOTS, REQUEST_SLOTS
 from services.inference.engine_supervisor import EngineSupervisor
 from tests.support.fake_engine import BAD, BAD_AFTER, BUSY_S, HORIZON, MANNERS, NO_GATE, description
+from tests.support.questions import question_about
 
 HARMLESS = {"twice"}
 RESTARTED = 20.0
@@ -263,19 +264,8 @@ async def test_what_devices_did_is_added_up_over_engines_that_die() -> None:
 
 
 def a_question() -> Question:
-    return Question(
-        model="fake",
-        owner="left",
-        sample=row(1).sample,
-        kind=inference_pb2.TEXT_KIND_VISUAL_QUESTION,
-        user_text="what do you see",
-        previous_text="",
-        max_new_tokens=0,
-        temperature=0.0,
-        top_p=0.0,
-        until_s=time.monotonic() + 10.0,
-        allowed_s=10.0,
-    )
+    kind = inference_pb2.TEXT_KIND_VISUAL_QUESTION
+    return question_about(row(1).sample, model="fake", deadline_s=10.0, kind=kind, user_text="what do you see")
 
 
 async def test_text_comes_in_pieces_and_a_swap_is_answered() -> None:

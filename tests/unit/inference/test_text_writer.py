@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from manyhands.inference.v1 import inference_pb2
 from policies.policy import Sample, TextRequest
 from services.inference.engine import Engine, canary_row
-from services.inference.engine_port import Answer, Job, Outcome, Question, TextEnd
+from services.inference.engine_port import Answer, Job, Outcome, TextEnd
 from services.inference.models import ServedModel, canary_sample
 from services.inference.text_writer import TextWriter
 from tests.support.inference_lab import GatedPolicy, make_policy
+from tests.support.questions import question_about
 
 
 class CountingPolicy(GatedPolicy):
@@ -63,20 +63,7 @@ class Lab:
                 self.heard.append(piece)
                 on_piece()
 
-        question = Question(
-            model="tiny",
-            owner="",
-            sample=canary_sample(self.policy.spec),
-            kind=inference_pb2.TEXT_KIND_SUBTASK,
-            user_text="",
-            previous_text="",
-            max_new_tokens=0,
-            temperature=0.0,
-            top_p=1.0,
-            until_s=time.monotonic() + 60.0,
-            allowed_s=60.0,
-        )
-        self.writer.ask(question, hear)
+        self.writer.ask(question_about(canary_sample(self.policy.spec), deadline_s=60.0), hear)
 
 
 @contextlib.contextmanager

@@ -115,10 +115,9 @@ async def drive(link: FakeLink, **changed: object) -> Tally:
 
 
 async def test_a_robot_asks_at_its_rate_and_every_answer_is_counted() -> None:
-    tally = await drive(FakeLink(lambda tick: Answer(stage_s={"queue": 0.001}, batch_size=2)))
-    assert tally.requests <= 15
-    assert tally.requests + tally.skipped >= 13
-    assert tally.requests > 3
+    # Slow enough that a stall of the machine skips no tick.
+    tally = await drive(FakeLink(lambda tick: Answer(stage_s={"queue": 0.001}, batch_size=2)), rate_hz=10.0, seconds=1.5)
+    assert 13 <= tally.requests <= 15
     assert tally.chunks == tally.requests
     assert tally.robots_served == 1
     assert tally.num_errors == 0
@@ -178,22 +177,16 @@ async def test_robots_connect_before_their_first_request_so_that_it_goes_out_in_
     assert tally.lag_ms[0] < 100.0
 
 
-def assert_on_time(seen_s: list[float], planned_s: list[float]) -> None:
-    """Never early, and late by what a stall of the machine takes at most."""
-    late_s = [seen - planned for seen, planned in zip(seen_s, planned_s, strict=True)]
-    assert all(-0.005 <= late < 0.19 for late in late_s), late_s
-
-
 async def test_questions_come_at_their_own_rate_however_long_answers_take_and_robots_are_out_of_step() -> None:
     begins_s = time.monotonic() + 0.1
-    plan = make_plan(fleet=2, begins_s=begins_s, seconds=1.5, ask_every_s=0.3)
-    links = [TalkingLink(0.2), TalkingLink(0.2)]
+    plan = make_plan(fleet=2, begins_s=begins_s, seconds=3.0, ask_every_s=0.6)
+    links = [TalkingLink(0.4), TalkingLink(0.4)]
     tally = Tally()
     robots = [worker.SimulatedRobot(plan, index, link, tally, asyncio.Event()) for index, link in enumerate(links)]
     await asyncio.gather(*(robot.run() for robot in robots))
-    for link, first_s in zip(links, (0.0, 0.15), strict=True):
-        planned_s = [begins_s + first_s + 0.3 * number for number in range(5)]
-        assert_on_time(link.asked_s[:5], planned_s)
+    for link, first_s in zip(links, (0.0, 0.3), strict=True):
+        planned_s = [begins_s + first_s + 0.6 * number for number in range(5)]
+        assert link.asked_s[:5] == pytest.approx(planned_s, abs=0.2)  # A third of what is between two.
     assert tally.text_tokens == [20] * tally.texts
     assert tally.texts >= 8
 
@@ -203,7 +196,7 @@ async def test_after_an_answer_that_took_too_long_the_next_question_comes_at_onc
     begins_s = time.monotonic() + 0.1
     plan = make_plan(begins_s=begins_s, seconds=3.0, ask_every_s=0.4)
     await worker.SimulatedRobot(plan, 0, link, Tally(), asyncio.Event()).run()
-    assert_on_time(link.asked_s, [begins_s + at_s for at_s in (0.0, 1.4, 1.6, 2.0, 2.4, 2.8)])
+    assert link.asked_s == pytest.approx([begins_s + at_s for at_s in (0.0, 1.4, 1.6, 2.0, 2.4, 2.8)], abs=0.16)
 
 
 async def test_what_the_server_asks_and_which_weights_served_is_counted_and_told_chunk_by_chunk_where_asked_for() -> None:
