@@ -34,7 +34,7 @@ class EngineProgram:
     """
 
     def __init__(self, module: str, files: Sequence[int]) -> None:
-        # The kernel ends it from its first instruction on; where setpriv is missing, once its imports are done: begin().
+        # The kernel ends it from its first instruction on; where setpriv is missing, from begin() on, after its imports.
         words = [*end_with_parent(signal.SIGKILL), sys.executable, "-P", "-m", module]
         command = [*words, "--parent", str(os.getpid()), "--files"]
         # Python makes this vfork and exec at once: nothing of this process, which has threads, is copied.
