@@ -1,4 +1,5 @@
-"""The fast path of pi052 on one GPU, unit by unit, beside the floor of its matrix products and the plain module in one run.
+"""The fast path of pi052 on one GPU, unit by unit, beside the floor of its matrix products, and the plain module in the same
+run: as it is, and with its layers compiled and a chunk as one graph.
 
 python -m tests.benchmarks.bench_engine                  needs a CUDA device
 python -m tests.benchmarks.bench_engine --fp8            also prefixes and whole chunks with the prefix's MLPs in FP8
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +28,22 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from policies.pi052 import sampling  # noqa: E402
 from policies.pi052.config import NetworkConfig, Precision  # noqa: E402
 from policies.pi052.model import Pi052Network  # noqa: E402
 from services.inference.fused import FusedPi052, FusedSettings, PrefixRow, TextRow  # noqa: E402
 from services.inference.units import expert_sizes  # noqa: E402
+from tests.benchmarks.engine_ruler import Batch, Captured, chunks, compile_layers  # noqa: E402
 from tests.support import fused_lab as lab  # noqa: E402
 
 CONFIG = NetworkConfig(precision=Precision.BFLOAT16)
 NUM_CAMERAS, NUM_TOKENS, HORIZON, NUM_STEPS = 3, 200, 50, 10
+CHUNKS = {"whole chunk, 1 row": 1, "8 chunks together": 8}
 # Of the plain module in float32, which takes long.
 NUM_EXACT_CHUNKS = 3
 # One H200, in ms, of the matrix products alone: the larger of FLOPs / 790 TFLOP/s and bytes / 4.3 TB/s.
 FLOORS = {"vision, 1 row": 0.85, "prefix, 1 row": 5.0, "expert step, 1 row": 0.163, "text step, 1 row": 1.17}
 FLOORS |= {"whole chunk, 1 row": 7.5, "8 chunks together": 51.0, "expert step, 8 rows": 0.39, "text step, 32 rows": 1.32}
-# The plain-PyTorch program of the specification, measured earlier on such a card: per-layer compilation in one graph.
+# Of a plain-PyTorch program, measured earlier on such a card: as engine_ruler.py, with matrices fused and norms prepared.
 RULER = {
     "vision, 1 row": 2.5,
     "prefix, 1 row": 7.3,
@@ -143,24 +146,31 @@ def whole(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
     }
 
 
+@torch.inference_mode()
 def plain(network: Pi052Network, asked: list[lab.Request], count: int) -> Times:
     """The module as it is, of one request and of eight in a batch; prompts of one length."""
     device = network.action_in.weight.device
-    pictures, noise = (torch.stack([getattr(one, name) for one in asked[:8]]) for name in ("pictures", "noise"))
-    valid, tokens = (torch.tensor([getattr(one, name) for one in asked[:8]]) for name in ("picture_valid", "tokens"))
 
-    def eight_chunks() -> torch.Tensor:
-        seen = network.encode_pictures(pictures.to(device))
-        prompt = tokens.to(device)
-        prefix = network.embed_prefix(seen, valid.to(device), prompt, torch.ones_like(prompt, dtype=torch.bool))
-        velocity = sampling.velocity_of(network, network.run_prefix(prefix, hidden=False))
-        return sampling.guided_chunk(velocity, noise.to(device), NUM_STEPS, committed=None).cpu()
+    def answer(batch: Batch) -> torch.Tensor:
+        return chunks(network, batch.to(device), NUM_STEPS).cpu()
 
-    with torch.inference_mode():
-        return {
-            "whole chunk, 1 row": host_ms(lambda: lab.plain_chunk(network, asked[0], NUM_STEPS).cpu(), count),
-            "8 chunks together": host_ms(eight_chunks, count),
-        }
+    return {name: host_ms(partial(answer, Batch.of(asked[:rows])), count) for name, rows in CHUNKS.items()}
+
+
+@torch.inference_mode()
+def compiled(network: Pi052Network, asked: list[lab.Request], exact: Exact, count: int) -> tuple[Times, str]:
+    """Times of the module with its layers compiled, one graph a chunk, and a note of its error. It stays changed."""
+    compile_layers(network)
+    found: Times = {}
+    largest = 0.0
+    for name, rows in CHUNKS.items():
+        batch = Batch.of(asked[:rows]).pinned()
+        answer = partial(Captured(network, batch, NUM_STEPS), batch)
+        pairs = zip(answer(), exact.chunks, strict=False)
+        largest = max(largest, *(lab.relative(chunk, expected.cpu()) for chunk, expected in pairs))
+        found[name] = host_ms(answer, count)
+        found[f"{name}, no pause"] = host_ms(answer, count, 0.0)
+    return found, f"Compiled module in bfloat16, vision too: chunk {largest:.1e}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +266,7 @@ def _rows(rows: int) -> str:
     return f"{rows} row" if rows == 1 else f"{rows} rows"
 
 
-def report(found: Times, of_plain: Times, notes: list[str], commit: str) -> str:
+def report(found: Times, of_plain: Times, of_compiled: Times, notes: list[str], commit: str) -> str:
     lines = [
         "# The fused engine of pi052, full network",
         "",
@@ -264,11 +274,13 @@ def report(found: Times, of_plain: Times, notes: list[str], commit: str) -> str:
         f"{NUM_CAMERAS} cameras at 224, {NUM_TOKENS} prompt tokens, {HORIZON} actions, {NUM_STEPS} steps, bfloat16, "
         "random weights with random norms.",
         "",
-        "| unit | p50 ms | p99 ms | floor | ruler, measured earlier | plain module, this run |",
-        "|---|---|---|---|---|---|",
+        "| unit | p50 ms | p99 ms | floor | ruler, measured earlier | plain module, compiled, one graph, this run "
+        "| plain module, this run |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, ms in found.items():
-        others = [FLOORS.get(name), RULER.get(name), np.percentile(of_plain[name], 50) if name in of_plain else None]
+        here = [np.percentile(times[name], 50) if name in times else None for times in (of_compiled, of_plain)]
+        others = [FLOORS.get(name), RULER.get(name), *here]
         cells = " | ".join("-" if value is None else f"{value:.3g}" for value in others)
         lines.append(f"| {name} | {np.percentile(ms, 50):.3f} | {np.percentile(ms, 99):.3f} | {cells} |")
     rate, steady = (8e3 / float(np.percentile(found[f"8 chunks together{how}"], 50)) for how in ("", ", no pause"))
@@ -315,21 +327,25 @@ def main() -> int:
     gib = torch.cuda.max_memory_allocated() / 2**30
     of_plain = plain(network, asked, 10)
     exact = exact_answers(network, asked, NUM_EXACT_CHUNKS)
+    of_fused, of_bfloat16 = errors(fused, asked, exact), plain_error(network, asked, exact)
+    fp8_notes: list[str] = []
+    if arguments.fp8:
+        fused.weights.free_spare()
+        times, note = in_fp8(network, settings, asked, exact, arguments.count)
+        found |= times
+        fp8_notes = ["", note]
+    of_compiled, note = compiled(network, asked, exact, 10)
     notes = [
-        f"Largest errors against the plain module in float32. Fused: {_told(errors(fused, asked, exact), len(asked))} "
-        f"Plain module in bfloat16: chunk {plain_error(network, asked, exact):.1e}. Another request's "
+        f"Largest errors against the plain module in float32. Fused: {_told(of_fused, len(asked))} "
+        f"Plain module in bfloat16: chunk {of_bfloat16:.1e}. {note} Another request's "
         f"pictures and prompt change a chunk by {exact.by_prefix:.1e}.",
         "",
         f"Preparing {len(fused._buckets())} graphs took {prepared_s:.1f} s with kernels compiled on the way. Weights: "
         f"{fused.weights.num_bytes / 1e9:.2f} GB, and as much again while a version is staged; "
         f"largest memory {gib:.1f} GiB, the plain module's weights included.",
+        *fp8_notes,
     ]
-    if arguments.fp8:
-        fused.weights.free_spare()
-        times, note = in_fp8(network, settings, asked, exact, arguments.count)
-        found |= times
-        notes += ["", note]
-    written = report(found, of_plain, notes, arguments.commit or git.stdout.strip() or "unknown")
+    written = report(found, of_plain, of_compiled, notes, arguments.commit or git.stdout.strip() or "unknown")
     print(written)
     if arguments.write:
         arguments.folder.mkdir(parents=True, exist_ok=True)
