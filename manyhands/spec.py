@@ -21,6 +21,9 @@ from . import codec
 from .common.v1 import common_pb2
 from .errors import InvalidInput
 
+# Of a whole spec; robots have some ten. What a stranger sends is compared with the model's feature by feature.
+MAX_FEATURES = 256
+
 
 class FeatureKind(enum.Enum):
     STATE = common_pb2.FEATURE_KIND_STATE
@@ -54,6 +57,11 @@ class Feature:
         codec.data_type_of(self.dtype)
         if not self.shape or any(extent <= 0 for extent in self.shape):
             raise InvalidInput(f"shape {self.shape} must have positive extents", field=self.name)
+        num_bytes = math.prod(self.shape) * self._numpy_dtype.itemsize
+        if num_bytes > codec.MAX_VALUE_BYTES:
+            raise InvalidInput(
+                f"shape {self.shape} needs {num_bytes} bytes, over the limit of {codec.MAX_VALUE_BYTES}", field=self.name
+            )
         if self.kind is FeatureKind.IMAGE:
             if len(self.shape) != 3 or self.shape[2] != 3 or self.dtype != "uint8":
                 raise InvalidInput(f"a camera is (height, width, 3) uint8, not {self.shape} {self.dtype}", field=self.name)
@@ -121,10 +129,11 @@ class Spec:
             raise InvalidInput(f"control_rate_hz ({self.control_rate_hz}) must be > 0", field="spec.control_rate_hz")
         if not self.action:
             raise InvalidInput("a spec needs at least one action feature", field="spec.action")
-        names = [feature.name for feature in self.observation + self.action]
-        for name in names:
-            if names.count(name) > 1:
-                raise InvalidInput("comes twice in the spec", field=name)
+        names: set[str] = set()
+        for feature in self.observation + self.action:
+            if feature.name in names:
+                raise InvalidInput("comes twice in the spec", field=feature.name)
+            names.add(feature.name)
         for feature in self.action:
             if feature.kind is not FeatureKind.ACTION:
                 raise InvalidInput(f"is {feature.kind.name} among the actions", field=feature.name)
@@ -169,6 +178,9 @@ class Spec:
     @classmethod
     def from_proto(cls, message: common_pb2.Spec) -> Spec:
         """Raises InvalidInput for a spec that cannot be, or whose digest is not that of its content."""
+        num_features = len(message.observation) + len(message.action)
+        if num_features > MAX_FEATURES:
+            raise InvalidInput(f"has {num_features} features, at most {MAX_FEATURES}", field="spec")
         spec = cls(
             observation=tuple(Feature.from_proto(feature) for feature in message.observation),
             action=tuple(Feature.from_proto(feature) for feature in message.action),

@@ -250,9 +250,12 @@ def test_small_pictures_are_quick_and_what_may_take_long_is_not() -> None:
     many_scans = _encoded_jpeg(small)
     at = many_scans.data.index(b"\xff\xda")
     one_colour_more = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x00"
-    many_scans.data = many_scans.data[:at] + 100 * one_colour_more + many_scans.data[at:]
+    many_scans.data = many_scans.data[:at] + (codec.MAX_SCANS - 1) * one_colour_more + many_scans.data[at:]
     assert codec.decode_image(many_scans).shape == small.shape
     assert not codec.is_quick(many_scans)
+    many_scans.data = many_scans.data[:at] + one_colour_more + many_scans.data[at:]
+    with pytest.raises(InvalidInput, match=f"has {codec.MAX_SCANS + 1} scans, at most {codec.MAX_SCANS}"):
+        codec.decode_image(many_scans)
     padded = _encoded_jpeg(small)
     padded.data += bytes(codec.QUICK_JPEG_BYTES)
     assert not codec.is_quick(padded)

@@ -122,6 +122,8 @@ def test_a_camera_of_another_size_is_refused_before_it_is_decoded(monkeypatch: p
         (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="object", shape=(1,)), "dtype"),
         (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="float32", shape=(0,)), "x"),
         (lambda: Feature(name="x", kind=FeatureKind.IMAGE, dtype="float32", shape=(4, 4, 3)), "x"),
+        (lambda: Feature(name="x", kind=FeatureKind.IMAGE, dtype="uint8", shape=(1 << 40, 1 << 40, 3)), "x"),
+        (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="float64", shape=(codec.MAX_VALUE_BYTES // 8 + 1,)), "x"),
         (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="float32", shape=(2,), element_names=("a",)), "x"),
     ],
 )
@@ -129,6 +131,15 @@ def test_a_spec_that_cannot_be_names_its_field(build: Callable[[], object], fiel
     with pytest.raises(InvalidInput) as caught:
         build()
     assert caught.value.field == field
+
+
+def test_a_stranger_cannot_send_more_features_than_a_robot_has() -> None:
+    spec = Spec(observation=FEATURES, action=(ACTION,), control_rate_hz=30).to_proto()
+    assert Spec.from_proto(spec).observation == FEATURES
+    for index in range(100_000):
+        spec.observation.add(name=str(index))  # Nothing else is in order: what is read of each would be refused.
+    with pytest.raises(InvalidInput, match="has 100004 features, at most 256"):
+        Spec.from_proto(spec)
 
 
 @pytest.mark.parametrize("kind", [0, 99])
