@@ -231,6 +231,8 @@ def _session(session: inference_pb2.SessionStatus, now_s: float) -> Json:
         "chunk_count": session.chunk_count,
         "refused_count": session.refused_count,
         "missed_deadline_count": session.missed_deadline_count,
+        "subtask_count": session.subtask_count,
+        "refused_subtask_count": session.refused_subtask_count,
         "p50_ms": milliseconds(session.latency_p50),
         "p99_ms": milliseconds(session.latency_p99),
         "refusals": [

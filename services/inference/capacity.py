@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from manyhands.errors import Overloaded
-
 # The rest is for jitter: a queue at full use waits without bound.
 USABLE_SHARE = 0.8
 # Text may not promise more of the device than this, or chunks would have nothing left to be admitted to.
@@ -21,6 +19,10 @@ MAX_TEXT_SHARE = 0.9
 MAX_ROBOT_TEXT_SHARE = 0.25
 # How soon an answer is wanted. Robots give longer deadlines, but a subtask that comes late is for a scene that has changed.
 TEXT_WITHIN_S = 1.0
+
+
+class DeviceFull(Exception):
+    """One robot more would not be served, even if everybody replanned as rarely as can be; says by what it is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,6 @@ def admit(
     *,
     chunks_per_s: float | None,
     text_share: float = 0.0,
-    retry_after_s: float,
 ) -> float:
     """Lets a robot in beside others; answers the factor by which everyone's interval then grows.
 
@@ -130,17 +131,15 @@ def admit(
         text_share: With the newcomer's questions, where they are known.
 
     Raises:
-        Overloaded: Even at the longest intervals they would not all be served; with retry_after_s.
+        DeviceFull: Even at the longest intervals they would not all be served.
     """
     everyone = [*others, wanted]
     if not fits(everyone, chunks_per_s, text_share):
-        raise Overloaded(
+        raise DeviceFull(
             f"{len(others)} robots use what can be done here, {chunks_per_s:.1f} chunks/s"
             + (f" of which text takes {text_share:.0%}" if text_share else "")
             + "; serve this one elsewhere or close a session"
-            + (", or ask fewer questions" if text_share else ""),
-            field="model",
-            retry_after_s=retry_after_s,
+            + (", or ask fewer questions" if text_share else "")
         )
     return stretch(everyone, chunks_per_s, text_share)
 

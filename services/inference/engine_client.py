@@ -33,6 +33,8 @@ MAX_UNSENT_BYTES = 64 * 1024 * 1024
 # Nothing that runs takes so long after its deadline: the device hangs.
 HUNG_S = 20.0
 HUNG_CHECK_S = 1.0
+# While it starts it tells of each tensor that it loads and each graph that it captures: the longest takes seconds.
+SILENT_START_S = 300.0
 ENGINE_MODULE = "services.inference.engine_process"
 
 
@@ -76,6 +78,7 @@ class EngineClient:
         self._ended: Exception | None = None
         self._process: EngineProgram | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._heard_s = time.monotonic()
 
     @classmethod
     async def start(cls, start: engine_pb2.Start, listeners: Listeners, *, hung_s: float = HUNG_S) -> EngineClient:
@@ -117,9 +120,8 @@ class EngineClient:
         self._rows.rehearse(model, row)
 
     def withdraw(self, owner: str) -> None:
-        last_token = self._rows.withdraw(owner)
-        if last_token is not None:
-            self._send(withdraw=engine_pb2.Withdraw(owner=owner, last_token=last_token))
+        # Also where nothing is in flight: the engine may still keep the place in line of an owner that it refused last.
+        self._send(withdraw=engine_pb2.Withdraw(owner=owner, last_token=self._rows.withdraw(owner)))
 
     def capacity(self, model: str) -> DeviceCapacity | None:
         return self._capacity.get(model)
@@ -168,7 +170,10 @@ class EngineClient:
         return await self._process.reaped()
 
     def _watch(self) -> None:
-        """Ends an engine that has long left requests unanswered: a pass that hangs says nothing by itself."""
+        """Ends an engine that has long left requests unanswered, or tells nothing of its start: what hangs says nothing."""
+        if not self.ready.done() and time.monotonic() - self._heard_s > SILENT_START_S:
+            self._broken(InternalError(f"nothing was heard of its start for {SILENT_START_S:g} s: it hangs"))
+            return
         if self._rows.late_s(time.monotonic()) > self._hung_s:
             self._broken(InternalError(f"no chunk came for {self._hung_s:g} s after a deadline: it hangs"))
             return
@@ -192,6 +197,7 @@ class EngineClient:
             self._broken(error)
 
     def _hear(self, message: engine_pb2.FromEngine) -> None:
+        self._heard_s = time.monotonic()
         which = message.WhichOneof("message")
         if which == "text_piece":
             piece = message.text_piece

@@ -246,7 +246,7 @@ class EnginePort(Protocol):
         """Goes the way of a row that is likely to come in a moment, as far as its first unit; nothing comes of it."""
 
     def withdraw(self, owner: str) -> None:
-        """Drops what an owner has waiting; nobody need be told."""
+        """Forgets an owner: chunks that it waits for are dropped, and nobody need be told. Its questions go on."""
 
     def capacity(self, model: str) -> DeviceCapacity | None:
         """As units were measured, or passes of the last seconds showed it; None when none ran."""

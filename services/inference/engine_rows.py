@@ -161,14 +161,14 @@ class EngineRows:
             self._gate.write(self._models[model], row.sample)
         self._write_unasked(Request(**_NOBODY, token=next(_tokens), model=model, row=row, is_rehearsal=True))
 
-    def withdraw(self, owner: str) -> int | None:
-        """Forgets what an owner has waiting and in flight; answers the last token that the engine is to forget, if any."""
+    def withdraw(self, owner: str) -> int:
+        """Forgets what an owner has waiting and in flight; answers the last token that the engine is to forget, or 0."""
         self._waiting.pop(owner, None)
         # The engine tells nobody of them: kept here, they would be waited for until it seemed to hang.
         withdrawn = [token for token, asked in self._in_flight.items() if asked.owner == owner]
         for token in withdrawn:
             del self._in_flight[token]
-        return max(withdrawn, default=None)
+        return max(withdrawn, default=0)
 
     def late_s(self, now_s: float) -> float:
         """Seconds for which nothing was answered since a deadline passed; not above 0 where none has."""

@@ -22,7 +22,7 @@ from .capacity import DeviceCapacity
 from .engine_client import HUNG_S, EngineClient, Listeners
 from .engine_messages import same_model
 from .engine_port import EngineLoad, Job, ModelDescription, Question, Row, Swap, SwapResult, TextEnd
-from .restarts import WITHIN_S, RestartPolicy
+from .restarts import PROVEN_S, RestartPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class EngineSupervisor:
 
     Args:
         start: What the process is told; the generation and what to resume are filled in here.
-        restart_limit: Deaths within a minute after which it is given up.
+        restart_limit: Deaths after which it is given up, unless one served for a minute between.
         hung_s: An engine that answers nothing for so long after a deadline is ended and started again.
         on_serving: Told whether requests can be answered.
     """
@@ -69,6 +69,7 @@ class EngineSupervisor:
         self._swaps: deque[Swap] = deque(maxlen=SWAPS_KEPT)
         self._expected_s = 0.0
         self._start_took_s = 1.0
+        self._ready_s = 0.0
         self._stopping = False
         self._restarting: asyncio.Task[None] | None = None
 
@@ -184,7 +185,8 @@ class EngineSupervisor:
             logger.warning("%s", note)
         for name, model in client.models.items():
             logger.info("%s serves version %d, engine process %d", name, model.version.number, client.pid)
-        self._start_took_s = self._clock() - began_s
+        self._ready_s = self._clock()
+        self._start_took_s = self._ready_s - began_s
         self._models = client.models
         self._client = client
         if self._generation > 1:
@@ -222,7 +224,7 @@ class EngineSupervisor:
             return
         metrics.ENGINE_DEATHS.inc()
         self.on_serving(False)
-        wait_s = self._restarts.died(self._clock())
+        wait_s = self._restarts.died(served_s=self._clock() - self._ready_s)
         if wait_s is None:
             self._give_up(why)
             client.fail_all(Unreachable("the engine is gone for good; use another server"))
@@ -251,7 +253,7 @@ class EngineSupervisor:
                 why, wait_s = error, None
             except (ManyhandsError, ModuleNotFoundError) as error:
                 logger.error("the engine cannot be started again: %s", error)
-                why, wait_s = error, self._restarts.died(self._clock())
+                why, wait_s = error, self._restarts.died(served_s=0.0)
         self._give_up(why)
 
     def _give_up(self, why: Exception) -> None:
@@ -259,8 +261,8 @@ class EngineSupervisor:
             self.failure = why
         else:
             self.failure = InternalError(
-                f"the engine process ended again and again within {WITHIN_S:.0f} s, the last time: {why}; the log has each "
-                "reason"
+                f"the engine process ended again and again, and never served for {PROVEN_S:.0f} s between; the last time: "
+                f"{why}; the log has each reason"
             )
         self.given_up.set()
 

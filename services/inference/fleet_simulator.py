@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from random import Random
 
-from manyhands.errors import Overloaded
-
 from . import capacity, sharing
 from .service_times import ServiceTimes
 from .simulated_fleet import Asked, Fleet, Outcome, Robot
@@ -117,11 +115,10 @@ class _Simulation:
                     demand,
                     chunks_per_s=self._device.chunks_per_s,
                     text_share=share,
-                    retry_after_s=RETRY_AFTER_S,
                 )
-            except Overloaded as error:
+            except capacity.DeviceFull:
                 self._outcome.refusals["robot, for lack of capacity"] += 1
-                self._at(self._now_s + (error.retry_after_s or RETRY_AFTER_S), open_session)
+                self._at(self._now_s + RETRY_AFTER_S, open_session)
                 self._outcome.refused_robots = sum(not other.is_open for other in self._robots)
                 return
             robot.is_open = True

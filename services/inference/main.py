@@ -79,7 +79,7 @@ class Settings(config.Settings):
         default=4.0, gt=0, description="a session without a stream for this long ends, and its robot_id is free"
     )
     engine_restarts: int = Field(
-        default=5, ge=0, description="times within a minute that an engine process that died is started again"
+        default=5, ge=0, description="times that an engine process that died is started again before one served for a minute"
     )
     engine_hung_s: float = Field(
         default=20.0, gt=0, description="an engine process that answers nothing for so long after a deadline is ended"

@@ -51,6 +51,11 @@ _REFUSALS = prometheus_client.Counter("manyhands_inference_refusals", "Requests 
 _QUESTIONS = prometheus_client.Counter(
     "manyhands_inference_text_questions", "Questions to a text head, by what became of them", ["model", "kind", "outcome"]
 )
+_SUBTASKS_REFUSED = prometheus_client.Counter(
+    "manyhands_inference_subtasks_refused",
+    "Subtasks asked beside chunks that were none, or did not come",
+    ["model"],
+)
 _TOKENS = prometheus_client.Counter("manyhands_inference_text_tokens", "Tokens of text sent", ["model"])
 _FIRST_TOKEN = prometheus_client.Histogram(
     "manyhands_inference_text_first_token_seconds", "From a question to its first token", ["model"],
@@ -138,6 +143,10 @@ class ModelMetrics:
         _QUESTIONS.labels(self._model, text_kind(kind), outcome).inc()
         _TOKENS.labels(self._model).inc(num_tokens)
 
+    def subtask_refused(self) -> None:
+        """A robot that asked for one beside its chunk goes on with its last good one."""
+        _SUBTASKS_REFUSED.labels(self._model).inc()
+
     def has_text_head(self) -> None:
         """Shows the model's series of text."""
         for kind in _KINDS.values():
@@ -145,6 +154,7 @@ class ModelMetrics:
                 _QUESTIONS.labels(self._model, kind, outcome)
         _TOKENS.labels(self._model)
         _FIRST_TOKEN.labels(self._model)
+        _SUBTASKS_REFUSED.labels(self._model)
 
     def now(
         self, *, sessions: int, version: int, possible_per_s: float | None, text_share: float, asked_per_s: float

@@ -1,30 +1,34 @@
-"""Whether and when an engine that died is started again. Pure: the clock is an argument."""
+"""Whether and when an engine that died is started again. Pure."""
 
 from __future__ import annotations
 
-from collections import deque
-
-WITHIN_S = 60.0
+# An engine that served for so long was no failure to start: what it died of is another reason than the last one's.
+PROVEN_S = 60.0
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 8.0
 
 
 class RestartPolicy:
-    """The first time at once, then after waits that double; not at all after more than limit deaths within WITHIN_S.
+    """The first time at once, then after waits that double; not at all after more than limit deaths with no engine between
+    that served for PROVEN_S.
 
-    An engine that dies again and again has a reason that starting it does not remove, and somebody has to be told.
+    An engine that dies again and again has a reason that starting it does not remove, and somebody has to be told. How long
+    starts take does not count: a large model's can take a minute.
     """
 
     def __init__(self, *, limit: int) -> None:
         self._limit = limit
-        self._deaths_s: deque[float] = deque()
+        self._num_deaths = 0
 
-    def died(self, now_s: float) -> float | None:
-        """Seconds to wait before the next start; None: give up."""
-        self._deaths_s.append(now_s)
-        while now_s - self._deaths_s[0] > WITHIN_S:
-            self._deaths_s.popleft()
-        lately = len(self._deaths_s)
-        if lately > self._limit:
+    def died(self, served_s: float) -> float | None:
+        """Seconds to wait before the next start; None: give up.
+
+        Args:
+            served_s: For how long the engine had been ready; 0 for one that never was.
+        """
+        if served_s >= PROVEN_S:
+            self._num_deaths = 0
+        self._num_deaths += 1
+        if self._num_deaths > self._limit:
             return None
-        return 0.0 if lately == 1 else min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (lately - 2))
+        return 0.0 if self._num_deaths == 1 else min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (self._num_deaths - 2))

@@ -13,7 +13,7 @@ from typing import Any
 
 from manyhands import stamps
 from manyhands.clients.act_stream import NUMBER_KEY, SESSION_KEY
-from manyhands.errors import InvalidInput, ManyhandsError, NotFound, Unreachable
+from manyhands.errors import InvalidInput, ManyhandsError, NotFound, Overloaded, Unreachable
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.security import is_same_machine
 from manyhands.spec import FeatureKind, Spec
@@ -153,7 +153,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             used = sum(other.pictures.num_bytes for other in self.sessions if other.pictures is not None)
             session.pictures = SharedPictures.of(robot_fit.required, MAX_BYTES_IN_ALL - used)
         how = ", pictures may lie in shared memory" if session.pictures is not None else ""
-        logger.info("session %s: %s on %s%s", session.session_id[:8], session.robot_id, served.name, how)
+        logger.info("session %s: %s on %s%s", session.shown_id, session.robot_id, served.name, how)
         return inference_pb2.OpenSessionResponse(
             session_id=session.session_id,
             model_spec=served.spec.to_proto(),
@@ -199,7 +199,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise _goes_away()
         session = self.sessions.get(request.session_id)
         self.sessions.touch(session, self._clock())
-        with self._logged(session):
+        with self._attended(session):
             if request.ByteSize() > self.max_request_bytes(session):
                 raise InvalidInput(
                     f"has {request.ByteSize()} bytes, this session's limit is {self.max_request_bytes(session)}",
@@ -211,18 +211,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     request, model, session, self.engine, self._questions, self.decoders, self._clock
                 )  # fmt: skip
                 async for response in answers:
-                    self.sessions.touch(session, self._clock())
-                    watch.heard(response)
+                    if response.finished:
+                        watch.whole()
+                    else:
+                        watch.token()
                     yield response
 
     @contextlib.contextmanager
-    def _logged(self, session: Session) -> Iterator[None]:
-        """Where a question is refused, its session's log says why."""
+    def _attended(self, session: Session) -> Iterator[None]:
+        """A question keeps its session alive; where it is refused, the session's log says why."""
+        session.num_questions += 1
         try:
             yield
         except ManyhandsError as error:
             self.notes.question_refused(session, error, self._clock())
             raise
+        finally:
+            session.num_questions -= 1
+            self.sessions.touch(session, self._clock())
 
     async def CloseSession(  # noqa: N802
         self, request: inference_pb2.CloseSessionRequest, context: Any
@@ -309,13 +315,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._text_share([session for session in others if session.model == name], self.engine.capacity(name))
             for name in self.models
         )
-        capacity.admit(
-            self._demands(others, request.model, device),
-            capacity.Demand(rate_hz=rate_hz, interval_steps=horizon, horizon=horizon),
-            chunks_per_s=device.chunks_per_s if device else None,
-            text_share=min(capacity.MAX_TEXT_SHARE, sum(shares)),
-            retry_after_s=self.sessions.idle_timeout_s,
-        )
+        try:
+            capacity.admit(
+                self._demands(others, request.model, device),
+                capacity.Demand(rate_hz=rate_hz, interval_steps=horizon, horizon=horizon),
+                chunks_per_s=device.chunks_per_s if device else None,
+                text_share=min(capacity.MAX_TEXT_SHARE, sum(shares)),
+            )
+        except capacity.DeviceFull as full:
+            raise Overloaded(str(full), field="model", retry_after_s=self.sessions.idle_timeout_s) from None
 
     def _text_share(self, sessions: Sequence[Session], device: capacity.DeviceCapacity | None) -> float:
         """Of the device, for the questions of sessions as they came lately; 0 where it is not known."""
@@ -361,15 +369,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         ]
 
     def _end(self, session: Session, reason: str) -> None:
+        """Of a session that is closed: its chunks, its questions and its stream."""
+        error = NotFound(f"{reason}; open a new one", field="session_id")
         self.engine.withdraw(session.session_id)
+        self._questions.end_of(session.session_id, error)
         if isinstance(session.stream, RobotStream):
-            session.stream.end(NotFound(f"{reason}; open a new one", field="session_id"))
+            session.stream.end(error)
 
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             for session in self.sessions.expire(self._clock()):
-                logger.info("session %s of %s expired", session.session_id[:8], session.robot_id)
+                logger.info("session %s of %s expired", session.shown_id, session.robot_id)
                 self.engine.withdraw(session.session_id)
             self._show()
 

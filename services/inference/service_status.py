@@ -86,7 +86,7 @@ def status(
 def _session_status(session: Session, now_s: float) -> inference_pb2.SessionStatus:
     p50_s, p99_s = p50_p99(session.latencies_s)
     return inference_pb2.SessionStatus(
-        session_id=session.session_id,
+        session_id=session.shown_id,
         robot_id=session.robot_id,
         model=session.model,
         chunk_count=session.chunk_count,

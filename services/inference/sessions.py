@@ -21,6 +21,7 @@ from .shared_pictures import SharedPictures
 
 MAX_NAME_CHARACTERS = 128
 LATENCIES_KEPT = 512
+SHOWN_CHARACTERS = 8
 
 
 class AdaptationKind(enum.Enum):
@@ -176,6 +177,7 @@ class Session:
     Attributes:
         delay_steps: Actions that it executes while it waits for a chunk, as it said with the last it sent a prefix for; 0
             until then.
+        num_questions: By Generate, that are being answered; they keep the session alive as a stream does.
         pictures: Where it may leave them; None where they come in requests.
     """
 
@@ -201,6 +203,11 @@ class Session:
     question_rate: QuestionRate = field(default_factory=QuestionRate)
     pictures: SharedPictures | None = None
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
+
+    @property
+    def shown_id(self) -> str:
+        """For people: whoever has all of the id can speak for the session."""
+        return self.session_id[:SHOWN_CHARACTERS]
 
 
 class Sessions:
@@ -311,8 +318,10 @@ class Sessions:
         return session
 
     def expire(self, now_s: float) -> list[Session]:
-        """Closes and answers the sessions that had no stream for idle_timeout_s."""
-        ended = [s for s in self if s.stream is None and now_s - s.idle_since_s >= self.idle_timeout_s]
+        """Closes and answers the sessions that had no stream and no question for idle_timeout_s."""
+        ended = [
+            s for s in self if s.stream is None and not s.num_questions and now_s - s.idle_since_s >= self.idle_timeout_s
+        ]
         for session in ended:
             self.close(session.session_id)
         return ended

@@ -30,6 +30,7 @@ from . import responses
 from .engine_port import Answer, EnginePort, Job, Model, Outcome, Rehearsal, Row, Superseded
 from .next_request import NextRequest
 from .operator_notes import OperatorNotes
+from .pace import Pace
 from .prepare import Array, SentRow, check_row, deadline_s
 from .sessions import Session, Sessions
 from .side_by_side import side_by_side
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 # Answers a client may leave unread before its next requests are left unread too.
 MAX_UNREAD = 32
+# Faster than robots observe: beyond it one has lost its clock, and each request costs the loop that all robots share what
+# its bytes take to read. What is not taken waits in the connection, whose window fills.
+MAX_REQUESTS_PER_S, MAX_BURST = 200.0, 64
 
 
 class Desk(Protocol):
@@ -104,7 +108,9 @@ class RobotStream:
         self._idle = asyncio.Event()
         self._idle.set()
         self._ending: ManyhandsError | None = None
-        self._subtask = SubtaskQuestion(desk.engine, self._outbox.put_nowait, clock)
+        self._pace = Pace(MAX_REQUESTS_PER_S, MAX_BURST)
+        self._said_too_fast = False
+        self._subtask = SubtaskQuestion(desk.engine, self._outbox.put_nowait, clock, traces=desk.notes.traces)
         if session_id:
             try:
                 self._attach(desk.sessions.get(session_id))
@@ -168,6 +174,9 @@ class RobotStream:
                     self._read_by_client.clear()
                     await self._read_by_client.wait()
                 received_s = self._clock()
+                if (wait_s := self._pace.take(received_s)) > 0.0:
+                    self._say_too_fast()
+                    await asyncio.sleep(wait_s)
                 self._next_request.came(received_s)
                 try:
                     asked = self._take(request, received_s)
@@ -188,6 +197,12 @@ class RobotStream:
             logger.info("a stream ends on bytes that cannot be read: %s", error)
             self._ending = InvalidInput("a message is no ActRequest", field="act_request")
         self._outbox.put_nowait(None)
+
+    def _say_too_fast(self) -> None:
+        if not self._said_too_fast:
+            self._said_too_fast = True
+            robot = self._session.robot_id if self._session is not None else "a robot without a session"
+            logger.warning("%s sends more than %g requests a second: they wait to be read", robot, MAX_REQUESTS_PER_S)
 
     def _take(self, request: inference_pb2.ActRequest, received_s: float) -> _Asked:
         """Checks that need no decoding."""

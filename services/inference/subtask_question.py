@@ -14,8 +14,11 @@ from manyhands import subtasks
 from manyhands.errors import ManyhandsError, Refused, TooLate
 from manyhands.inference.v1 import inference_pb2
 
+from . import operator_metrics
 from .engine_port import EnginePort, Observed, Question, TextEnd
 from .sessions import Session
+from .text_watch import TextWatch
+from .tracing import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class SubtaskQuestion:
     Args:
         tell: Takes each answer, on the loop.
         clock: That session.question_rate counts by.
+        traces: Where questions are traced to, if anywhere.
     """
 
     def __init__(
@@ -40,14 +44,18 @@ class SubtaskQuestion:
         engine: EnginePort,
         tell: Callable[[inference_pb2.ActResponse], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        traces: Traces | None = None,
     ) -> None:
         self._engine = engine
+        self._traces = traces
         self._tell = tell
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         # The answer to be, without what holds pictures.
         self._asking: inference_pb2.ActResponse | None = None
         self._pieces: list[str] = []
+        self._watch: TextWatch | None = None
         self._stop_listening: Callable[[], None] = _nothing
         self._give_up: asyncio.TimerHandle | None = None
         self._said_dropped = False
@@ -72,6 +80,7 @@ class SubtaskQuestion:
             session_id=session.session_id, request_id=request.request_id, request_sent=request.sent
         )
         self._pieces = []
+        self._watch = TextWatch(session, inference_pb2.TEXT_KIND_SUBTASK, str(request.request_id), self._traces)
         if not model.has_text_head:
             self._finish(session, TextEnd(error=Refused(f"{model.name!r} has no text head", field="ask_subtask_for")))
             return
@@ -114,24 +123,33 @@ class SubtaskQuestion:
                 session.question_rate.asked(self._clock())
             session.question_rate.heard(self._clock())
             self._pieces.append(piece)
+            assert self._watch is not None
+            self._watch.token()
 
     def _finish(self, session: Session, end: TextEnd) -> None:
         answer = self._asking
         assert answer is not None
+        assert self._watch is not None
+        if end.error is None:
+            self._watch.whole()
         subtask = judged("".join(self._pieces), end.error)
         answer.subtask.CopyFrom(subtask)
         answer.version.CopyFrom(end.version or self._engine.models[session.model].version)
-        self._end()
+        self._end(end.error)
         if subtask.accepted:
             session.subtask_count += 1
             session.last_subtask = subtask.text
         else:
             session.refused_subtask_count += 1
+            operator_metrics.of_model(session.model).subtask_refused()
             logger.info("subtask for request %d of %s is refused: %s", answer.request_id, session.robot_id, subtask.reason)
         self._tell(answer)
 
-    def _end(self) -> None:
+    def _end(self, why: ManyhandsError | None = None) -> None:
         self._asking = None
+        if self._watch is not None:
+            self._watch.end(why)
+            self._watch = None
         stop_listening, self._stop_listening = self._stop_listening, _nothing
         stop_listening()
         if self._give_up is not None:

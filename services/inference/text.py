@@ -70,24 +70,29 @@ def question_of(request: inference_pb2.GenerateRequest, model: Model, session: S
 
 
 class Questions:
-    """Questions that are being answered, so that a server that goes away can end them all with the same words."""
+    """Questions that are being answered, so that a session that ends, or the server, can end them with its own words."""
 
     def __init__(self) -> None:
-        self._listening: set[asyncio.Queue[str | TextEnd]] = set()
+        self._listening: dict[asyncio.Queue[str | TextEnd], str] = {}  # To the session that asked.
         self._none = asyncio.Event()
         self._none.set()
 
-    def begin(self, heard: asyncio.Queue[str | TextEnd]) -> None:
-        self._listening.add(heard)
+    def begin(self, heard: asyncio.Queue[str | TextEnd], session_id: str) -> None:
+        self._listening[heard] = session_id
         self._none.clear()
 
     def end(self, heard: asyncio.Queue[str | TextEnd]) -> None:
-        self._listening.discard(heard)
+        self._listening.pop(heard, None)
         if not self._listening:
             self._none.set()
 
     async def all_answered(self) -> None:
         await self._none.wait()
+
+    def end_of(self, session_id: str, error: ManyhandsError) -> None:
+        for heard, asked_by in self._listening.items():
+            if asked_by == session_id:
+                heard.put_nowait(TextEnd(error=error))
 
     def end_all(self, error: ManyhandsError) -> None:
         for heard in self._listening:
@@ -106,19 +111,21 @@ async def generate(
     """Tokens as they come; the engine stops when nobody listens any more.
 
     Args:
+        session: Counts this question already.
         decoders: Where pictures are decoded, so that streams do not wait for it.
         clock: That session.question_rate counts by.
 
     Raises:
         Overloaded: The session has too many unanswered questions.
+        NotFound: The session ended.
         Refused: The model has no text head.
         InvalidInput: Names the field.
         TooLate: The request's deadline passed before the text was finished.
         Unreachable: The engine is away for a moment.
     """
-    if session.num_questions >= MAX_QUESTIONS:
+    if session.num_questions > MAX_QUESTIONS:
         raise Overloaded(
-            f"{session.num_questions} questions of this session wait for their answers, which is the limit; wait for one",
+            f"{MAX_QUESTIONS} questions of this session wait for their answers, which is the limit; wait for one",
             field="session_id",
             retry_after_s=1.0,
         )
@@ -131,8 +138,7 @@ async def generate(
         except RuntimeError:  # The loop is closed: nobody listens any more.
             pass
 
-    session.num_questions += 1
-    questions.begin(heard)
+    questions.begin(heard, session.session_id)
     stop_listening: Callable[[], None] = _nothing
     text, count = "", 0
     try:
@@ -150,7 +156,6 @@ async def generate(
             request_id=request.request_id, token_count=count, finished=True, full_text=text, version=piece.version
         )
     finally:
-        session.num_questions -= 1
         questions.end(heard)
         stop_listening()
 

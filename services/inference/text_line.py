@@ -49,10 +49,10 @@ class TextLine(Generic[ChunkT, TextT]):
         self._waiting[work.text_id] = work
         self._earliest_deadline_s = min(self._earliest_deadline_s, work.deadline_s)
 
-    def withdraw(self, *, owner: str = "", text_id: Hashable = None) -> tuple[TextWork[TextT], ...]:
-        """Forgets one text, or all of an owner; answers those that were there."""
+    def withdraw(self, text_id: Hashable) -> tuple[TextWork[TextT], ...]:
+        """Forgets a text; answers it if it was there."""
         works = [*self._waiting.values(), *(text.work for text in self._texts.values())]
-        gone = [work for work in works if (owner and work.owner == owner) or work.text_id == text_id]
+        gone = [work for work in works if work.text_id == text_id]
         self._forget(gone)
         return tuple(gone)
 

@@ -15,62 +15,71 @@ from .tracing import RequestTrace, Traces
 
 
 class TextWatch:
-    """One question."""
+    """One question, from now on.
 
-    def __init__(self) -> None:
+    Args:
+        request_id: As its client names it.
+        traces: None: none are made.
+    """
+
+    def __init__(
+        self, session: Session, kind: inference_pb2.TextKind.ValueType, request_id: str, traces: Traces | None
+    ) -> None:
+        self._session = session
+        self._kind = kind
+        self._request_id = request_id
+        self._traces = traces
         self._started_s = time.monotonic()
-        self.first_token_s: float | None = None
-        self.num_tokens = 0
-        self.is_whole = False
+        self._first_token_s: float | None = None
+        self._num_tokens = 0
+        self._is_whole = False
 
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self._started_s
+    def token(self) -> None:
+        if self._first_token_s is None:
+            self._first_token_s = time.monotonic() - self._started_s
+        self._num_tokens += 1
 
-    def heard(self, response: inference_pb2.GenerateResponse) -> None:
-        if response.finished:
-            self.is_whole = True
-        elif self.first_token_s is None:
-            self.first_token_s = self.elapsed_s
-        self.num_tokens = response.token_count
+    def whole(self) -> None:
+        """The answer is complete."""
+        self._is_whole = True
+
+    def end(self, why: ManyhandsError | None = None) -> None:
+        """Once. Not whole and without a reason, it was left by whoever asked."""
+        outcome = "whole" if self._is_whole else "left" if why is None else "refused"
+        metrics = operator_metrics.of_model(self._session.model)
+        metrics.text(self._kind, outcome, self._num_tokens)
+        if self._first_token_s is not None:
+            metrics.first_token(self._first_token_s)
+        if self._traces is not None:
+            self._traces.request(self._trace(outcome, "" if why is None else str(why)))
+
+    def _trace(self, outcome: str, message: str) -> RequestTrace:
+        total_s = time.monotonic() - self._started_s
+        first_s = self._first_token_s
+        return RequestTrace(
+            name="text",
+            session_id=self._session.session_id,
+            robot_id=self._session.robot_id,
+            model=self._session.model,
+            request_id=self._request_id,
+            total_s=total_s,
+            stages_s={} if first_s is None else {"first token": first_s, "more tokens": total_s - first_s},
+            refusal="" if outcome == "whole" else outcome,
+            message=message,
+            is_error=outcome == "refused",
+            details={"text_kind": operator_metrics.text_kind(self._kind), "tokens": self._num_tokens},
+        )
 
 
 @contextlib.contextmanager
 def watching_text(request: inference_pb2.GenerateRequest, session: Session, traces: Traces | None) -> Iterator[TextWatch]:
-    """Inside, the question is answered; tell the watch what is sent."""
-    watch = TextWatch()
-    outcome, message = "left", ""  # By whoever asked: nothing is raised then but the end of the call.
+    """Inside, the question is answered; tell the watch of its tokens and its end."""
+    watch = TextWatch(session, request.kind, request.request_id, traces)
+    why: ManyhandsError | None = None
     try:
         yield watch
     except ManyhandsError as error:
-        outcome, message = "refused", str(error)
+        why = error
         raise
     finally:
-        if watch.is_whole:
-            outcome = "whole"
-        metrics = operator_metrics.of_model(session.model)
-        metrics.text(request.kind, outcome, watch.num_tokens)
-        if watch.first_token_s is not None:
-            metrics.first_token(watch.first_token_s)
-        if traces is not None:
-            traces.request(_trace(request, session, watch, outcome, message))
-
-
-def _trace(
-    request: inference_pb2.GenerateRequest, session: Session, watch: TextWatch, outcome: str, message: str
-) -> RequestTrace:
-    total_s = watch.elapsed_s
-    first_s = watch.first_token_s
-    return RequestTrace(
-        name="text",
-        session_id=session.session_id,
-        robot_id=session.robot_id,
-        model=session.model,
-        request_id=request.request_id,
-        total_s=total_s,
-        stages_s={} if first_s is None else {"first token": first_s, "more tokens": total_s - first_s},
-        refusal="" if outcome == "whole" else outcome,
-        message=message,
-        is_error=outcome == "refused",
-        details={"text_kind": operator_metrics.text_kind(request.kind), "tokens": watch.num_tokens},
-    )
+        watch.end(why)

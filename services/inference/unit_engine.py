@@ -210,10 +210,9 @@ class UnitEngine:
             self._forget(self._scheduler.withdraw_text(text_id))
 
     def withdraw(self, owner: str) -> None:
-        """Drops what an owner has waiting and in progress; nobody is told."""
+        """Drops the chunks that an owner has waiting and in progress; nobody is told."""
         with self._changed:
-            chunks, texts = self._scheduler.withdraw(owner)
-            self._forget((*chunks, *texts))
+            self._forget(self._scheduler.withdraw(owner))
 
     def _forget(self, works: Sequence[ChunkWork[ChunkInWork] | TextWork[TextInWork]]) -> None:
         """Nobody is told of them; the lock is held."""

@@ -119,19 +119,19 @@ class UnitScheduler(Generic[ChunkT, TextT]):
         """Takes a question in."""
         self._texts.add(work)
 
-    def withdraw(self, owner: str) -> tuple[tuple[ChunkWork[ChunkT], ...], tuple[TextWork[TextT], ...]]:
-        """Forgets an owner whose session ended; answers its chunks and texts. A unit that runs may still hold them."""
+    def withdraw(self, owner: str) -> tuple[ChunkWork[ChunkT], ...]:
+        """Forgets an owner that left; answers its chunks. A unit that runs may still hold them."""
         chunks: list[ChunkWork[ChunkT]] = []
         waiting = self._line.withdraw(owner)
         row = self._rows.pop(owner, None)
         chunks = [work for work in (waiting, row.work if row else None) if work is not None]
         for work in chunks:
             self._hold_ups.left(_key(work))
-        return tuple(chunks), self._texts.withdraw(owner=owner)
+        return tuple(chunks)
 
     def withdraw_text(self, text_id: Hashable) -> tuple[TextWork[TextT], ...]:
         """Forgets a text that nobody listens to any more; answers it if it was there."""
-        return self._texts.withdraw(text_id=text_id)
+        return self._texts.withdraw(text_id)
 
     def restart_prefixes(self) -> tuple[TextWork[TextT], ...]:
         """Questions whose prefix has begun and not ended begin it again; answers them."""

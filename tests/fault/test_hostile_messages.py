@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import socket
 import struct
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -18,8 +20,9 @@ from manyhands import codec, stamps
 from manyhands.clients.act_stream import Chunk
 from manyhands.clients.inference import InferenceClient
 from manyhands.common.v1 import common_pb2
-from manyhands.inference.v1 import inference_pb2
+from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.server import MAX_MESSAGE_BYTES
+from services.inference.stream import MAX_BURST, MAX_REQUESTS_PER_S
 from tests.support.fault_lab import TASK, Lab, engine_of, picture_and_state, talk, text
 from tests.support.inference_lab import RAW, next_reply
 
@@ -30,6 +33,7 @@ MAX_GROWTH_BYTES = {"front end": 24 * 1024 * 1024, "engine": 4 * 1024 * 1024}
 
 WRONG_DTYPES = [*(set(common_pb2.DataType.values()) - {common_pb2.DATA_TYPE_FLOAT32}), 39, 1 << 20]
 
+NUM_STREAMS = 6
 REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 Bend = Callable[[inference_pb2.ActRequest, random.Random], None]
@@ -147,7 +151,15 @@ class Attacker:
         )
 
     def bent_requests(self, num: int) -> None:
+        """Of several robots at once."""
+        seeds = [self._numbers.randrange(1 << 32) for _ in range(NUM_STREAMS)]
+        with ThreadPoolExecutor(NUM_STREAMS) as pool:
+            for counts in pool.map(self._bent_stream, [num // NUM_STREAMS] * NUM_STREAMS, seeds):
+                self.counts.update(counts)
+
+    def _bent_stream(self, num: int, seed: int) -> Counter[str]:
         """Well-formed messages with absurd content, over one stream, which outlives them all."""
+        numbers, counts = random.Random(seed), Counter[str]()
         robot = f"hostile-{uuid.uuid4().hex[:8]}"
         session = self._lab.open_session(self._client, robot)
         act = self._raw.stream_stream(
@@ -162,11 +174,11 @@ class Attacker:
             for request_id in range(2, num + 2):
                 request = inference_pb2.ActRequest(session_id=session.session_id, request_id=request_id)
                 request.MergeFrom(self._good)
-                bend = over_the_sessions_limit if request_id % 250 == 0 else self._numbers.choice(BENDS)
+                bend = over_the_sessions_limit if request_id % 250 == 0 else numbers.choice(BENDS)
                 if request_id == 2:  # Refused when its id is known already, so that it can be replayed.
                     bend = bad_numbers
-                bend(request, self._numbers)
-                self.counts[bend.__name__] += 1
+                bend(request, numbers)
+                counts[bend.__name__] += 1
                 bent[request.request_id] = bend.__name__
                 yield request
 
@@ -182,6 +194,7 @@ class Attacker:
             answered += 1
         assert answered == num
         self._client.close_session(session.session_id)
+        return counts
 
     def random_bytes(self, num: int) -> None:
         """A few are messages by chance, as of fields that are not known yet."""
@@ -258,7 +271,7 @@ class Attacker:
             request = inference_pb2.OpenSessionRequest(
                 robot_id=f"x{number}", client_id="c", model=self._lab.model, spec=self._lab.spec.to_proto()
             )
-            kind = self._numbers.randrange(6)
+            kind = self._numbers.randrange(8)
             if kind == 0:
                 request.spec.control_rate_hz = self._numbers.choice([float("nan"), -1.0, float("inf"), 0.0])
             elif kind == 1:
@@ -269,9 +282,14 @@ class Attacker:
                 request.replan_interval_steps = self._numbers.choice([-1, 1 << 30])
             elif kind == 4:
                 request.model = "../../etc/passwd"
-            else:
+            elif kind == 5:
                 for _ in range(200):
                     request.spec.observation.add().CopyFrom(request.spec.observation[0])
+            elif kind == 6:
+                request.spec.observation.extend(common_pb2.Feature(name=f"camera {index}") for index in range(20_000))
+            else:
+                cameras = [feature for feature in request.spec.observation if len(feature.shape) == 3]
+                cameras[0].shape[:] = [1 << 40, 1 << 40, 3]
             with pytest.raises(grpc.RpcError) as refused:
                 open_session(request, timeout=10.0)
             assert refused.value.code() in REFUSED, refused.value
@@ -334,3 +352,22 @@ def test_ten_thousand_hostile_messages_leave_the_server_alive_and_its_memory_fla
     survivor = engine_of(lab.service)
     assert survivor is not None
     assert survivor.pid == engine.pid, "the engine was replaced"
+
+
+def test_a_robot_that_sends_without_a_pause_is_read_no_faster_than_a_robot_observes(plain_lab: Lab) -> None:
+    """Each of its requests takes time of the loop that all robots share."""
+    num = MAX_BURST + int(MAX_REQUESTS_PER_S)
+    with InferenceClient(plain_lab.address) as client, grpc.insecure_channel(plain_lab.address) as raw:
+        session = plain_lab.open_session(client, "hasty")
+        requests = [
+            inference_pb2.ActRequest(session_id=session.session_id, request_id=number + 1, task=TASK)
+            for number in range(num)
+        ]
+        began_s = time.monotonic()
+        answers = list(inference_pb2_grpc.InferenceServiceStub(raw).Act(iter(requests), timeout=30.0))
+        took_s = time.monotonic() - began_s
+        assert [answer.request_id for answer in answers] == list(range(1, num + 1))
+        assert took_s >= 0.99
+        client.close_session(session.session_id)
+    log = plain_lab.service.log_path.read_text()
+    assert log.count("hasty sends more than 200 requests a second: they wait to be read") == 1

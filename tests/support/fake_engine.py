@@ -84,10 +84,11 @@ class FakeEngine:
     """Answers each row at once, on the thread that submits it, after a rehearsal.
 
     The first numbers of a chunk are the row's seed, how many rows were told ahead and rehearsed so far, and, where its
-    pictures came through a gate, 1 and the sum of what lies there.
+    pictures came through a gate, 1 and the sum of what lies there. The first of its second action is how often somebody was
+    withdrawn.
     """
 
-    num_expected = num_rehearsed = num_answered = 0
+    num_expected = num_rehearsed = num_answered = num_withdrawn = 0
     waits_at_gate = True
     gate: PictureGate | None = None
 
@@ -121,6 +122,7 @@ class FakeEngine:
         while time.monotonic() < until_s:  # As a model whose Python holds the interpreter.
             pass
         actions[0, :3] = job.row.seed, self.num_expected, self.num_rehearsed
+        actions[1, 0] = self.num_withdrawn
         if job.gate and job.gate == self.expected_gate and self.gate is not None and self.gate.is_open(job.gate):
             actions[0, 3:5] = 1, self.gate.pictures.sum()
         self.num_answered += 1
@@ -149,7 +151,7 @@ class FakeEngine:
         self.num_rehearsed += 1
 
     def withdraw(self, owner: str) -> None:
-        pass
+        self.num_withdrawn += 1
 
     def capacity(self, model: str) -> DeviceCapacity | None:
         return None
@@ -196,6 +198,8 @@ class FakeHost(EngineHost):
             raise InternalError("the fake cannot be loaded")
         if manners == "dies while loading":
             os._exit(9)
+        if manners == "hangs while loading":
+            time.sleep(600.0)
         self._engine = FakeEngine(int(os.environ.get(CAMERA_SIZE, "16")))  # type: ignore[assignment]
         return self._engine
 

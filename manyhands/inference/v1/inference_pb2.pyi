@@ -908,6 +908,7 @@ class SessionStatus(_message.Message):
     LAST_SUBTASK_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
+    """Its first 8 characters: whoever has all of it can speak for the session."""
     robot_id: _builtins.str
     model: _builtins.str
     chunk_count: _builtins.int

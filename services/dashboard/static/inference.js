@@ -31,12 +31,12 @@ export function renderInference() {
   drawIfChanged(part("facts"), facts, () => facts.map(([name, value, field]) => h("div", {}, h("dt", {}, name), h("dd", { "data-field": field }, value))));
   drawIfChanged(part("room"), server.loads, () => [h("h4", {}, "Capacity"), ...Object.entries(server.loads).map(([model, load]) => room(model, load))]);
   drawIfChanged(part("robots"), server.sessions, () => [h("h4", {}, "Robots"), server.sessions.length
-    ? table("One session a robot; times from received to answered, last 512 chunks", ["Robot", "Model", "Stream", "Chunks", "Refused", "Too late", "Median", "99th"],
+    ? table("One session a robot; times from received to answered, last 512 chunks", ["Robot", "Model", "Stream", "Chunks", "Refused", "Too late", "Median", "99th", "Subtasks"],
       server.sessions.map((one) => ({
         "data-session": one.robot_id,
         cells: [one.robot_id, one.model, one.connected ? "open" : "closed", String(one.chunk_count), String(one.refused_count),
-          String(one.missed_deadline_count), ms(one.p50_ms), ms(one.p99_ms)],
-      })), { numeric: [3, 4, 5, 6, 7] })
+          String(one.missed_deadline_count), ms(one.p50_ms), ms(one.p99_ms), subtasks(one)],
+      })), { numeric: [3, 4, 5, 6, 7, 8] })
     : empty("No robot has a session.")]);
   drawIfChanged(part("stages"), server.stages, () => [h("h4", {}, "Stages"), server.stages.length
     ? table("All robots, last 4096 chunks", ["Stage", "Median", "99th percentile"],
@@ -47,6 +47,12 @@ export function renderInference() {
   drawIfChanged(part("refusals"), refusals.map(({ t, ...rest }) => rest), () => (refusals.length ? [h("h4", {}, "Refusals"),
     table("Newest first; what comes for one reason and close together is one line", ["Robot", "Reason", "Message", "Times", "Last"],
       refusals.map((one) => ({ "data-refusal": one.robot, cells: [one.robot, reasons[one.reason] ?? one.reason, one.message, String(one.count), age(one.t)] })), { numeric: [3] })] : []));
+}
+
+// Beside its chunks: those it was given, and answers that were none.
+function subtasks(session) {
+  if (!session.subtask_count && !session.refused_subtask_count) return "-";
+  return session.refused_subtask_count ? `${session.subtask_count}, ${session.refused_subtask_count} refused` : String(session.subtask_count);
 }
 
 // What is asked of what may be promised, and how many more robots like these fit.

@@ -94,11 +94,12 @@ def submit(
     return outcome
 
 
-async def chunk(supervisor: EngineSupervisor, seed: int) -> None:
+async def chunk(supervisor: EngineSupervisor, seed: int) -> Answer:
     """Asks for a chunk and gets its own."""
     outcome = await asyncio.wait_for(submit(supervisor, seed), 10.0)
     assert isinstance(outcome, Answer), outcome
     assert outcome.actions[0, 0] == seed
+    return outcome
 
 
 async def until(condition: Callable[[], Any], timeout_s: float = RESTARTED) -> None:
@@ -348,6 +349,16 @@ async def test_an_engine_is_not_judged_by_what_its_robot_gave_up() -> None:
         await chunk(supervisor, 3)
 
 
+async def test_who_leaves_is_forgotten_by_the_engine_also_when_nothing_is_in_flight() -> None:
+    """Its place in line, which a refused robot keeps for its next request, would stay for good."""
+    async with running() as supervisor:
+        assert (await chunk(supervisor, 1)).actions[1, 0] == 0
+        supervisor.withdraw("left")
+        async with asyncio.timeout(RESTARTED):
+            while (await chunk(supervisor, 2)).actions[1, 0] == 0:  # Rows overtake what goes by the socket.
+                pass
+
+
 async def test_answers_that_nobody_asked_for_or_that_come_twice_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MANNERS, "twice")
     async with running() as supervisor:
@@ -400,6 +411,16 @@ async def test_a_first_start_that_fails_is_not_tried_again(manners: str, monkeyp
     supervisor = EngineSupervisor(engine_pb2.Start(log_level="info"))
     with pytest.raises(ManyhandsError, match="cannot be loaded" if manners == "fails to load" else "engine process ended"):
         await supervisor.start()
+    await supervisor.stop()
+    assert children() == []
+
+
+async def test_a_start_of_which_nothing_is_heard_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MANNERS, "hangs while loading")
+    monkeypatch.setattr(engine_client, "SILENT_START_S", 0.5)
+    supervisor = EngineSupervisor(engine_pb2.Start(log_level="info"))
+    with pytest.raises(InternalError, match=r"nothing was heard of its start for 0\.5 s"):
+        await asyncio.wait_for(supervisor.start(), RESTARTED)
     await supervisor.stop()
     assert children() == []
 

@@ -50,6 +50,7 @@ FAMILIES = {
     "manyhands_inference_missed_deadlines": ("counter", {"model"}),
     "manyhands_inference_refusals": ("counter", {"model", "reason"}),
     "manyhands_inference_text_questions": ("counter", {"model", "kind", "outcome"}),
+    "manyhands_inference_subtasks_refused": ("counter", {"model"}),
     "manyhands_inference_text_tokens": ("counter", {"model"}),
     "manyhands_inference_text_first_token_seconds": ("histogram", {"model"}),
     "manyhands_inference_sessions": ("gauge", {"model"}),

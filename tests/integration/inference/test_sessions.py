@@ -192,6 +192,19 @@ def test_a_stream_that_was_replaced_and_ends_late_takes_nothing_of_its_successor
             np.testing.assert_array_equal(next_chunk(successor).actions, local_chunk(policy, make_observation(1), 1))
 
 
+def test_status_shows_nobody_what_speaks_for_a_session(client: InferenceClient, stream: ActStream) -> None:
+    ask(stream, 1)
+    next_chunk(stream)
+    [seen] = client.status().sessions
+    assert seen.session_id == stream.session_id[:8]
+    client.close_session(seen.session_id)
+    with client.act_stream(seen.session_id) as other:
+        ask(other, 1)
+        assert next_refusal(other).reason == "unknown_session"
+    ask(stream, 2)
+    next_chunk(stream)
+
+
 def test_a_closed_session_frees_its_robot(client: InferenceClient) -> None:
     session = open_session(client, "left", client_id="first")
     client.close_session(session.session_id)

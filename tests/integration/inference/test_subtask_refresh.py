@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from deploy.local import Topology
 from manyhands.clients.act_stream import ActStream, Chunk, Refusal, Reply, SubtaskAnswer
@@ -120,6 +121,33 @@ def test_the_last_good_subtask_goes_on_acting_through_gibberish(
     seen = status(client)
     assert (seen.subtask_count, seen.refused_subtask_count, seen.last_subtask) == (2, 2, "lift it")
     assert (seen.chunk_count, seen.refused_count) == (5, 0)
+
+
+def test_operators_see_subtasks_as_they_see_other_questions(
+    service: InProcessService, policy: MutteringPolicy, client: InferenceClient, arm: Arm
+) -> None:
+    def counted(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"manyhands_inference_{name}", {"model": "tiny", **labels}) or 0.0
+
+    def counts() -> tuple[float, ...]:
+        return (
+            *(counted("text_questions_total", kind="subtask", outcome=outcome) for outcome in ("whole", "refused", "left")),
+            counted("text_tokens_total"),
+            counted("text_first_token_seconds_count"),
+            counted("subtasks_refused_total"),
+        )
+
+    before = counts()
+    policy.answers = ["grasp the cup", "the the the the", "raise", "never heard"]
+    for seed in range(3):
+        arm.ask(seed)
+        arm.replies()
+    policy.gate.clear()
+    arm.ask(3)
+    next_chunk(arm.stream)
+    arm.stream.close()
+    wait_until(lambda: counts()[2] > before[2])
+    assert tuple(np.subtract(counts(), before)) == (2, 1, 1, 7, 2, 2)
 
 
 def test_the_text_head_sees_what_the_chunk_was_asked_from(policy: MutteringPolicy, arm: Arm) -> None:

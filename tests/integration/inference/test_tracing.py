@@ -32,6 +32,7 @@ from tests.support.inference_lab import (
     make_policy,
     next_chunk,
     next_refusal,
+    next_reply,
     open_session,
     serve,
 )
@@ -109,10 +110,15 @@ def test_a_chunk_is_a_span_with_its_stages_and_so_is_a_text(
             max_new_tokens=4,
         )
         tokens = list(answers)[-1].token_count
-    wait_until(lambda: len(received.named("chunk")) == 2 and received.named("text"), 15, "spans arrive")
+        with client.act_stream(reader.session_id) as stream:
+            observation = dict(prompted_lab.sample().observation)
+            ask(stream, 1, observation=observation, task="tidy up", ask_subtask_for="tidy up")
+            next_reply(stream)
+            next_reply(stream)
+    wait_until(lambda: (len(received.named("chunk")), len(received.named("text"))) == (3, 2), 15, "spans arrive")
     after_ns = time.time_ns()
     assert attributes(received.received[0].resource)["service.name"] == "manyhands-inference"
-    chunk, refused = sorted(received.named("chunk"), key=lambda span: span.start_time_unix_nano)
+    chunk, refused, _ = sorted(received.named("chunk"), key=lambda span: span.start_time_unix_nano)
     assert before_ns < chunk.start_time_unix_nano < chunk.end_time_unix_nano < after_ns
     told = attributes(chunk)
     assert (told["manyhands.session"], told["manyhands.request_id"]) == (session.session_id[:8], "1")
@@ -130,10 +136,12 @@ def test_a_chunk_is_a_span_with_its_stages_and_so_is_a_text(
     assert refused.status.code == trace_pb2.Status.STATUS_CODE_ERROR
     assert "finite" in refused.status.message
     assert (attributes(refused)["manyhands.refusal"], attributes(refused)["manyhands.request_id"]) == ("invalid", "2")
-    (text,) = received.named("text")
+    text, subtask = sorted(received.named("text"), key=lambda span: span.start_time_unix_nano)
     told = attributes(text)
     assert (told["manyhands.request_id"], told["manyhands.robot"], told["manyhands.tokens"]) == ("q7", "reader", tokens)
     assert told["manyhands.text_kind"] == "subtask"
+    told = attributes(subtask)
+    assert (told["manyhands.text_kind"], told["manyhands.robot"], told["manyhands.request_id"]) == ("subtask", "reader", "1")
     assert session.session_id not in str(received.spans()), "whoever has all of it could speak for the session"
 
 

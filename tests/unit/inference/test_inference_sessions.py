@@ -254,14 +254,13 @@ def test_a_chunk_of_another_model_counts_by_what_it_costs() -> None:
     assert not capacity.fits([demand] * 7 + [costly] * 4, 25.0)
 
 
-def test_admission_lengthens_intervals_first_and_refuses_with_a_reason_and_a_time() -> None:
+def test_admission_lengthens_intervals_first_and_refuses_with_a_reason() -> None:
     demand = Demand(rate_hz=20.0, interval_steps=4, horizon=16)
     rate = sharing.chunks_per_s(prefix_s=0.030, step_s=lambda rows: 0.001 * rows, num_steps=10, max_rows=8)
     assert rate == pytest.approx(25.0)
-    assert capacity.admit([demand] * 3, demand, chunks_per_s=rate, retry_after_s=4.0) == pytest.approx(1.0)
-    assert capacity.admit([demand] * 15, demand, chunks_per_s=rate, retry_after_s=4.0) == pytest.approx(4.0)
-    with pytest.raises(Overloaded, match=r"16 robots .* 25\.0 chunks/s") as refused:
-        capacity.admit([demand] * 16, demand, chunks_per_s=rate, retry_after_s=4.0)
-    assert refused.value.retry_after_s == 4.0
-    with pytest.raises(Overloaded, match="text takes 50%"):
-        capacity.admit([demand] * 15, demand, chunks_per_s=rate, text_share=0.5, retry_after_s=4.0)
+    assert capacity.admit([demand] * 3, demand, chunks_per_s=rate) == pytest.approx(1.0)
+    assert capacity.admit([demand] * 15, demand, chunks_per_s=rate) == pytest.approx(4.0)
+    with pytest.raises(capacity.DeviceFull, match=r"16 robots .* 25\.0 chunks/s"):
+        capacity.admit([demand] * 16, demand, chunks_per_s=rate)
+    with pytest.raises(capacity.DeviceFull, match="text takes 50%"):
+        capacity.admit([demand] * 15, demand, chunks_per_s=rate, text_share=0.5)

@@ -141,11 +141,22 @@ def test_a_withdrawn_robot_leaves_nothing_behind_even_while_its_unit_runs() -> N
     assert unit is not None
     scheduler.submit(chunk("a", request_id=2, at=0.001), 0.001)
     scheduler.ask(question("q", owner="a"))
-    chunks, texts = scheduler.withdraw("a")
-    assert ([work.request_id for work in chunks], [text.text_id for text in texts]) == ([2, 1], ["q"])
+    assert [work.request_id for work in scheduler.withdraw("a")] == [2, 1]
+    assert [text.text_id for text in scheduler.withdraw_text("q")] == ["q"]
     assert scheduler.finished(unit, PREFIX_S[1], 0.006).chunks == ()
     assert len(scheduler) == 0
     assert scheduler.next_unit(0.006).unit is None
+
+
+def test_a_question_outlives_the_stream_of_the_robot_that_asked_it() -> None:
+    """Who listens to it is another call than the chunks' stream, which a robot may open again at any time."""
+    scheduler = make()
+    scheduler.submit(chunk("a"), 0.0)
+    scheduler.ask(question("q", owner="a"))
+    scheduler.withdraw("a")
+    unit = scheduler.next_unit(0.0).unit
+    assert unit is not None
+    assert [text.work.text_id for text in unit.texts] == ["q"]
 
 
 def test_a_unit_that_failed_takes_its_rows_with_it() -> None:
@@ -254,6 +265,7 @@ def test_the_largest_number_of_rows_is_prepared_whatever_it_is() -> None:
 
 def test_it_is_pure_python() -> None:
     """So that it runs in simulated time anywhere, and nothing it decides waits for a device or a socket."""
-    look = "import sys, services.inference.unit_scheduler; print({'torch', 'grpc', 'numpy'} & set(sys.modules))"
+    modules = "services.inference.unit_scheduler, services.inference.capacity, services.inference.fleet_simulator"
+    look = f"import sys, {modules}; print({{'torch', 'grpc', 'numpy'}} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
