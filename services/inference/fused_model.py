@@ -96,7 +96,6 @@ class FusedModel(ServedModel):
             trained_max_delay=config.trained_prefix_max_delay if config.chunk_mode is ChunkMode.TRAINED else 0,
             schedule=config.prefix_schedule,
             pictures_fit=pictures_fit(policy),
-            whole_chunk=False,
             fp8=fp8,
         )
         if dtype is None:

@@ -114,35 +114,27 @@ def whole(fused: FusedPi052, asked: list[lab.Request], count: int) -> Times:
     """From pictures on the host, as bytes, to chunks on the host."""
     pictures = [[to_bytes(picture) for picture in one.pictures] for one in asked]
     starts = [lab.start(one) for one in asked]
-    slots = list(range(8))
 
-    def one_chunk() -> torch.Tensor:
-        fused.whole_chunk(0, pictures[0], asked[0].picture_valid, asked[0].tokens, starts[0])
-        return fused.slots.actions[0].cpu()
-
-    def eight_chunks(together: int) -> torch.Tensor:
-        for at in range(0, 8, together):
-            rows = range(at, at + together)
-            tokens = fused.vision_of_bytes([picture for row in rows for picture in pictures[row]])
-            fused.prefix(
-                [
-                    PrefixRow(
-                        slot=row, picture_tokens=seen, picture_valid=asked[row].picture_valid, tokens=asked[row].tokens
-                    )
-                    for row, seen in zip(rows, tokens.chunk(together), strict=True)
-                ]
-            )
-            fused.begin_chunks([(row, starts[row]) for row in rows])
+    def answer(rows: int, together: int) -> torch.Tensor:
+        """By the units that the service runs: vision and prefixes of so many together, Euler steps of all rows."""
+        for at in range(0, rows, together):
+            group = range(at, at + together)
+            tokens = fused.vision_of_bytes([picture for row in group for picture in pictures[row]])
+            fused.prefix([
+                PrefixRow(slot=row, picture_tokens=seen, picture_valid=asked[row].picture_valid, tokens=asked[row].tokens)
+                for row, seen in zip(group, tokens.chunk(together), strict=True)
+            ])  # fmt: skip
+            fused.begin_chunks([(row, starts[row]) for row in group])
         for step in range(NUM_STEPS):
-            fused.expert_step([(slot, step) for slot in slots])
-        return fused.slots.actions[:8].cpu()
+            fused.expert_step([(row, step) for row in range(rows)])
+        return fused.slots.actions[:rows].cpu()
 
     return {
-        "whole chunk, 1 row": host_ms(one_chunk, count),
-        "8 chunks together": host_ms(lambda: eight_chunks(4), count),
-        "8 chunks together, no pause": host_ms(lambda: eight_chunks(4), count, 0.0),
-        "8 chunks, prefixes by twos": host_ms(lambda: eight_chunks(2), count),
-        "8 chunks, prefixes by twos, no pause": host_ms(lambda: eight_chunks(2), count, 0.0),
+        "whole chunk, 1 row": host_ms(lambda: answer(1, 1), count),
+        "8 chunks together": host_ms(lambda: answer(8, 4), count),
+        "8 chunks together, no pause": host_ms(lambda: answer(8, 4), count, 0.0),
+        "8 chunks, prefixes by twos": host_ms(lambda: answer(8, 2), count),
+        "8 chunks, prefixes by twos, no pause": host_ms(lambda: answer(8, 2), count, 0.0),
     }
 
 

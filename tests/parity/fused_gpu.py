@@ -34,17 +34,18 @@ def fused_of(model: Pi052Network, **changes: object) -> FusedPi052:
     assert isinstance(dtype, torch.dtype)
     kernels = changes.pop("kernels", None)
     assert kernels is None or isinstance(kernels, bool)
-    made = FusedPi052(SIZES, lab.settings(**(asked | changes)), CUDA, dtype=dtype, kernels=kernels)
+    device = model.action_in.weight.device
+    made = FusedPi052(model.config, lab.settings(**(asked | changes)), device, dtype=dtype, kernels=kernels)
     made.weights.refill(model.state_dict())
     return made
 
 
-def mixed_requests(num: int, longest: int = 200) -> list[lab.Request]:
+def mixed_requests(num: int, longest: int = 200, *, sizes: NetworkConfig = SIZES) -> list[lab.Request]:
     """Prompts of different lengths, missing cameras, committed prefixes with different delays and horizons."""
     lengths = [5, longest, 31, longest // 2]
     return [
         lab.request(
-            SIZES,
+            sizes,
             seed,
             lengths[seed % 4],
             horizon=HORIZON,

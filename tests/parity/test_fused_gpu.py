@@ -69,17 +69,22 @@ def test_a_row_has_the_same_bits_whoever_is_in_its_pass(networks: tuple[Pi052Net
 
 
 @pytest.mark.parametrize("num_tokens", [3, 48, 49, 200])
-def test_a_whole_chunk_is_that_of_the_plain_module(networks: tuple[Pi052Network, Pi052Network], num_tokens: int) -> None:
+def test_the_chunk_of_a_robot_that_is_alone_is_that_of_the_plain_module(
+    networks: tuple[Pi052Network, Pi052Network], num_tokens: int
+) -> None:
+    """With the shortest and the longest prompt of each bucket."""
     served, plain = networks
     fused, one = fused_of(served), lab.request(SIZES, 3, num_tokens, horizon=HORIZON)
-    slot = fused.slots.take()
-    assert slot is not None
-    fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens, lab.start(one))
+    [slot] = lab.begin(fused, [one])
+    staggered(fused, [slot], 1)
     assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(plain, one)) < TOLERANCE
 
 
 def test_greedy_ids_are_those_of_the_plain_module_in_float32(networks: tuple[Pi052Network, Pi052Network]) -> None:
-    """Fused weights, slots, units and graphs; bfloat16 kernels round, and near ties then fall either way."""
+    """Fused weights, slots, units and graphs; bfloat16 kernels round, and near ties then fall either way.
+
+    Kernels in float32 are in test_fused_ids.py.
+    """
     plain = networks[1]
     fused, asked = fused_of(plain, dtype=torch.float32, kernels=False), mixed_requests(4)
     rules = text.Decoding(max_new_tokens=12, end_token=-5)
@@ -186,7 +191,7 @@ def test_attention_over_what_is_no_number_is_no_number(networks: tuple[Pi052Netw
     slots = torch.arange(4, dtype=torch.int32, device=CUDA)
     fused.slots.action_keys.fill_(200)
     with torch.inference_mode():
-        rows = fused.units.expert_rows(slots, slots)
+        rows = fused.units.few.expert_rows(fused.slots, slots, slots, trained=False)
         q = torch.randn(4, HORIZON, 8, 256, dtype=torch.bfloat16, device=CUDA)
         q[1] = torch.nan
         mixed = fused.units.few.attend(q, rows, fused.slots, 0)

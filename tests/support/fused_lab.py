@@ -107,15 +107,10 @@ def _committed(asked: Request, device: torch.device) -> CommittedPrefix | None:
 
 @torch.inference_mode()
 def plain_chunk(
-    model: Pi052Network,
-    asked: Request,
-    num_steps: int = NUM_STEPS,
-    *,
-    state: PrefixState | None = None,
-    trained_max_delay: int = 0,
+    model: Pi052Network, asked: Request, num_steps: int = NUM_STEPS, *, trained_max_delay: int = 0
 ) -> torch.Tensor:
     device = model.action_in.weight.device
-    velocity = sampling.velocity_of(model, state or plain_state(model, asked, hidden=False))
+    velocity = sampling.velocity_of(model, plain_state(model, asked, hidden=False))
     committed, noise = _committed(asked, device), asked.noise[None].to(device)
     if trained_max_delay and committed is not None:
         return sampling.trained_chunk(velocity, noise, num_steps, committed=committed, max_delay=trained_max_delay)[0]

@@ -57,8 +57,6 @@ class Inputs:
         if name == "begin":
             numbers = torch.zeros(rows, self._numbers_of_start, device=device)
             return {**self._slots_and("num_clean", rows), "numbers": numbers}
-        if name == "all_steps":
-            return {"slots": slots}
         if name == "expert_step":
             return self._slots_and("steps", rows)
         if name in ("first_text", "text_step"):

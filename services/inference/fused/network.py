@@ -24,7 +24,6 @@ Shapes: I cameras, P tokens of a camera, L prompt tokens, D width, T horizon, A 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,7 +105,6 @@ class FusedPi052:
         ]
         self.num_prefix_slices = self._free_places[0].num_slices
         self.num_vision_slices = self._free_places[0].num_of_vision
-        self._each_step = torch.arange(settings.num_steps, dtype=torch.int32, device=device)
         self._recorded: dict[tuple[str, int, int], Recorded[Any]] = {}
 
     # -- preparing -----------------------------------------------------------------------------------------------------
@@ -135,23 +133,15 @@ class FusedPi052:
             wanted += [("check_draft", rows, 0) for rows in settings.prefix_rows]
         if self.num_prefix_slices:
             wanted += [("prefix_slices", 1, length) for length in settings.prompt_lengths]
-        if settings.whole_chunk:
-            wanted.append(("all_steps", 1, 0))
         return wanted
 
     def _bucket(self, name: str, rows: int, length: int) -> Recorded[Any]:
         key = (name, rows, length)
         if key not in self._recorded:
-            unit = self._all_steps if name == "all_steps" else getattr(self.units, name)
             with torch.inference_mode(False):
                 inputs = self._inputs.of(name, rows, length)
-            self._recorded[key] = Recorded(unit, inputs, self._pool)
+            self._recorded[key] = Recorded(getattr(self.units, name), inputs, self._pool)
         return self._recorded[key]
-
-    def _all_steps(self, slots: torch.Tensor) -> None:
-        rows = self.units.expert_rows(slots, slots)
-        for step in range(self.settings.num_steps):
-            self.units.expert_layers(replace(rows, steps=self._each_step[step : step + 1]))
 
     # -- units ---------------------------------------------------------------------------------------------------------
 
@@ -294,26 +284,6 @@ class FusedPi052:
     def set_token(self, slot: int, token: int) -> None:
         """The newest text token of a slot, where it was drawn and is not the likeliest."""
         self.slots.token[slot] = token
-
-    @torch.inference_mode()
-    def whole_chunk(
-        self,
-        slot: int,
-        pictures: torch.Tensor | Pictures,
-        picture_valid: Sequence[bool],
-        tokens: Tokens,
-        start: ChunkStart,
-    ) -> None:
-        """Vision, prefix(), begin_chunks() and every expert_step() of one row: for a robot that is alone.
-
-        Three graphs and not one: while the device is at a first one, the host launches the next.
-        """
-        seen = self.vision(pictures) if isinstance(pictures, torch.Tensor) else self.vision_of_bytes(pictures)
-        self.prefix([PrefixRow(slot=slot, picture_tokens=seen, picture_valid=picture_valid, tokens=tokens)])
-        self.begin_chunks([(slot, start)])
-        steps = self._bucket("all_steps", 1, 0)
-        self._inputs.send_slots([slot], steps.inputs["slots"])
-        steps.run()
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

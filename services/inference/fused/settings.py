@@ -37,7 +37,6 @@ class FusedSettings:
     trained_max_delay: > 0: trained chunking, which keeps up to so many committed actions.
     schedule: Of guided chunking.
     pictures_fit: Whether pictures come as bytes in the network's size, for vision_of_bytes(); else as numbers, for vision().
-    whole_chunk: Whether all steps of a single row are one graph too, for a robot that is alone.
     fp8: The MLPs of a prefix are multiplied in FP8, but for the last layer's: faster, and some percent from float32.
     """
 
@@ -58,7 +57,6 @@ class FusedSettings:
     trained_max_delay: int = 0
     schedule: rtc.PrefixSchedule = rtc.PrefixSchedule.LINEAR
     pictures_fit: bool = False
-    whole_chunk: bool = True
     fp8: bool = False
 
 

@@ -110,12 +110,6 @@ class Slots:
         for tensor in (self.actions, self.committed, self.pull, self.last_hidden):
             tensor[slot].zero_()
 
-    @torch.inference_mode()
-    def see_text(self, slot: int) -> None:
-        """Actions of this slot shall see the text decoded behind its prefix (a chunk conditioned on its own subtask)."""
-        self.action_keys[slot] = self.text_keys[slot]
-        self.action_position[slot] = self.text_position[slot]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:

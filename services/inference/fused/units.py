@@ -185,15 +185,8 @@ class Units:
             slots: (B,) int32, no slot twice but the scratch slot.
             steps: (B,) int32, 0 for the first; rows may be at different ones.
         """
-        self.expert_layers(self.expert_rows(slots, steps))
-
-    def expert_rows(self, slots: torch.Tensor, steps: torch.Tensor) -> Rows:
-        """What expert_step() looks up: apart from steps it is the same at every step of a chunk."""
-        return self.few.expert_rows(self.slots, slots, steps, trained=self.trained)
-
-    def expert_layers(self, rows: Rows) -> None:
-        """expert_step() with what it looks up given."""
         few, pool = self.few, self.slots
+        rows = few.expert_rows(pool, slots, steps, trained=self.trained)
         residual = Residual(x=few.action_in(self.weights, rows, pool))
         for number, layer in enumerate(self.weights.expert):
             self._layer(residual, layer, number, rows, few)

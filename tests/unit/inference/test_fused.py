@@ -98,15 +98,6 @@ def test_trained_chunking_keeps_committed_actions_bit_for_bit(model: torch.nn.Mo
             assert torch.equal(chunk[:kept], one.committed[:kept])
 
 
-def test_a_whole_chunk_is_its_units_one_after_the_other(model: torch.nn.Module) -> None:
-    fused, one = fused_of(model), mixed_requests()[2]
-    slot = fused.slots.take()
-    assert slot is not None
-    assert one.committed is not None
-    fused.whole_chunk(slot, one.pictures, one.picture_valid, one.tokens, lab.start(one))
-    assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one)) < TOLERANCE
-
-
 @pytest.mark.parametrize("suppress_locations", [True, False])
 def test_rows_that_decode_together_give_the_greedy_ids_of_the_plain_module(
     model: torch.nn.Module, suppress_locations: bool
@@ -152,19 +143,6 @@ def test_a_draft_is_followed_as_far_as_greedy_decoding_agrees(model: torch.nn.Mo
         for row, token in enumerate(fused.text_step(rows)[1].tolist()):
             found[row].append(token)
     assert found == expected
-
-
-def test_actions_can_see_the_text_that_was_decoded(model: torch.nn.Module) -> None:
-    fused, one = fused_of(model), mixed_requests()[1]
-    [slot] = lab.begin(fused, [one])
-    ids = lab.fused_ids(fused, [slot], NO_LOCATIONS, 4)[0]
-    fused.slots.see_text(slot)
-    run_staggered(fused, [slot], lab.NUM_STEPS)
-    state = lab.plain_state(model, one, hidden=True)
-    with torch.inference_mode():
-        for token in ids[:3]:  # The last one was chosen and not read.
-            _, state = model.text_step(state, torch.tensor([token]))
-    assert lab.relative(fused.slots.actions[slot], lab.plain_chunk(model, one, state=state)) < TOLERANCE
 
 
 def left_by_a_prefix(fused: FusedPi052, slot: int, length: int) -> list[torch.Tensor]:
