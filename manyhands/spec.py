@@ -55,18 +55,19 @@ class Feature:
         if not self.name or "/" in self.name:
             raise InvalidInput(f"feature name {self.name!r} must not be empty or hold '/'", field="feature.name")
         codec.data_type_of(self.dtype)
-        if not self.shape or any(extent <= 0 for extent in self.shape):
+        num_extents = len(self.shape)  # First: a product of many is a number that takes minutes, and so does printing it.
+        if num_extents != (3 if self.kind is FeatureKind.IMAGE else 1):
+            kinds = "a camera is (height, width, 3), state and action are vectors"
+            raise InvalidInput(f"shape has {num_extents} extents; {kinds}", field=self.name)
+        if any(extent <= 0 for extent in self.shape):
             raise InvalidInput(f"shape {self.shape} must have positive extents", field=self.name)
         num_bytes = math.prod(self.shape) * self._numpy_dtype.itemsize
         if num_bytes > codec.MAX_VALUE_BYTES:
             raise InvalidInput(
                 f"shape {self.shape} needs {num_bytes} bytes, over the limit of {codec.MAX_VALUE_BYTES}", field=self.name
             )
-        if self.kind is FeatureKind.IMAGE:
-            if len(self.shape) != 3 or self.shape[2] != 3 or self.dtype != "uint8":
-                raise InvalidInput(f"a camera is (height, width, 3) uint8, not {self.shape} {self.dtype}", field=self.name)
-        elif len(self.shape) != 1:
-            raise InvalidInput(f"state and action are vectors, not {self.shape}", field=self.name)
+        if self.kind is FeatureKind.IMAGE and (self.shape[2] != 3 or self.dtype != "uint8"):
+            raise InvalidInput(f"a camera is (height, width, 3) uint8, not {self.shape} {self.dtype}", field=self.name)
         for label, values in (("element_names", self.element_names), ("element_units", self.element_units)):
             if values and len(values) != self.shape[0]:
                 raise InvalidInput(f"{label} has {len(values)} entries for {self.shape[0]} elements", field=self.name)
@@ -129,6 +130,7 @@ class Spec:
             raise InvalidInput(f"control_rate_hz ({self.control_rate_hz}) must be > 0", field="spec.control_rate_hz")
         if not self.action:
             raise InvalidInput("a spec needs at least one action feature", field="spec.action")
+        _check_count(len(self.observation) + len(self.action))
         names: set[str] = set()
         for feature in self.observation + self.action:
             if feature.name in names:
@@ -178,9 +180,7 @@ class Spec:
     @classmethod
     def from_proto(cls, message: common_pb2.Spec) -> Spec:
         """Raises InvalidInput for a spec that cannot be, or whose digest is not that of its content."""
-        num_features = len(message.observation) + len(message.action)
-        if num_features > MAX_FEATURES:
-            raise InvalidInput(f"has {num_features} features, at most {MAX_FEATURES}", field="spec")
+        _check_count(len(message.observation) + len(message.action))  # Before each of them is looked at.
         spec = cls(
             observation=tuple(Feature.from_proto(feature) for feature in message.observation),
             action=tuple(Feature.from_proto(feature) for feature in message.action),
@@ -193,6 +193,11 @@ class Spec:
                 field="spec.digest",
             )
         return spec
+
+
+def _check_count(num_features: int) -> None:
+    if num_features > MAX_FEATURES:
+        raise InvalidInput(f"has {num_features} features, at most {MAX_FEATURES}", field="spec")
 
 
 def decode_in_order(

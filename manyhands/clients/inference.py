@@ -37,7 +37,7 @@ class Session:
     Attributes:
         required_observations: Names to send with every request, in this order.
         replan_interval_steps: Actions to execute of each chunk, as the server asks; longer than asked for when it is busy.
-        idle_timeout_s: The session ends when it had no stream for this long.
+        idle_timeout_s: The session ends when it had no stream and no question for this long.
     """
 
     session_id: str

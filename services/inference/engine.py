@@ -25,6 +25,7 @@ from .capacity import DeviceCapacity
 from .engine_port import Answer, Job, Outcome, Row, Superseded
 from .models import AnyPolicy, ServedModel, canary_sample
 from .scheduler import Scheduler, Work
+from .sessions import shown
 from .timed_change import TimedChange
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class Engine:
                 return [error]
             if self._on_fatal is not None and is_fatal(error):
                 self._on_fatal(error)
-            logger.exception("request %d of session %s failed", batch[0].request_id, batch[0].owner)
+            logger.exception("request %d of session %s failed", batch[0].request_id, shown(batch[0].owner))
             return [InternalError("the model failed on this request; the server's log has the reason under its id")] * len(
                 batch
             )

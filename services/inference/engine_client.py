@@ -33,8 +33,9 @@ MAX_UNSENT_BYTES = 64 * 1024 * 1024
 # Nothing that runs takes so long after its deadline: the device hangs.
 HUNG_S = 20.0
 HUNG_CHECK_S = 1.0
-# While it starts it tells of each tensor that it loads and each graph that it captures: the longest takes seconds.
-SILENT_START_S = 300.0
+# While it starts it tells of each tensor that is loaded and each graph or pass that is prepared. On a GPU the longest takes
+# seconds; a pass of a large model on a CPU takes minutes.
+SILENT_START_S = 900.0
 ENGINE_MODULE = "services.inference.engine_process"
 
 

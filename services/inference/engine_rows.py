@@ -20,6 +20,7 @@ from manyhands.errors import InternalError, ManyhandsError, TooLate, Unreachable
 
 from .engine_port import Job, Model, Outcome, Rehearsal, Row, Superseded
 from .picture_gate import PictureGate, gate_bytes, whole_pages
+from .sessions import shown
 from .shared_ring import Doorbell, RingBroken, RingReader, RingShape, RingWriter, grow_and_seal, make_memory
 from .slot_layout import Request, SlotLayout
 
@@ -231,7 +232,10 @@ class EngineRows:
         if error is not None:
             del self._in_flight[request.token]
             logger.error(
-                "request %d of session %s cannot be handed to the engine: %s", request.request_id, request.owner, error
+                "request %d of session %s cannot be handed to the engine: %s",
+                request.request_id,
+                shown(request.owner),
+                error,
             )
             job.done(error)
 

@@ -23,7 +23,7 @@ from manyhands.server import GrpcServer
 
 from . import engine_messages
 from .engine_supervisor import EngineSupervisor
-from .service import SERVICE_NAME, InferenceServicer
+from .service import MAX_REQUESTS_HZ, SERVICE_NAME, InferenceServicer
 from .start_progress import StartProgress
 from .tracing import Traces
 
@@ -76,7 +76,12 @@ class Settings(config.Settings):
     torch_threads: int = Field(default=1, ge=0, description="threads of the matrix kernels; 0 leaves torch's choice")
     max_sessions: int = Field(default=64, ge=1, description="robots served at once")
     idle_timeout_s: float = Field(
-        default=4.0, gt=0, description="a session without a stream for this long ends, and its robot_id is free"
+        default=4.0,
+        gt=0,
+        description="a session without a stream or a question for this long ends, and its robot_id is free",
+    )
+    max_requests_hz: float = Field(
+        default=MAX_REQUESTS_HZ, gt=0, description="requests a second that are read of one robot's stream; more wait"
     )
     engine_restarts: int = Field(
         default=5, ge=0, description="times that an engine process that died is started again before one served for a minute"
@@ -128,7 +133,11 @@ async def _serve(settings: Settings) -> None:
             await engine.start(progress.show)
         server = GrpcServer(settings.address, security_settings=settings.security)
         servicer = InferenceServicer(
-            engine, max_sessions=settings.max_sessions, idle_timeout_s=settings.idle_timeout_s, traces=traces
+            engine,
+            max_sessions=settings.max_sessions,
+            idle_timeout_s=settings.idle_timeout_s,
+            max_requests_hz=settings.max_requests_hz,
+            traces=traces,
         )
         engine.on_serving = server.set_serving
         server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE_NAME)

@@ -31,4 +31,7 @@ class RestartPolicy:
         self._num_deaths += 1
         if self._num_deaths > self._limit:
             return None
-        return 0.0 if self._num_deaths == 1 else min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (self._num_deaths - 2))
+        if self._num_deaths == 1:
+            return 0.0
+        num_doublings = min(self._num_deaths - 2, 10)  # Who allows a million deaths gets no number that is too large.
+        return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0**num_doublings)

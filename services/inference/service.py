@@ -39,6 +39,9 @@ DRAIN_S = 1.5
 RECONNECT_AFTER_S = 1.0
 # Room for names, stamps and protobuf around the arrays.
 MESSAGE_OVERHEAD_BYTES = 64 * 1024
+# Faster than robots observe: beyond it one has lost its clock, and each request costs the loop that all robots share what
+# its bytes take to read. What is not read waits in the connection, whose window fills.
+MAX_REQUESTS_HZ = 200.0
 # Of a stream's number, as of a request's id: 64 bits.
 MAX_NUMBER_DIGITS = 20
 
@@ -56,7 +59,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     Args:
         engine: Started.
         max_sessions: Robots at once.
-        idle_timeout_s: A session without a stream for this long is closed.
+        idle_timeout_s: A session without a stream or a question for this long is closed.
+        max_requests_hz: Requests a second that are read of one stream; more wait.
         traces: Where requests are traced to, if anywhere.
     """
 
@@ -66,11 +70,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         *,
         max_sessions: int = 64,
         idle_timeout_s: float = 4.0,
+        max_requests_hz: float = MAX_REQUESTS_HZ,
         traces: Traces | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.sessions = Sessions(max_sessions=max_sessions, idle_timeout_s=idle_timeout_s)
+        self.max_requests_hz = max_requests_hz
         self.stats = ServiceStats()
         self.notes = OperatorNotes(self.stats, traces)
         self.decoders = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1), thread_name_prefix="decode")

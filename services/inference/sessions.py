@@ -170,6 +170,11 @@ def _check_order(robot: Spec, required: list[str]) -> None:
             )
 
 
+def shown(session_id: str) -> str:
+    """What logs, traces and status have of it: whoever has all of it can speak for the session."""
+    return session_id[:SHOWN_CHARACTERS]
+
+
 @dataclass(kw_only=True)
 class Session:
     """One robot that is served. Counters are for people; nothing a chunk depends on is in here (rule 4).
@@ -206,8 +211,8 @@ class Session:
 
     @property
     def shown_id(self) -> str:
-        """For people: whoever has all of the id can speak for the session."""
-        return self.session_id[:SHOWN_CHARACTERS]
+        """For people."""
+        return shown(self.session_id)
 
 
 class Sessions:
@@ -215,8 +220,8 @@ class Sessions:
 
     Args:
         max_sessions: Admission limit.
-        idle_timeout_s: A session without a stream for this long is gone. Short: an actor that was killed comes back under a
-            new client_id and waits for it, while its robot holds.
+        idle_timeout_s: A session without a stream or a question for this long is gone. Short: an actor that was killed comes
+            back under a new client_id and waits for it, while its robot holds.
     """
 
     def __init__(self, *, max_sessions: int, idle_timeout_s: float) -> None:
@@ -253,10 +258,11 @@ class Sessions:
                 raise InvalidInput(f"must be 1 to {MAX_NAME_CHARACTERS} printable characters", field=label)
         older = self._by_robot.get(robot_id)
         if older is not None and older.client_id != client_id:
-            if older.stream is not None:
+            if older.stream is not None or older.num_questions:
+                what = "stream is open" if older.stream is not None else "question is being answered"
                 raise AlreadyExists(
-                    f"{robot_id!r} is served to another client, whose stream is open; stop that one (its session ends "
-                    f"{self.idle_timeout_s:g} s after its stream) or use another robot_id",
+                    f"{robot_id!r} is served to another client, whose {what}; stop that one (its session ends "
+                    f"{self.idle_timeout_s:g} s after it) or use another robot_id",
                     field="robot_id",
                     retry_after_s=self.idle_timeout_s,
                 )

@@ -40,9 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Answers a client may leave unread before its next requests are left unread too.
 MAX_UNREAD = 32
-# Faster than robots observe: beyond it one has lost its clock, and each request costs the loop that all robots share what
-# its bytes take to read. What is not taken waits in the connection, whose window fills.
-MAX_REQUESTS_PER_S, MAX_BURST = 200.0, 64
+# Requests that are read at once of a robot that was silent, whatever its pace.
+MAX_BURST = 64
 
 
 class Desk(Protocol):
@@ -51,6 +50,7 @@ class Desk(Protocol):
     sessions: Sessions
     engine: EnginePort
     notes: OperatorNotes
+    max_requests_hz: float
 
     @property
     def models(self) -> Mapping[str, Model]: ...
@@ -108,7 +108,7 @@ class RobotStream:
         self._idle = asyncio.Event()
         self._idle.set()
         self._ending: ManyhandsError | None = None
-        self._pace = Pace(MAX_REQUESTS_PER_S, MAX_BURST)
+        self._pace = Pace(desk.max_requests_hz, MAX_BURST)
         self._said_too_fast = False
         self._subtask = SubtaskQuestion(desk.engine, self._outbox.put_nowait, clock, traces=desk.notes.traces)
         if session_id:
@@ -202,7 +202,8 @@ class RobotStream:
         if not self._said_too_fast:
             self._said_too_fast = True
             robot = self._session.robot_id if self._session is not None else "a robot without a session"
-            logger.warning("%s sends more than %g requests a second: they wait to be read", robot, MAX_REQUESTS_PER_S)
+            most = self._desk.max_requests_hz
+            logger.warning("%s sends more than %g requests a second (--max-requests-hz): they wait to be read", robot, most)
 
     def _take(self, request: inference_pb2.ActRequest, received_s: float) -> _Asked:
         """Checks that need no decoding."""

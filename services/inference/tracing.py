@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from manyhands.errors import InvalidInput, Refused
 from manyhands.security import SecuritySettings, channel_credentials
 
+from .sessions import shown
+
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
@@ -28,7 +30,6 @@ SEND_TIMEOUT_S = 2
 CLOSE_S = 1.0
 MAX_WAITING_SPANS = 8192
 LOG_PERIOD_S = 60.0
-_SHOWN_SESSION_CHARACTERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class RequestTrace:
 
     Attributes:
         name: What was asked, as "chunk".
-        session_id: Only its beginning is sent, as the log has it: whoever has all of it can speak for the session.
+        session_id: Of which its beginning is sent.
         total_s: From arrival to answer.
         stages_s: In order.
         refusal: Why there is no answer, in a word; "" where there is one. message is for people.
@@ -128,7 +129,7 @@ class Traces:
     def _describe(self, span: Span, over: RequestTrace) -> None:
         span.set_attributes(
             {
-                "manyhands.session": over.session_id[:_SHOWN_SESSION_CHARACTERS],
+                "manyhands.session": shown(over.session_id),
                 "manyhands.robot": over.robot_id,
                 "manyhands.model": over.model,
                 "manyhands.request_id": over.request_id,

@@ -29,6 +29,7 @@ from .engine import Progress
 from .engine_port import Job, Question, Row, Superseded, TextEnd
 from .fused_model import FusedModel
 from .rows_in_work import ChunkRow, Take
+from .sessions import shown
 from .text_writer import Heard, text_request
 from .timed_change import TimedChange
 from .unit_answers import ChunkInWork, LaunchedUnit, TextInWork, end_chunk, end_text, told, too_late
@@ -114,7 +115,7 @@ class UnitEngine:
         try:
             row = model.chunk_row(job.row, job.gate, owner)
         except Exception as error:  # Whatever is wrong with one robot's request must not end the engine of all.
-            job.done(told(error, f"request {request_id} of session {owner}"))
+            job.done(told(error, f"request {request_id} of session {shown(owner)}"))
             return
         work = ChunkWork(
             owner=owner,

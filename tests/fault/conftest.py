@@ -25,7 +25,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def labs(checkpoints: Path) -> Iterator[Callable[[str], Lab]]:
     """A running server by its path, started when it is first asked for."""
     with Topology(checkpoints / "logs", environment=ENVIRONMENT) as topology:
-        yield functools.cache(lambda path: fault_lab.serve(topology, checkpoints, path, "--engine-restarts", "100"))
+        flags = ("--engine-restarts", "100", "--max-requests-hz", "100000")  # Robots here do what robots do not.
+        yield functools.cache(lambda path: fault_lab.serve(topology, checkpoints, path, *flags))
 
 
 @pytest.fixture(params=fault_lab.PATHS)

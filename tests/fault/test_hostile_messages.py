@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import socket
 import struct
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,9 +19,8 @@ from manyhands import codec, stamps
 from manyhands.clients.act_stream import Chunk
 from manyhands.clients.inference import InferenceClient
 from manyhands.common.v1 import common_pb2
-from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
+from manyhands.inference.v1 import inference_pb2
 from manyhands.server import MAX_MESSAGE_BYTES
-from services.inference.stream import MAX_BURST, MAX_REQUESTS_PER_S
 from tests.support.fault_lab import TASK, Lab, engine_of, picture_and_state, talk, text
 from tests.support.inference_lab import RAW, next_reply
 
@@ -289,7 +287,7 @@ class Attacker:
                 request.spec.observation.extend(common_pb2.Feature(name=f"camera {index}") for index in range(20_000))
             else:
                 cameras = [feature for feature in request.spec.observation if len(feature.shape) == 3]
-                cameras[0].shape[:] = [1 << 40, 1 << 40, 3]
+                cameras[0].shape[:] = self._numbers.choice([[1 << 40, 1 << 40, 3], [1 << 62] * 20_000])
             with pytest.raises(grpc.RpcError) as refused:
                 open_session(request, timeout=10.0)
             assert refused.value.code() in REFUSED, refused.value
@@ -352,22 +350,3 @@ def test_ten_thousand_hostile_messages_leave_the_server_alive_and_its_memory_fla
     survivor = engine_of(lab.service)
     assert survivor is not None
     assert survivor.pid == engine.pid, "the engine was replaced"
-
-
-def test_a_robot_that_sends_without_a_pause_is_read_no_faster_than_a_robot_observes(plain_lab: Lab) -> None:
-    """Each of its requests takes time of the loop that all robots share."""
-    num = MAX_BURST + int(MAX_REQUESTS_PER_S)
-    with InferenceClient(plain_lab.address) as client, grpc.insecure_channel(plain_lab.address) as raw:
-        session = plain_lab.open_session(client, "hasty")
-        requests = [
-            inference_pb2.ActRequest(session_id=session.session_id, request_id=number + 1, task=TASK)
-            for number in range(num)
-        ]
-        began_s = time.monotonic()
-        answers = list(inference_pb2_grpc.InferenceServiceStub(raw).Act(iter(requests), timeout=30.0))
-        took_s = time.monotonic() - began_s
-        assert [answer.request_id for answer in answers] == list(range(1, num + 1))
-        assert took_s >= 0.99
-        client.close_session(session.session_id)
-    log = plain_lab.service.log_path.read_text()
-    assert log.count("hasty sends more than 200 requests a second: they wait to be read") == 1

@@ -688,7 +688,7 @@ class Withdraw(_message.Message):
     LAST_TOKEN_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     last_token: _builtins.int
-    """Of the rows that are withdrawn."""
+    """Of the rows that are withdrawn; 0: none was in flight."""
     def __init__(
         self,
         *,

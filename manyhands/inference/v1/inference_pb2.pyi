@@ -256,7 +256,7 @@ class OpenSessionResponse(_message.Message):
     def adaptations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adaptation]: ...
     @_builtins.property
     def idle_timeout(self) -> _duration_pb2.Duration:
-        """A session without a stream for this long is closed."""
+        """A session without a stream or a question for this long is closed."""
 
     @_builtins.property
     def required_observations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

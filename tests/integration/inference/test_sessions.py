@@ -15,6 +15,8 @@ from manyhands.clients.inference import InferenceClient
 from manyhands.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Overloaded
 from manyhands.inference.v1 import inference_pb2, inference_pb2_grpc
 from manyhands.spec import Spec
+from services.inference.service import MAX_REQUESTS_HZ
+from services.inference.stream import MAX_BURST
 from tests.support.inference_lab import (
     CAMERAS,
     HORIZON,
@@ -165,6 +167,7 @@ def test_a_stream_that_was_replaced_and_ends_late_takes_nothing_of_its_successor
     service: InProcessService, client: InferenceClient, stream: ActStream, policy: GatedPolicy
 ) -> None:
     """It hangs on a dead link for long after the robot came back."""
+    service.servicer.max_requests_hz = 1e6  # What it does not read of its answers fills the link in a moment.
     session = open_session(client, "back")
     sent = 0
 
@@ -219,3 +222,19 @@ def test_there_is_a_limit_to_sessions() -> None:
         with pytest.raises(Overloaded, match="the limit is 2") as refused:
             open_session(client, "c")
         assert refused.value.retry_after_s == pytest.approx(4.0)
+
+
+def test_a_robot_that_sends_without_a_pause_is_read_no_faster_than_a_robot_observes(
+    client: InferenceClient, service: InProcessService, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of its requests takes time of the loop that all robots share."""
+    session = open_session(client, "hasty")
+    num = MAX_BURST + int(MAX_REQUESTS_HZ)
+    requests = [inference_pb2.ActRequest(session_id=session.session_id, request_id=number + 1) for number in range(num)]
+    with channel.connect(service.address) as raw:
+        began_s = time.monotonic()
+        answers = list(inference_pb2_grpc.InferenceServiceStub(raw).Act(iter(requests), timeout=30.0))
+        took_s = time.monotonic() - began_s
+    assert [answer.request_id for answer in answers] == list(range(1, num + 1))
+    assert took_s >= 0.99
+    assert caplog.text.count("hasty sends more than 200 requests a second (--max-requests-hz): they wait to be read") == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from manyhands.clients.inference import InferenceClient, Session
-from manyhands.errors import InvalidInput, NotFound, Refused
+from manyhands.errors import AlreadyExists, InvalidInput, NotFound, Refused
 from manyhands.inference.v1 import inference_pb2
 from tests.support.inference_lab import (
     STATE_SIZE,
@@ -22,6 +22,8 @@ from tests.support.inference_lab import (
     open_session,
 )
 from tests.support.waiting import wait_until
+
+IDLE_TIMEOUT_S = 1.5
 
 
 def test_a_model_without_a_text_head_says_so(client: InferenceClient) -> None:
@@ -81,11 +83,11 @@ def test_text_comes_token_by_token() -> None:
 
 @pytest.fixture
 def thinking() -> Iterator[tuple[MutteringPolicy, InProcessService]]:
-    """A service whose sessions do not outlive half a second of silence, and a text head that waits for its gate."""
+    """A service whose sessions do not outlive a short silence, and a text head that waits for its gate."""
     policy = make_policy(policy_class=MutteringPolicy)
     assert isinstance(policy, MutteringPolicy)
     policy.gate.clear()
-    with InProcessService(policy, idle_timeout_s=0.5) as service:
+    with InProcessService(policy, idle_timeout_s=IDLE_TIMEOUT_S) as service:
         yield policy, service
         policy.gate.set()
 
@@ -124,7 +126,7 @@ def test_a_session_that_ends_takes_its_questions_with_it(
         asked = [Questioner(client, session) for _ in range(2)]
         for one in asked:
             one.start()
-        wait_until(lambda: next(iter(service.servicer.sessions)).num_questions == 2)
+        wait_until(lambda: policy.asked)  # The other one waits behind it.
         if how == "closed":
             client.close_session(session.session_id)
         else:
@@ -143,9 +145,12 @@ def test_a_question_that_is_thought_about_keeps_its_session(thinking: tuple[Mutt
         session = open_session(client, "left")
         asked = Questioner(client, session)
         asked.start()
-        time.sleep(1.2)  # Twice the idle timeout.
+        time.sleep(2 * IDLE_TIMEOUT_S)
+        assert [one.robot_id for one in client.status().sessions] == ["left"]
+        with pytest.raises(AlreadyExists, match="whose question is being answered") as refused:
+            open_session(client, "left")
+        assert refused.value.retry_after_s == IDLE_TIMEOUT_S
         policy.gate.set()
         asked.join(5.0)
         assert (asked.text, asked.error) == ("one ", None)
-        assert [one.robot_id for one in client.status().sessions] == ["left"]
         wait_until(lambda: not client.status().sessions)

@@ -17,6 +17,13 @@ def test_deaths_before_an_engine_that_served_long_do_not_count() -> None:
         assert policy.died(PROVEN_S) == 0.0
 
 
+def test_waits_stop_growing_however_often_it_dies() -> None:
+    policy = RestartPolicy(limit=1_000_000)
+    waits_s = [policy.died(0.0) for _ in range(5000)]
+    assert waits_s[5:9] == [4.0, 8.0, 8.0, 8.0]
+    assert set(waits_s[9:]) == {8.0}
+
+
 def test_none_allowed_means_none() -> None:
     assert RestartPolicy(limit=0).died(5.0) is None
     assert RestartPolicy(limit=0).died(2 * PROVEN_S) is None

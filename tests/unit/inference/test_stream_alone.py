@@ -41,6 +41,8 @@ class InlineExecutor(Executor):
 class Desk:
     """Of a front end with one session; num_in_flight is for tests to say."""
 
+    max_requests_hz = 200.0
+
     def __init__(self) -> None:
         self.engine = FakeEngine(CAMERA_SIZE)
         self.models = self.engine.models

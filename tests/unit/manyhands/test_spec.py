@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,12 @@ def test_a_camera_of_another_size_is_refused_before_it_is_decoded(monkeypatch: p
         (lambda: Spec(observation=FEATURES, action=(ACTION,), control_rate_hz=0), "spec.control_rate_hz"),
         (lambda: Spec(observation=FEATURES, action=(ACTION,), control_rate_hz=float("nan")), "spec.control_rate_hz"),
         (lambda: Spec(observation=(STATE, STATE), action=(ACTION,), control_rate_hz=30), STATE.name),
+        (
+            lambda: Spec(
+                observation=tuple(replace(STATE, name=str(n)) for n in range(256)), action=(ACTION,), control_rate_hz=30
+            ),
+            "spec",
+        ),
         (lambda: Spec(observation=(ACTION,), action=(ACTION,), control_rate_hz=30), "action"),
         (lambda: Spec(observation=(), action=(STATE,), control_rate_hz=30), STATE.name),
         (lambda: Feature(name="a/b", kind=FeatureKind.STATE, dtype="float32", shape=(1,)), "feature.name"),
@@ -123,6 +130,9 @@ def test_a_camera_of_another_size_is_refused_before_it_is_decoded(monkeypatch: p
         (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="float32", shape=(0,)), "x"),
         (lambda: Feature(name="x", kind=FeatureKind.IMAGE, dtype="float32", shape=(4, 4, 3)), "x"),
         (lambda: Feature(name="x", kind=FeatureKind.IMAGE, dtype="uint8", shape=(1 << 40, 1 << 40, 3)), "x"),
+        (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="float32", shape=(1 << 62,) * 100_000), "x"),
+        (lambda: Feature(name="x", kind=FeatureKind.IMAGE, dtype="uint8", shape=(1 << 62,) * 100_000), "x"),
+        (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="float32", shape=()), "x"),
         (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="float64", shape=(codec.MAX_VALUE_BYTES // 8 + 1,)), "x"),
         (lambda: Feature(name="x", kind=FeatureKind.STATE, dtype="float32", shape=(2,), element_names=("a",)), "x"),
     ],
