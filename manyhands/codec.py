@@ -25,7 +25,8 @@ DEFAULT_JPEG_QUALITY = 95
 QUICK_PIXELS, QUICK_BYTES = 256 * 256, 3 * 256 * 256
 QUICK_JPEG_BYTES = 64 * 1024
 
-# Passes over a JPEG's pixels, as progressive ones have: some ten. Each costs a decoder 5 to 10 ms a megapixel, and no bytes.
+# Passes over a JPEG's pixels, as progressive ones have: some ten. An empty one has eleven bytes, and costs a decoder 0.3 to
+# 0.4 ms a megapixel.
 MAX_SCANS = 64
 _BASELINE = 0xC0  # Marker of a JPEG's frame: one pass over its pixels, or one a colour.
 # Of a scan, which is such a pass. Inside of one no byte FF stands before another marker's.

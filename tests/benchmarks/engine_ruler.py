@@ -12,6 +12,7 @@ import torch
 
 from policies.pi052 import sampling
 from policies.pi052.model import Pi052Network
+from services.inference.fused.graphs import GraphPool, Recorded
 from tests.support import fused_lab as lab
 
 
@@ -38,10 +39,6 @@ class Batch:
 
     def pinned(self) -> Batch:
         return Batch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
-
-    def refill(self, other: Batch) -> None:
-        for name, tensor in vars(self).items():
-            tensor.copy_(getattr(other, name), non_blocking=True)
 
 
 def chunks(network: Pi052Network, asked: Batch, num_steps: int) -> torch.Tensor:
@@ -72,18 +69,14 @@ class Captured:
     """Chunks of one batch's shape as one graph, from host memory to host memory."""
 
     def __init__(self, network: Pi052Network, asked: Batch, num_steps: int) -> None:
-        self._asked = asked.to(network.action_in.weight.device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # Compiles, and allocates what libraries keep.
-                chunks(network, self._asked, num_steps)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._made = chunks(network, self._asked, num_steps)
+        device = network.action_in.weight.device
+
+        def unit(**tensors: torch.Tensor) -> torch.Tensor:
+            return chunks(network, Batch(**tensors), num_steps)
+
+        self._recorded = Recorded(unit, vars(asked.to(device)), GraphPool(device))
 
     def __call__(self, asked: Batch) -> torch.Tensor:
-        self._asked.refill(asked)
-        self._graph.replay()
-        return self._made.cpu()
+        for name, into in self._recorded.inputs.items():
+            into.copy_(getattr(asked, name), non_blocking=True)
+        return self._recorded.run().cpu()

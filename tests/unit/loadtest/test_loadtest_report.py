@@ -177,6 +177,12 @@ async def test_robots_connect_before_their_first_request_so_that_it_goes_out_in_
     assert tally.lag_ms[0] < 100.0
 
 
+def assert_on_time(seen_s: list[float], planned_s: list[float], *, most_late_s: float) -> None:
+    """Never early, and late by what a stall of the machine takes at most."""
+    late_s = [seen - planned for seen, planned in zip(seen_s, planned_s, strict=True)]
+    assert all(-0.005 <= late < most_late_s for late in late_s), late_s
+
+
 async def test_questions_come_at_their_own_rate_however_long_answers_take_and_robots_are_out_of_step() -> None:
     begins_s = time.monotonic() + 0.1
     plan = make_plan(fleet=2, begins_s=begins_s, seconds=3.0, ask_every_s=0.6)
@@ -186,7 +192,7 @@ async def test_questions_come_at_their_own_rate_however_long_answers_take_and_ro
     await asyncio.gather(*(robot.run() for robot in robots))
     for link, first_s in zip(links, (0.0, 0.3), strict=True):
         planned_s = [begins_s + first_s + 0.6 * number for number in range(5)]
-        assert link.asked_s[:5] == pytest.approx(planned_s, abs=0.2)  # A third of what is between two.
+        assert_on_time(link.asked_s[:5], planned_s, most_late_s=0.19)
     assert tally.text_tokens == [20] * tally.texts
     assert tally.texts >= 8
 
@@ -196,7 +202,7 @@ async def test_after_an_answer_that_took_too_long_the_next_question_comes_at_onc
     begins_s = time.monotonic() + 0.1
     plan = make_plan(begins_s=begins_s, seconds=3.0, ask_every_s=0.4)
     await worker.SimulatedRobot(plan, 0, link, Tally(), asyncio.Event()).run()
-    assert link.asked_s == pytest.approx([begins_s + at_s for at_s in (0.0, 1.4, 1.6, 2.0, 2.4, 2.8)], abs=0.16)
+    assert_on_time(link.asked_s, [begins_s + at_s for at_s in (0.0, 1.4, 1.6, 2.0, 2.4, 2.8)], most_late_s=0.16)
 
 
 async def test_what_the_server_asks_and_which_weights_served_is_counted_and_told_chunk_by_chunk_where_asked_for() -> None:
